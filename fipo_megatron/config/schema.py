@@ -1,0 +1,209 @@
+"""Every setting of a run: typed, nested, immutable. A value that can be judged alone is judged here; what depends on other
+values is judged in checks.py. Defaults are those of the 32B recipe where the paper names one."""
+
+from __future__ import annotations
+
+from typing import Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, model_validator
+
+LossAggregation = Literal["token-mean", "seq-mean-token-mean", "seq-mean-token-sum", "seq-mean-token-sum-norm"]
+Objective = Literal["fipo", "dapo", "grpo"]
+
+# What an objective changes; a key given by the user wins. FIPO's values are the class defaults.
+OBJECTIVE_DEFAULTS: dict[str, dict[str, Any]] = {
+    "fipo": {},
+    "dapo": {},
+    "grpo": {"clip_ratio_high": 0.2, "dual_clip_ratio": None, "loss_aggregation": "seq-mean-token-mean"},
+}
+
+
+class Section(BaseModel):
+    """Base of all sections: unknown keys are errors, values are immutable, numbers are not parsed from booleans."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, validate_default=True, allow_inf_nan=False)
+
+
+class RunConfig(Section):
+    """Where a run writes."""
+
+    root: str = Field("runs", min_length=1, description="folder that holds the run folders")
+    name: str | None = Field(None, description="name of the run folder; default: the config's name and the seed")
+    overwrite: bool = Field(False, description="replace a run folder of the same name")
+
+
+class ModelConfig(Section):
+    """The policy to train."""
+
+    path: str | None = Field(None, description="Hugging Face folder with weights and tokenizer; null: see warm_start")
+    dtype: Literal["float32", "bfloat16"] = Field("bfloat16", description="type of weights and activations")
+
+
+class ArithmeticTaskConfig(Section):
+    """Multi-digit addition with worked traces (data/tasks/arithmetic.py)."""
+
+    num_digits: int = Field(4, ge=2, le=12, description="digits of both operands: the difficulty")
+    held_out_frac: float = Field(0.1, gt=0, lt=0.5, description="share of operand values that only evaluation uses")
+    carry_error_prob: float = Field(0.6, ge=0, le=1, description="warm-start traces: chance that a column forgets to carry")
+    digit_error_prob: float = Field(0.02, ge=0, le=1, description="warm-start traces: chance of a random column sum")
+
+
+class WarmStartConfig(Section):
+    """A small base policy, trained on noisy traces through the same actor, made once and kept in a cache."""
+
+    cache_dir: str = Field(".cache/base_policies", min_length=1)
+    seed: int = Field(0, ge=0, description="of the base policy; independent of the run's seed")
+    hidden_size: int = Field(128, gt=0)
+    intermediate_size: int = Field(256, gt=0)
+    num_layers: int = Field(4, gt=0)
+    num_attention_heads: int = Field(4, gt=0)
+    num_key_value_heads: int = Field(2, gt=0)
+    tie_word_embeddings: bool = True
+    num_steps: int = Field(300, gt=0)
+    batch_samples: int = Field(32, gt=0, description="traces per optimizer step, over all ranks")
+    lr: float = Field(3e-3, gt=0)
+    warmup_steps: int = Field(20, ge=0)
+
+
+class ParallelConfig(Section):
+    """Layout of the trainer's processes: world size = tensor * pipeline * context * data."""
+
+    tensor: int = Field(1, gt=0)
+    pipeline: int = Field(1, gt=0)
+    context: int = Field(1, gt=0)
+    data: int = Field(1, gt=0)
+    sequence_parallel: bool = Field(False, description="shard norms and dropout over the tensor-parallel ranks")
+    distributed_optimizer: bool = Field(True, description="shard the optimizer state over data-parallel ranks")
+
+    @property
+    def world_size(self) -> int:
+        return self.tensor * self.pipeline * self.context * self.data
+
+
+class OptimizerConfig(Section):
+    """AdamW; constant learning rate after a linear warm-up over rollout steps."""
+
+    lr: float = Field(1e-6, gt=0)
+    warmup_steps: int = Field(10, ge=0, description="rollout steps over which the rate rises linearly")
+    weight_decay: float = Field(0.1, ge=0)
+    adam_beta1: float = Field(0.9, ge=0, lt=1)
+    adam_beta2: float = Field(0.999, ge=0, lt=1)
+    adam_eps: float = Field(1e-8, gt=0)
+    max_grad_norm: float = Field(1.0, gt=0)
+
+
+class AlgorithmConfig(Section):
+    """The loss (algorithm/fipo_loss.py). Names in brackets are those of the authors' script."""
+
+    objective: Objective = "fipo"
+    clip_ratio_low: float = Field(0.2, gt=0, lt=1, description="eps_low")
+    clip_ratio_high: float = Field(0.28, gt=0, description="eps_high")
+    dual_clip_ratio: float | None = Field(10.0, gt=1, description="c: bound of the loss for A < 0; null: none [clip_ratio_c]")
+    half_life_tokens: float = Field(32.0, gt=0, description="tau: gamma = 2^(-1/tau) [decay_rate]")
+    influence_clip: float = Field(0.2, ge=0, lt=1, description="eps_f; 0: clamp(exp(F), max=10) [future_kl_clip_ratio]")
+    influence_clip_high_only: bool = Field(True, description="weights in [1, 1 + eps_f] [future_kl_clip_high_only]")
+    safety_threshold: float = Field(10.0, gt=0, description="ratio above which A < 0 gets the safety rule [safety_thresh]")
+    safety_rule: Literal["clamp", "reset"] = Field("clamp", description="clamp: w in [0.8, 1]; reset: w = 1 (the paper)")
+    loss_aggregation: LossAggregation = "token-mean"
+    reference_kl_coef: float = Field(0.0, ge=0, description="beta of the KL penalty to the frozen initial policy")
+    normalize_advantage_by_std: bool = True
+
+    @model_validator(mode="before")
+    @classmethod
+    def _fill_from_objective(cls, values: Any) -> Any:
+        if isinstance(values, dict):
+            return {**OBJECTIVE_DEFAULTS.get(values.get("objective", "fipo"), {}), **values}
+        return values
+
+
+class RolloutConfig(Section):
+    """Sampling from the policy."""
+
+    engine: Literal["vllm", "hf"] = Field("vllm", description="hf: transformers in one process, slow, the oracle of the tests")
+    prompts_per_step: int = Field(512, gt=0, description="groups that one step trains on")
+    samples_per_prompt: int = Field(16, gt=1, description="group size G")
+    temperature: float = Field(1.0, gt=0)
+    top_p: float = Field(1.0, gt=0, le=1)
+    max_prompt_tokens: int = Field(2048, gt=0)
+    max_response_tokens: int = Field(20480, gt=0)
+    max_concurrent_sequences: int = Field(256, gt=0, description="sequences that an engine decodes at once")
+    kv_cache_gib: float = Field(1.0, gt=0, description="CPU engine: memory of its key-value cache")
+    gpu_memory_utilization: float = Field(0.8, gt=0, le=1, description="CUDA engine: share of device memory")
+    max_logprob_mismatch: float | None = Field(
+        None, gt=0, description="stop when a fresh token's engine and trainer log-probs differ by more"
+    )
+
+
+class DynamicSamplingConfig(Section):
+    """Groups in which all answers are right or all are wrong carry no signal: drop them and generate more."""
+
+    enabled: bool = True
+    generation_prompts: int = Field(2048, gt=0, description="prompts per generation batch")
+    max_generation_batches: int = Field(10, gt=0, description="batches per step before giving up with an error")
+    surplus: Literal["keep", "drop"] = Field("keep", description="kept groups beyond prompts_per_step: next step or never")
+    max_steps_without_spread: int = Field(
+        3, gt=0, description="without the filter: steps in a row in which no group has spread, then an error"
+    )
+
+
+class TrainingConfig(Section):
+    """One step: a rollout batch, cut into mini-batches of whole groups, one optimizer update each."""
+
+    num_steps: int = Field(500, gt=0, description="rollout batches")
+    mini_batch_prompts: int = Field(64, gt=0, description="groups per update")
+    microbatch_samples: int = Field(1, gt=0, description="samples per forward and backward pass of one rank")
+    max_policy_kl: float = Field(0.5, gt=0, description="stop before an update whose mini-batch KL is beyond this")
+    recompute: Literal["none", "full"] = "none"
+
+
+class RewardConfig(Section):
+    """The rule that judges an answer, and penalties added to its score."""
+
+    rule: Literal["dapo"] = "dapo"
+    overlong_buffer_tokens: int = Field(0, ge=0, description="length penalty over the last tokens of the limit; 0: none")
+    overlong_penalty_factor: float = Field(1.0, ge=0)
+
+
+class EvaluationConfig(Section):
+    """Accuracy on held-out problems."""
+
+    num_problems: int = Field(512, gt=0)
+    every_steps: int = Field(10, gt=0, description="also before the first and after the last step")
+    temperature: float = Field(1.0, ge=0)
+    top_p: float = Field(1.0, gt=0, le=1)
+
+
+class TimeoutsConfig(Section):
+    """Seconds after which a silent peer is taken for dead."""
+
+    startup_s: float = Field(300, gt=0, description="an actor or engine coming up")
+    call_s: float = Field(1800, gt=0, description="one call: a generation batch, a log-prob pass, an update")
+    collective_s: float = Field(600, gt=0, description="one collective between trainer ranks, or with the engine")
+
+
+class ClusterConfig(Section):
+    """Processes and addresses. Everything listens on `address` only."""
+
+    address: str = Field("127.0.0.1", min_length=1)
+    master_port: int = Field(0, ge=0, le=65535, description="rendezvous of the trainer ranks; 0: any free port")
+
+
+class Config(Section):
+    """One whole run."""
+
+    seed: int = Field(0, ge=0, lt=2**31, description="of sampling, data order and mini-batch order")
+    platform: Literal["auto", "cpu", "cuda"] = "auto"
+    run: RunConfig = RunConfig()
+    model: ModelConfig = ModelConfig()
+    warm_start: WarmStartConfig | None = None
+    task: ArithmeticTaskConfig = ArithmeticTaskConfig()
+    rollout: RolloutConfig = RolloutConfig()
+    dynamic_sampling: DynamicSamplingConfig = DynamicSamplingConfig()
+    reward: RewardConfig = RewardConfig()
+    algorithm: AlgorithmConfig = AlgorithmConfig()
+    training: TrainingConfig = TrainingConfig()
+    optimizer: OptimizerConfig = OptimizerConfig()
+    parallel: ParallelConfig = ParallelConfig()
+    evaluation: EvaluationConfig = EvaluationConfig()
+    timeouts: TimeoutsConfig = TimeoutsConfig()
+    cluster: ClusterConfig = ClusterConfig()
