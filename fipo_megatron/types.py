@@ -5,6 +5,7 @@ Names: `S` samples (one sampled response each), `T` tokens of one response, `N` 
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Literal
 
@@ -49,6 +50,20 @@ class Generation:
     logprobs: np.ndarray  # float32 [T], the engine's log-prob of each sampled token
     finish_reason: FinishReason
     weight_version: int  # version of the policy that sampled every token
+
+
+@dataclass(frozen=True)
+class Judgement:
+    """What the reward says about one response."""
+
+    reward: float  # the rule's score plus penalties
+    accuracy: float  # 1.0 if the answer is right, else 0.0
+    prediction: str  # the answer the rule extracted
+
+
+# How rollout and evaluation reach reward and tokenizer without importing them; the trainer hands them over.
+Judge = Callable[[Prompt, str, int], Judgement]  # of a prompt, the response's text and its number of tokens
+Decode = Callable[[np.ndarray], str]  # text of token ids, special tokens left out
 
 
 @dataclass(frozen=True)

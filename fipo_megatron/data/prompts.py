@@ -1,0 +1,53 @@
+"""Prompts of a run: an endless seeded stream for training, a fixed list for evaluation."""
+
+from __future__ import annotations
+
+import numpy as np
+
+from fipo_megatron.data.tasks.arithmetic import DATA_SOURCE, ArithmeticTask, Problem
+from fipo_megatron.types import Prompt
+
+
+class PromptSampler:
+    """An endless stream of training prompts. Prompt i depends on seed and i alone: the whole state is the next i."""
+
+    def __init__(self, task: ArithmeticTask, seed: int) -> None:
+        self._task = task
+        self._seed = seed
+        self._next_index = 0
+
+    def next_prompts(self, n: int) -> list[Prompt]:
+        """The next `n` prompts, with uids unique within the run."""
+        indices = range(self._next_index, self._next_index + n)
+        self._next_index = indices.stop
+        return [
+            _make_prompt(self._task, f"train/{i:06d}", self._task.train_problem(np.random.default_rng([self._seed, i])))
+            for i in indices
+        ]
+
+    def state_dict(self) -> dict[str, int]:
+        """The position in the stream, as plain values."""
+        return {"seed": self._seed, "next_index": self._next_index}
+
+    def load_state_dict(self, state: dict[str, int]) -> None:
+        """Continues the stream where `state` was taken; another seed is a ValueError."""
+        if state["seed"] != self._seed:
+            raise ValueError(
+                f"seed: {self._seed} differs from {state['seed']}, with which the saved prompt order began; "
+                f"resume with seed={state['seed']} or start a new run"
+            )
+        self._next_index = state["next_index"]
+
+
+def held_out_prompts(task: ArithmeticTask, n: int) -> list[Prompt]:
+    """The same `n` evaluation prompts in every run."""
+    return [_make_prompt(task, f"held_out/{i:06d}", problem) for i, problem in enumerate(task.held_out_problems(n))]
+
+
+def _make_prompt(task: ArithmeticTask, uid: str, problem: Problem) -> Prompt:
+    return Prompt(
+        uid=uid,
+        token_ids=task.encode(task.prompt_text(*problem)),
+        ground_truth=task.answer(*problem),
+        data_source=DATA_SOURCE,
+    )

@@ -1,0 +1,1 @@
+"""Seeded task generators, one file a task."""

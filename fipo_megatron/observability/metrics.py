@@ -1,0 +1,59 @@
+"""The numbers of a run as lines of JSON, one line a step."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Mapping
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+PREFIXES = ("rollout/", "train/", "eval/", "time/")
+
+
+class MetricsWriter:
+    """Appends one line for every `write` to a file, flushed at once, so that a killed run keeps what it had."""
+
+    def __init__(self, path: Path) -> None:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        self._file = path.open("a", encoding="utf-8")
+
+    def write(self, step: int, metrics: Mapping[str, float]) -> None:
+        """Writes the metrics of a step, keys sorted; a wrong key or a number that is not finite is a ValueError."""
+        for key, value in metrics.items():
+            if not key.startswith(PREFIXES):
+                raise ValueError(f"metric {key}: {value} has no known prefix; begin its name with one of {PREFIXES}")
+            if not math.isfinite(value):
+                raise ValueError(f"metric {key}: {value} at step {step} is not finite; find out what produced it")
+        line = {"step": step, **{key: _plain(metrics[key]) for key in sorted(metrics)}}
+        self._file.write(json.dumps(line, allow_nan=False) + "\n")
+        self._file.flush()
+
+    def close(self) -> None:
+        """Closes the file."""
+        self._file.close()
+
+    def __enter__(self) -> MetricsWriter:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        self.close()
+
+
+def read_metrics(path: Path) -> list[dict[str, Any]]:
+    """The lines of a metrics file in order, each with `step`; a broken line is a ValueError that names it."""
+    lines = []
+    for number, text in enumerate(path.read_text(encoding="utf-8").splitlines(), start=1):
+        try:
+            lines.append(json.loads(text))
+        except json.JSONDecodeError as error:
+            raise ValueError(f"{path}:{number}: {text[:80]!r} is not JSON ({error}); remove the line") from error
+    return lines
+
+
+def _plain(value: float) -> int | float:
+    """Counts stay whole numbers; NumPy scalars become Python's."""
+    return int(value) if isinstance(value, int) else float(value)

@@ -1,0 +1,21 @@
+"""The interface between a rule and whoever asks it."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Protocol
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """What a rule says about one response, before penalties."""
+
+    score: float
+    accuracy: float  # 1.0 if the answer is right, else 0.0
+    prediction: str  # the answer that the rule extracted
+
+
+class RewardFunction(Protocol):
+    """A rule. It reads text written by a model: it must never evaluate or execute any of it."""
+
+    def __call__(self, response: str, ground_truth: str) -> Verdict: ...
