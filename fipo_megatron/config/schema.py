@@ -1,5 +1,5 @@
-"""Every setting of a run: typed, nested, immutable. A value that can be judged alone is judged here; what depends on other
-values is judged in checks.py. Defaults are those of the 32B recipe where the paper names one."""
+"""Every setting of a run: typed, nested, immutable. A value that can be judged alone is judged here; what depends on
+other values is judged in checks.py. Defaults are those of the 32B recipe where the paper names one."""
 
 from __future__ import annotations
 
@@ -19,9 +19,9 @@ OBJECTIVE_DEFAULTS: dict[str, dict[str, Any]] = {
 
 
 class Section(BaseModel):
-    """Base of all sections: unknown keys are errors, values are immutable, numbers are not parsed from booleans."""
+    """Base of all sections: unknown keys are errors, values are immutable and never converted (but int to float)."""
 
-    model_config = ConfigDict(extra="forbid", frozen=True, validate_default=True, allow_inf_nan=False)
+    model_config = ConfigDict(extra="forbid", frozen=True, strict=True, validate_default=True, allow_inf_nan=False)
 
 
 class RunConfig(Section):
@@ -44,7 +44,9 @@ class ArithmeticTaskConfig(Section):
 
     num_digits: int = Field(4, ge=2, le=12, description="digits of both operands: the difficulty")
     held_out_frac: float = Field(0.1, gt=0, lt=0.5, description="share of operand values that only evaluation uses")
-    carry_error_prob: float = Field(0.6, ge=0, le=1, description="warm-start traces: chance that a column forgets to carry")
+    carry_error_prob: float = Field(
+        0.6, ge=0, le=1, description="warm-start traces: chance that a column forgets to carry"
+    )
     digit_error_prob: float = Field(0.02, ge=0, le=1, description="warm-start traces: chance of a random column sum")
 
 
@@ -98,12 +100,18 @@ class AlgorithmConfig(Section):
     objective: Objective = "fipo"
     clip_ratio_low: float = Field(0.2, gt=0, lt=1, description="eps_low")
     clip_ratio_high: float = Field(0.28, gt=0, description="eps_high")
-    dual_clip_ratio: float | None = Field(10.0, gt=1, description="c: bound of the loss for A < 0; null: none [clip_ratio_c]")
+    dual_clip_ratio: float | None = Field(
+        10.0, gt=1, description="c: bound of the loss for A < 0; null: none [clip_ratio_c]"
+    )
     half_life_tokens: float = Field(32.0, gt=0, description="tau: gamma = 2^(-1/tau) [decay_rate]")
     influence_clip: float = Field(0.2, ge=0, lt=1, description="eps_f; 0: clamp(exp(F), max=10) [future_kl_clip_ratio]")
     influence_clip_high_only: bool = Field(True, description="weights in [1, 1 + eps_f] [future_kl_clip_high_only]")
-    safety_threshold: float = Field(10.0, gt=0, description="ratio above which A < 0 gets the safety rule [safety_thresh]")
-    safety_rule: Literal["clamp", "reset"] = Field("clamp", description="clamp: w in [0.8, 1]; reset: w = 1 (the paper)")
+    safety_threshold: float = Field(
+        10.0, gt=0, description="ratio above which A < 0 gets the safety rule [safety_thresh]"
+    )
+    safety_rule: Literal["clamp", "reset"] = Field(
+        "clamp", description="clamp: w in [0.8, 1]; reset: w = 1 (the paper)"
+    )
     loss_aggregation: LossAggregation = "token-mean"
     reference_kl_coef: float = Field(0.0, ge=0, description="beta of the KL penalty to the frozen initial policy")
     normalize_advantage_by_std: bool = True
@@ -119,7 +127,9 @@ class AlgorithmConfig(Section):
 class RolloutConfig(Section):
     """Sampling from the policy."""
 
-    engine: Literal["vllm", "hf"] = Field("vllm", description="hf: transformers in one process, slow, the oracle of the tests")
+    engine: Literal["vllm", "hf"] = Field(
+        "vllm", description="hf: transformers in one process, slow, the oracle of the tests"
+    )
     prompts_per_step: int = Field(512, gt=0, description="groups that one step trains on")
     samples_per_prompt: int = Field(16, gt=1, description="group size G")
     temperature: float = Field(1.0, gt=0)
@@ -140,7 +150,9 @@ class DynamicSamplingConfig(Section):
     enabled: bool = True
     generation_prompts: int = Field(2048, gt=0, description="prompts per generation batch")
     max_generation_batches: int = Field(10, gt=0, description="batches per step before giving up with an error")
-    surplus: Literal["keep", "drop"] = Field("keep", description="kept groups beyond prompts_per_step: next step or never")
+    surplus: Literal["keep", "drop"] = Field(
+        "keep", description="kept groups beyond prompts_per_step: next step or never"
+    )
     max_steps_without_spread: int = Field(
         3, gt=0, description="without the filter: steps in a row in which no group has spread, then an error"
     )
@@ -160,7 +172,9 @@ class RewardConfig(Section):
     """The rule that judges an answer, and penalties added to its score."""
 
     rule: Literal["dapo"] = "dapo"
-    overlong_buffer_tokens: int = Field(0, ge=0, description="length penalty over the last tokens of the limit; 0: none")
+    overlong_buffer_tokens: int = Field(
+        0, ge=0, description="length penalty over the last tokens of the limit; 0: none"
+    )
     overlong_penalty_factor: float = Field(1.0, ge=0)
 
 

@@ -1,0 +1,27 @@
+# make help lists the targets. Everything runs in .venv, which `make install` builds.
+PYTHON ?= python3.11
+ARGS ?=
+
+.DEFAULT_GOAL := help
+.PHONY: help install quickstart test lint format
+
+help: ## list the targets
+	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "make %-12s %s\n", $$1, $$2 }' Makefile
+
+install: ## build .venv with all that a run on CPU and the tests need
+	@$(PYTHON) tools/install.py
+
+quickstart: install ## train a tiny policy with FIPO on CPU; overrides: make quickstart ARGS="seed=1 training.num_steps=5"
+	.venv/bin/python tools/train.py configs/quickstart_cpu.yaml $(ARGS)
+
+test: install lint ## lint and run all tests; a selection: make test ARGS="-k loss -m 'not slow'"
+	.venv/bin/python -m pytest $(ARGS)
+
+lint: install ## ruff and mypy, without changing a file
+	.venv/bin/ruff check
+	.venv/bin/ruff format --check
+	.venv/bin/mypy
+
+format: install ## let ruff rewrite what it can
+	.venv/bin/ruff check --fix
+	.venv/bin/ruff format

@@ -1,0 +1,212 @@
+"""Checks of what no value can be judged for alone. They refuse, with key, value and remedy; they never rewrite."""
+
+from __future__ import annotations
+
+import errno
+import json
+import socket
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from fipo_megatron.config.schema import AlgorithmConfig, Config, ParallelConfig, WarmStartConfig
+
+SUPPORTED_ARCHITECTURES = ("Qwen2ForCausalLM",)
+MIN_ENGINE_HEAD_SIZE = 32  # vLLM's attention on CPU dies at start with smaller heads
+INFLUENCE_KEYS = ("half_life_tokens", "influence_clip", "influence_clip_high_only", "safety_threshold", "safety_rule")
+
+
+class ModelShape(NamedTuple):
+    """The sizes of a transformer that a parallel layout has to divide, named as in Hugging Face's config.json."""
+
+    hidden_size: int
+    intermediate_size: int
+    num_hidden_layers: int
+    num_attention_heads: int
+    num_key_value_heads: int
+
+
+def check_config(config: Config) -> None:
+    """Raises ValueError with one line for each contradiction between values; touches no file, no port and no device."""
+    problems = [
+        *_find_policy_problems(config),
+        *_find_batch_problems(config),
+        *_find_length_problems(config),
+        *_find_objective_problems(config.algorithm),
+    ]
+    if config.warm_start is not None:
+        problems += _find_warm_start_problems(config.warm_start, config)
+    _raise(problems, "configuration")
+
+
+def check_model_folder(path: Path, parallel: ParallelConfig) -> dict[str, Any]:
+    """The parsed config.json of a Hugging Face folder that the trainer can load in this layout.
+
+    Raises ValueError naming `model.path` and each missing file, unknown architecture or size the layout can't divide.
+    """
+    key = f"model.path = {str(path)!r}"
+    if not path.is_dir():
+        raise ValueError(f"{key}: no such folder; give a Hugging Face folder with config.json, tokenizer and weights")
+    _raise([f"{key}: {problem}" for problem in _find_missing_files(path)], "model folder")
+    try:
+        hf_config: dict[str, Any] = json.loads((path / "config.json").read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ValueError(f"{key}: config.json is not JSON ({error}); copy it from the model again") from None
+    _raise([f"{key}: {problem}" for problem in _find_architecture_problems(hf_config, parallel)], "model folder")
+    return hf_config
+
+
+def check_port(address: str, port: int) -> None:
+    """Raises ValueError if nothing can listen on `address:port`; port 0 stands for any free one."""
+    try:
+        family, kind, protocol, _, socket_address = socket.getaddrinfo(address, port, type=socket.SOCK_STREAM)[0]
+        with socket.socket(family, kind, protocol) as listener:
+            # As the rendezvous does: connections of a finished run that linger do not count as taken.
+            listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            listener.bind(socket_address)
+            listener.listen()
+    except OSError as error:
+        if error.errno in (errno.EADDRINUSE, errno.EACCES):
+            reason = "is taken" if error.errno == errno.EADDRINUSE else "needs privileges"
+            raise ValueError(f"cluster.master_port = {port}: {reason} on {address}; use 0 for any free port") from None
+        raise ValueError(
+            f"cluster.address = {address!r}: can't listen there ({error.strerror}); "
+            f"give an address of this machine, e.g. 127.0.0.1"
+        ) from None
+
+
+def _raise(problems: list[str], subject: str) -> None:
+    if problems:
+        raise ValueError("\n".join([f"{subject}: {len(problems)} problem(s)", *(f"  {line}" for line in problems)]))
+
+
+def _find_policy_problems(config: Config) -> Iterator[str]:
+    if config.model.path is None and config.warm_start is None:
+        yield "model.path = None: no policy; give a Hugging Face folder, or `warm_start: {}` for a small new one"
+    if config.model.path is not None and config.warm_start is not None:
+        yield f"model.path = {config.model.path!r}: warm_start makes another policy; keep one, set the other to null"
+
+
+def _find_batch_problems(config: Config) -> Iterator[str]:
+    rollout, training, parallel, sampling = config.rollout, config.training, config.parallel, config.dynamic_sampling
+    if rollout.prompts_per_step % training.mini_batch_prompts:
+        yield (
+            f"training.mini_batch_prompts = {training.mini_batch_prompts}: "
+            f"must divide rollout.prompts_per_step = {rollout.prompts_per_step}"
+        )
+    mini_batch_samples = training.mini_batch_prompts * rollout.samples_per_prompt
+    if mini_batch_samples % parallel.data:
+        yield (
+            f"parallel.data = {parallel.data}: must divide the {mini_batch_samples} samples of a mini-batch "
+            f"(training.mini_batch_prompts * rollout.samples_per_prompt)"
+        )
+    most_prompts = sampling.generation_prompts * sampling.max_generation_batches
+    if sampling.enabled and most_prompts < rollout.prompts_per_step:
+        yield (
+            f"dynamic_sampling.generation_prompts = {sampling.generation_prompts}: times max_generation_batches = "
+            f"{sampling.max_generation_batches} must reach rollout.prompts_per_step = {rollout.prompts_per_step}; "
+            f"raise one of the two"
+        )
+
+
+def _find_length_problems(config: Config) -> Iterator[str]:
+    rollout, parallel, reward = config.rollout, config.parallel, config.reward
+    if reward.overlong_buffer_tokens > rollout.max_response_tokens:
+        yield (
+            f"reward.overlong_buffer_tokens = {reward.overlong_buffer_tokens}: "
+            f"must be at most rollout.max_response_tokens = {rollout.max_response_tokens}"
+        )
+    if parallel.sequence_parallel and parallel.tensor == 1:
+        yield "parallel.sequence_parallel = True: shards over tensor-parallel ranks; set parallel.tensor > 1, or false"
+    longest = rollout.max_prompt_tokens + rollout.max_response_tokens
+    if longest < 2 * parallel.context:
+        yield (
+            f"parallel.context = {parallel.context}: cuts a sequence into {2 * parallel.context} chunks, "
+            f"the longest has {longest} tokens (rollout.max_prompt_tokens + rollout.max_response_tokens); lower it"
+        )
+
+
+def _find_objective_problems(algorithm: AlgorithmConfig) -> Iterator[str]:
+    if algorithm.objective == "fipo":
+        return
+    for key in INFLUENCE_KEYS:
+        # Compared with the default, not with "was it given": so a saved configuration, which gives all, loads again.
+        value, default = getattr(algorithm, key), AlgorithmConfig.model_fields[key].default
+        if value != default:
+            yield (
+                f"algorithm.{key} = {value!r}: has no effect with objective = {algorithm.objective!r}; "
+                f"remove it, or set algorithm.objective: fipo"
+            )
+
+
+def _find_warm_start_problems(warm_start: WarmStartConfig, config: Config) -> Iterator[str]:
+    shape = ModelShape(
+        warm_start.hidden_size,
+        warm_start.intermediate_size,
+        warm_start.num_layers,
+        warm_start.num_attention_heads,
+        warm_start.num_key_value_heads,
+    )
+    for problem in _find_shape_problems(shape, config.parallel):
+        yield "warm_start." + problem.replace("num_hidden_layers", "num_layers")
+    head_size = warm_start.hidden_size // warm_start.num_attention_heads
+    if config.rollout.engine == "vllm" and head_size < MIN_ENGINE_HEAD_SIZE:
+        yield (
+            f"warm_start.num_attention_heads = {warm_start.num_attention_heads}: gives heads of {head_size}, "
+            f"vLLM needs {MIN_ENGINE_HEAD_SIZE} or more; use fewer heads or a larger warm_start.hidden_size"
+        )
+    if head_size % 2:
+        yield f"warm_start.hidden_size = {warm_start.hidden_size}: gives odd heads of {head_size}; rotary embedding needs even"
+    if warm_start.batch_samples % config.parallel.data:
+        yield (
+            f"warm_start.batch_samples = {warm_start.batch_samples}: "
+            f"must be a multiple of parallel.data = {config.parallel.data}"
+        )
+
+
+def _find_shape_problems(shape: ModelShape, parallel: ParallelConfig) -> Iterator[str]:
+    """Lines that begin with the size's name, for each pair in which the second doesn't divide the first."""
+    divisors = (
+        ("hidden_size", "num_attention_heads", shape.num_attention_heads),
+        ("num_attention_heads", "num_key_value_heads", shape.num_key_value_heads),
+        ("num_key_value_heads", "parallel.tensor", parallel.tensor),
+        ("intermediate_size", "parallel.tensor", parallel.tensor),
+        ("num_hidden_layers", "parallel.pipeline", parallel.pipeline),
+    )
+    for name, divisor_name, divisor in divisors:
+        if getattr(shape, name) % divisor:
+            yield f"{name} = {getattr(shape, name)}: must be a multiple of {divisor_name} = {divisor}"
+
+
+def _find_missing_files(path: Path) -> Iterator[str]:
+    if not (path / "config.json").is_file():
+        yield "has no config.json; copy it from the model"
+    if not (path / "tokenizer.json").is_file() and not all(
+        (path / name).is_file() for name in ("vocab.json", "merges.txt")
+    ):
+        yield "has no tokenizer (tokenizer.json, or vocab.json and merges.txt); copy it from the model"
+    index = path / "model.safetensors.index.json"
+    if index.is_file():
+        files = sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
+        missing = [name for name in files if not (path / name).is_file()]
+        if missing:
+            yield f"lacks {len(missing)} of {len(files)} weight files, {missing[0]} the first; copy them from the model"
+    elif not any(path.glob("*.safetensors")):
+        yield "has no weights (*.safetensors); convert other formats to safetensors first"
+
+
+def _find_architecture_problems(hf_config: dict[str, Any], parallel: ParallelConfig) -> Iterator[str]:
+    architectures = hf_config.get("architectures")
+    if (
+        not isinstance(architectures, list)
+        or len(architectures) != 1
+        or architectures[0] not in SUPPORTED_ARCHITECTURES
+    ):
+        yield f"architectures = {architectures!r} in config.json; supported: {', '.join(SUPPORTED_ARCHITECTURES)}"
+        return
+    sizes = {name: hf_config.get(name) for name in ModelShape._fields}
+    good_sizes = {name: size for name, size in sizes.items() if isinstance(size, int) and size > 0}
+    for name in sizes.keys() - good_sizes.keys():
+        yield f"{name} = {sizes[name]!r} in config.json; must be a positive whole number"
+    if len(good_sizes) == len(sizes):
+        yield from _find_shape_problems(ModelShape(**good_sizes), parallel)

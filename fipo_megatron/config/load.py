@@ -1,0 +1,158 @@
+"""From YAML and `key=value` overrides to a Config, and back. Nothing is guessed: what is wrong is named."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from difflib import SequenceMatcher
+from pathlib import Path
+from typing import Any, get_args
+
+import yaml
+from pydantic import BaseModel, ValidationError
+from pydantic_core import ErrorDetails
+from yaml.constructor import ConstructorError
+
+from fipo_megatron.config.schema import Config
+
+SIMILAR = 0.6  # share of matching characters from which a key is worth suggesting
+
+
+class _Loader(yaml.SafeLoader):
+    """YAML without its two silent traps: a repeated key is an error, and `1e-6` is a number."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+        seen = set()
+        for key_node, _ in node.value:
+            if key_node.tag not in ("tag:yaml.org,2002:str", "tag:yaml.org,2002:merge"):
+                raise ConstructorError(None, None, f"key {key_node.value!r} is not text", key_node.start_mark)
+            if key_node.value in seen:
+                raise ConstructorError(None, None, f"key {key_node.value!r} is given twice", key_node.start_mark)
+            seen.add(key_node.value)
+        return super().construct_mapping(node, deep)
+
+
+class _Dumper(yaml.SafeDumper):
+    """Quotes the text that _Loader would read as a number."""
+
+
+# YAML 1.1 wants a point and a signed exponent; people write 1e-6 and 1.5e4.
+for _class in (_Loader, _Dumper):
+    _class.add_implicit_resolver(
+        "tag:yaml.org,2002:float",
+        re.compile(r"[-+]?(\d[\d_]*(\.[\d_]*)?|\.\d[\d_]*)[eE][-+]?\d+$"),
+        list("-+.0123456789"),
+    )
+
+
+def load_config(path: str | Path, overrides: Sequence[str] = ()) -> Config:
+    """The run's configuration: defaults, then the file's `base:` (one level), then the file, then overrides in order.
+
+    Mappings of a file are merged into those of its base key by key. An override `a.b=value` reads its value as YAML and
+    replaces what stood there, a whole section included (`parallel={tensor: 2}`).
+
+    Raises ValueError with one line for each unknown key, wrong type and value out of range. Values that contradict each
+    other are left to checks.check_config.
+    """
+    path = Path(path)
+    values = _read_mapping(path)
+    base = values.pop("base", None)
+    if base is not None:
+        values = _merge(_read_base(path, base), values)
+    for override in overrides:
+        _apply_override(values, override)
+    try:
+        return Config.model_validate(values)
+    except ValidationError as error:
+        lines = [f"  {_describe(problem)}" for problem in error.errors()]
+        raise ValueError("\n".join([f"{path}: {len(lines)} problem(s)", *lines])) from None
+
+
+def save_config(config: Config, path: str | Path) -> None:
+    """Writes every value of the configuration, defaults included, as YAML that load_config reads back equal."""
+    text = yaml.dump(config.model_dump(mode="json"), Dumper=_Dumper, sort_keys=False, allow_unicode=True)
+    Path(path).write_text(text, encoding="utf-8")
+
+
+def _read_mapping(path: Path) -> dict[str, Any]:
+    if not path.is_file():
+        raise ValueError(f"configuration {path}: no such file; configs/ holds those that are shipped")
+    try:
+        values = yaml.load(path.read_text(encoding="utf-8"), Loader=_Loader)
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise ValueError(f"configuration {path}: {error}; correct the file") from None
+    if values is None:
+        return {}
+    if not isinstance(values, dict):
+        raise ValueError(f"configuration {path}: holds {values!r}; it must hold `key: value` lines")
+    return values
+
+
+def _read_base(path: Path, base: Any) -> dict[str, Any]:
+    if not isinstance(base, str):
+        raise ValueError(f"base = {base!r} in {path}: must be the path of another configuration, relative to this one")
+    values = _read_mapping(path.parent / base)
+    if "base" in values:
+        raise ValueError(
+            f"base = {values['base']!r} in {path.parent / base}: a base has no base of its own; "
+            f"write its values into one of the two files"
+        )
+    return values
+
+
+def _merge(base: Mapping[str, Any], values: Mapping[str, Any]) -> dict[str, Any]:
+    merged = dict(base)
+    for key, value in values.items():
+        both_mappings = isinstance(value, dict) and isinstance(merged.get(key), dict)
+        merged[key] = _merge(merged[key], value) if both_mappings else value
+    return merged
+
+
+def _apply_override(values: dict[str, Any], override: str) -> None:
+    key, equals, text = override.partition("=")
+    *sections, last = key.strip().split(".")
+    if not equals or not all([*sections, last]):
+        raise ValueError(f"override {override!r}: must be key=value, e.g. optimizer.lr=1e-6")
+    try:
+        value = yaml.load(text, Loader=_Loader)
+    except yaml.YAMLError as error:
+        raise ValueError(f"override {override!r}: the value is not YAML: {error}") from None
+    for section in sections:
+        child = values.get(section)
+        if not isinstance(child, dict | None):
+            raise ValueError(f"override {override!r}: {section} is the value {child!r}, not a section; correct the key")
+        values[section] = dict(child or {})  # a copy: a YAML alias may stand in several places
+        values = values[section]
+    values[last] = value
+
+
+def _describe(problem: ErrorDetails) -> str:
+    key = ".".join(str(part) for part in problem["loc"])
+    if problem["type"] == "extra_forbidden":
+        return f"{key}: unknown key{_suggest(key)}"
+    if problem["type"] == "model_type":
+        return f"{key} = {problem['input']!r}: must be a section of `key: value` lines"
+    allowed = problem["msg"].replace("Input should be", "must be").replace("String should have", "must have")
+    return f"{key} = {problem['input']!r}: {allowed}"
+
+
+def _suggest(unknown: str) -> str:
+    """A hint at the known key most like it, by the whole path or by the last part alone."""
+
+    def similarity(known: str) -> tuple[float, float]:
+        whole = SequenceMatcher(None, unknown, known).ratio()
+        last = SequenceMatcher(None, unknown.rpartition(".")[2], known.rpartition(".")[2]).ratio()
+        return max(whole, last), whole
+
+    closest = max(_known_keys(Config), key=similarity)
+    if similarity(closest)[0] < SIMILAR:
+        return "; known sections: " + ", ".join(Config.model_fields)
+    return f"; did you mean {closest}?"
+
+
+def _known_keys(section: type[BaseModel], prefix: str = "") -> Iterator[str]:
+    for name, field in section.model_fields.items():
+        yield prefix + name
+        for type_ in (field.annotation, *get_args(field.annotation)):
+            if isinstance(type_, type) and issubclass(type_, BaseModel):
+                yield from _known_keys(type_, f"{prefix}{name}.")

