@@ -1,0 +1,1 @@
+"""FIPO itself: advantages, influence weights, the loss and its metrics. Pure functions of tensors."""

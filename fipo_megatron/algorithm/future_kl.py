@@ -1,0 +1,62 @@
+"""From log-ratio to influence weight: the part of FIPO that the other objectives do not have."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch.distributed import ProcessGroup
+
+from fipo_megatron.config.schema import AlgorithmConfig
+from fipo_megatron.ops.future_kl_scan import future_kl_scan
+from fipo_megatron.types import SegmentTable
+
+LOG_RATIO_LIMIT = 20.0
+UNCLIPPED_WEIGHT_LIMIT = 10.0
+SAFE_WEIGHTS = (0.8, 1.0)
+
+
+def log_ratio(logprobs: torch.Tensor, old_logprobs: torch.Tensor, response_mask: torch.Tensor) -> torch.Tensor:
+    """d = log-prob - old log-prob, within +-20; 0 outside the mask, whatever stands there. Gradient to `logprobs`."""
+    difference = torch.where(response_mask, logprobs - old_logprobs, 0)
+    return difference.clamp(-LOG_RATIO_LIMIT, LOG_RATIO_LIMIT)
+
+
+def future_kl(
+    log_ratios: torch.Tensor,
+    response_mask: torch.Tensor,
+    config: AlgorithmConfig,
+    segments: SegmentTable,
+    context_group: ProcessGroup | None = None,
+) -> torch.Tensor:
+    """F_t = sum over k >= t of gamma^(k - t) * M_k * d_k, [N], no gradient; gamma = 2^(-1 / half_life_tokens).
+
+    M leaves out tokens beyond the dual-clip ratio; they keep a sum of their own. Distances count positions, so holes in
+    the mask still age the signal. Collectives over `context_group`: see `future_kl_scan`. Source: equations 3 and 4.
+    """
+    participates = response_mask
+    if config.dual_clip_ratio is not None:
+        participates = participates & (log_ratios <= math.log(config.dual_clip_ratio))
+    values = torch.where(participates, log_ratios.detach(), 0)
+    return future_kl_scan(values, 2 ** (-1 / config.half_life_tokens), segments, context_group=context_group)
+
+
+def influence_bounds(config: AlgorithmConfig) -> tuple[float, float]:
+    """Lower and upper bound of an influence weight, before the safety rule."""
+    if config.influence_clip == 0:
+        return 0.0, UNCLIPPED_WEIGHT_LIMIT
+    return 1.0 if config.influence_clip_high_only else 1 - config.influence_clip, 1 + config.influence_clip
+
+
+def influence_weights(
+    future_kls: torch.Tensor, ratios: torch.Tensor, advantages: torch.Tensor, config: AlgorithmConfig
+) -> torch.Tensor:
+    """The weight of each token's advantage, [N], no gradient: exp(F) within bounds, then the safety rule.
+
+    Where a disliked token (A < 0) has become much likelier, its push back must not grow. Source: equations 5 to 7; the
+    paper resets such weights to 1, the released code clamps them to [0.8, 1].
+    """
+    weights = future_kls.exp().clamp(*influence_bounds(config))
+    unsafe = (advantages < 0) & (ratios.detach() > config.safety_threshold)
+    safe_weights = weights.clamp(*SAFE_WEIGHTS) if config.safety_rule == "clamp" else torch.ones_like(weights)
+    return torch.where(unsafe, safe_weights, weights)

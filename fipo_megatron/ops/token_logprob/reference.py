@@ -1,0 +1,17 @@
+"""Log-probs and entropy by the textbook, from whole rows of logits and differentiated by autograd: the oracle."""
+
+from __future__ import annotations
+
+import torch
+
+
+def logprob_reference(
+    logits: torch.Tensor, target_ids: torch.Tensor, temperature: float, num_columns: int, with_entropy: bool
+) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """log p(target) [N] and the detached entropy [N] of softmax(logits / temperature) over the first `num_columns`."""
+    dtype = torch.promote_types(logits.dtype, torch.float32)
+    log_probs = torch.log_softmax(logits[:, :num_columns].to(dtype) / temperature, dim=-1)
+    target_logprobs = log_probs.gather(1, target_ids[:, None]).squeeze(1)
+    if not with_entropy:
+        return target_logprobs, None
+    return target_logprobs, -(log_probs.exp() * log_probs).sum(-1).detach()
