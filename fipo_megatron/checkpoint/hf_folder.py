@@ -1,0 +1,59 @@
+"""A Hugging Face folder as the policy leaves it: weights, config and tokenizer, whole or not there at all."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+from collections.abc import Iterable
+from pathlib import Path
+
+import torch
+from safetensors.torch import save_file
+
+MAX_FILE_BYTES = 4 << 30
+
+
+def write_hf_folder(weights: Iterable[tuple[str, torch.Tensor]], source: Path, target: Path) -> None:
+    """Write `weights` (Hugging Face names) to `target`, with everything but weights copied from `source`.
+
+    Written beside `target` and renamed at the end: a reader never sees half a folder. At most one file of
+    `MAX_FILE_BYTES` and the tensor at hand are in memory.
+    """
+    partial = target.with_name(f"{target.name}.partial-{os.getpid()}")
+    shutil.rmtree(partial, ignore_errors=True)
+    partial.mkdir(parents=True)
+    for path in source.iterdir():
+        if path.is_file() and ".safetensors" not in path.name:
+            shutil.copy(path, partial / path.name)
+    file_of = _write_files(weights, partial)
+    if len(set(file_of.values())) == 1:
+        os.rename(partial / next(iter(file_of.values())), partial / "model.safetensors")
+    else:
+        index = {"metadata": {}, "weight_map": file_of}
+        (partial / "model.safetensors.index.json").write_text(json.dumps(index, indent=2, sort_keys=True))
+    shutil.rmtree(target, ignore_errors=True)
+    os.rename(partial, target)
+
+
+def _write_files(weights: Iterable[tuple[str, torch.Tensor]], folder: Path) -> dict[str, str]:
+    """The file that holds each tensor."""
+    file_of: dict[str, str] = {}
+    pending: dict[str, torch.Tensor] = {}
+    pending_bytes = num_files = 0
+
+    def flush() -> None:
+        nonlocal pending, pending_bytes, num_files
+        num_files += 1
+        file = f"model-{num_files:05d}.safetensors"
+        save_file(pending, folder / file, metadata={"format": "pt"})
+        file_of.update(dict.fromkeys(pending, file))
+        pending, pending_bytes = {}, 0
+
+    for name, tensor in weights:
+        if pending and pending_bytes + tensor.nbytes > MAX_FILE_BYTES:
+            flush()
+        pending[name] = tensor.cpu().contiguous()
+        pending_bytes += tensor.nbytes
+    flush()
+    return file_of

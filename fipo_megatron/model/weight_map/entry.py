@@ -1,0 +1,87 @@
+"""How one Megatron parameter is cut from, and merged back into, Hugging Face tensors under tensor parallelism.
+
+Pure tensor slicing: no Megatron, no process groups. A source is anything that slices like a tensor (a torch tensor or a
+safetensors slice, of which only the wanted rows are read).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import torch
+import torch.nn.functional as F
+
+from fipo_megatron.model.hf_config import ModelShape
+
+ShardRule = Literal["replicated", "vocab", "row", "qkv", "gated"]
+
+
+@dataclass(frozen=True)
+class WeightMapEntry:
+    """One Megatron parameter, named with its global layer number.
+
+    Rules: `vocab` is cut along dim 0, padded with zero rows to the padded vocabulary; `row` along dim 1; `qkv` holds, for
+    each key-value group, its query heads, key head and value head, and is cut by groups; `gated` holds gate rows over up
+    rows, each cut along dim 0.
+    """
+
+    megatron_name: str
+    hf_names: tuple[str, ...]
+    rule: ShardRule
+
+
+def padded_vocab_size(vocab_size: int, tensor_parallel_size: int) -> int:
+    """The vocabulary size rounded up so that every tensor-parallel rank holds the same number of rows."""
+    return -(-vocab_size // tensor_parallel_size) * tensor_parallel_size
+
+
+def read_shard(
+    entry: WeightMapEntry, source: Callable[[str], Any], shape: ModelShape, rank: int, size: int
+) -> torch.Tensor:
+    """The part of a Megatron parameter that tensor-parallel rank `rank` of `size` holds, read from `source(hf_name)`."""
+    tensors = [source(name) for name in entry.hf_names]
+    if entry.rule == "replicated":
+        return tensors[0][:]
+    if entry.rule == "vocab":
+        rows = padded_vocab_size(shape.vocab_size, size) // size
+        shard = tensors[0][rank * rows : min((rank + 1) * rows, shape.vocab_size)]
+        return F.pad(shard, (0, 0, 0, rows - shard.shape[0]))
+    if entry.rule == "row":
+        columns = tensors[0].get_shape()[1] if hasattr(tensors[0], "get_shape") else tensors[0].shape[1]
+        return tensors[0][:, rank * (columns // size) : (rank + 1) * (columns // size)]
+    if entry.rule == "gated":
+        rows = shape.intermediate_size // size
+        return torch.cat([tensor[rank * rows : (rank + 1) * rows] for tensor in tensors])
+    groups = shape.num_key_value_heads // size
+    parts = []
+    for tensor, rows in zip(tensors, _qkv_rows(shape), strict=True):
+        part = tensor[rank * groups * rows : (rank + 1) * groups * rows]
+        parts.append(part.reshape(groups, rows, *part.shape[1:]))
+    return torch.cat(parts, dim=1).flatten(0, 1)
+
+
+def merge_shards(entry: WeightMapEntry, shards: Sequence[torch.Tensor], shape: ModelShape) -> dict[str, torch.Tensor]:
+    """The Hugging Face tensors `{name: tensor}` that the shards of all tensor-parallel ranks, in order, make up."""
+    if entry.rule == "replicated":
+        merged = [shards[0]]
+    elif entry.rule == "vocab":
+        merged = [torch.cat(list(shards))[: shape.vocab_size]]
+    elif entry.rule == "row":
+        merged = [torch.cat(list(shards), dim=1)]
+    elif entry.rule == "gated":
+        halves = [shard.chunk(2) for shard in shards]
+        merged = [torch.cat([half[i] for half in halves]) for i in range(2)]
+    else:
+        rows = _qkv_rows(shape)
+        full = torch.cat(list(shards))
+        by_group = full.reshape(shape.num_key_value_heads, sum(rows), *full.shape[1:])
+        merged = [part.flatten(0, 1) for part in by_group.split(list(rows), dim=1)]
+    return {name: tensor.contiguous() for name, tensor in zip(entry.hf_names, merged, strict=True)}
+
+
+def _qkv_rows(shape: ModelShape) -> tuple[int, int, int]:
+    """Rows of query, key and value that one key-value group holds."""
+    queries = shape.num_attention_heads // shape.num_key_value_heads * shape.head_dim
+    return queries, shape.head_dim, shape.head_dim

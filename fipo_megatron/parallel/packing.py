@@ -1,0 +1,111 @@
+"""From samples to microbatches: pure planning, then rows of tokens. No process groups, no CUDA."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+
+from fipo_megatron.parallel.context import zigzag_positions
+from fipo_megatron.types import TrainingBatch
+
+
+@dataclass(frozen=True)
+class MicrobatchPlan:
+    """What one data-parallel rank computes for a mini-batch: equal shapes, as a pipeline needs them."""
+
+    microbatches: tuple[tuple[int, ...], ...]  # sample indices; the last may hold fewer than num_rows
+    num_rows: int  # B of every microbatch
+    num_columns: int  # L of every microbatch, before context parallelism
+
+
+@dataclass(frozen=True)
+class PaddedRows:
+    """One microbatch of right-padded rows. Column t holds token t of a sample and speaks of token t + 1, its target.
+
+    Shapes `[B, L]`; under context parallelism `[B, L / cp]`, this rank's two zig-zag chunks of every row.
+    """
+
+    samples: tuple[int, ...]  # sample index of each row; rows beyond are padding
+    tokens: torch.Tensor  # int64
+    targets: torch.Tensor  # int64
+    position_ids: torch.Tensor  # int64
+    response_mask: torch.Tensor  # bool: the target is a response token
+    advantages: torch.Tensor  # float32, one value a row
+    old_logprobs: torch.Tensor  # float32, zeros where the batch has none
+    ref_logprobs: torch.Tensor | None  # float32
+
+
+def plan_microbatches(
+    samples: Sequence[int],
+    sample_lens: np.ndarray,
+    *,
+    data_rank: int,
+    data_size: int,
+    microbatch_samples: int,
+    column_multiple: int = 1,
+) -> MicrobatchPlan:
+    """The plan of data-parallel rank `data_rank`: every `data_size`-th sample, in order, in microbatches of equal shape.
+
+    `column_multiple`: 2 * cp * tp where context and sequence parallelism cut rows into equal chunks.
+    """
+    local = list(samples)[data_rank::data_size]
+    num_microbatches = -(-len(local) // microbatch_samples)
+    num_rows = -(-len(local) // num_microbatches)
+    longest = max(int(sample_lens[i]) for i in local) - 1
+    return MicrobatchPlan(
+        microbatches=tuple(tuple(local[i : i + num_rows]) for i in range(0, len(local), num_rows)),
+        num_rows=num_rows,
+        num_columns=-(-longest // column_multiple) * column_multiple,
+    )
+
+
+def make_padded_rows(
+    batch: TrainingBatch, plan: MicrobatchPlan, microbatch: int, *, context_rank: int = 0, context_size: int = 1
+) -> PaddedRows:
+    """The rows of one microbatch of a plan, cut for context-parallel rank `context_rank`."""
+    samples = plan.microbatches[microbatch]
+    shape = (plan.num_rows, plan.num_columns)
+    tokens, targets = np.zeros(shape, np.int64), np.zeros(shape, np.int64)
+    mask, advantages = np.zeros(shape, bool), np.zeros(shape, np.float32)
+    per_token = {"old_logprobs": batch.old_logprobs, "ref_logprobs": batch.ref_logprobs}
+    columns = {name: np.zeros(shape, np.float32) for name, values in per_token.items() if values is not None}
+    response_starts = _response_starts(batch)
+    for row, i in enumerate(samples):
+        ids = batch.token_ids[batch.cu_seqlens[i] : batch.cu_seqlens[i + 1]]
+        response = slice(int(batch.prompt_lens[i]) - 1, len(ids) - 1)
+        tokens[row, : len(ids) - 1], targets[row, : len(ids) - 1] = ids[:-1], ids[1:]
+        mask[row, response] = True
+        advantages[row] = batch.advantages[i]
+        for name, rows in columns.items():
+            values = per_token[name]
+            assert values is not None
+            rows[row, response] = values[response_starts[i] : response_starts[i + 1]]
+    positions = zigzag_positions([plan.num_columns], context_rank, context_size)
+
+    def local(full: np.ndarray) -> torch.Tensor:
+        return torch.from_numpy(full)[:, positions].contiguous()
+
+    return PaddedRows(
+        samples=samples,
+        tokens=local(tokens),
+        targets=local(targets),
+        position_ids=positions.expand(plan.num_rows, -1).contiguous(),
+        response_mask=local(mask),
+        advantages=local(advantages),
+        old_logprobs=local(columns.get("old_logprobs", np.zeros(shape, np.float32))),
+        ref_logprobs=local(columns["ref_logprobs"]) if "ref_logprobs" in columns else None,
+    )
+
+
+def split_responses(batch: TrainingBatch, flat: np.ndarray) -> list[np.ndarray]:
+    """Views of a flat response array `[R]`, one a sample."""
+    starts = _response_starts(batch)
+    return [flat[starts[i] : starts[i + 1]] for i in range(batch.num_samples)]
+
+
+def _response_starts(batch: TrainingBatch) -> np.ndarray:
+    response_lens = np.diff(batch.cu_seqlens) - batch.prompt_lens
+    return np.concatenate([[0], np.cumsum(response_lens)])

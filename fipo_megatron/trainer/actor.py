@@ -1,0 +1,174 @@
+"""Awaitable clients of the actors that hold the policy's ranks and the engine. With placement.py the only users of Ray."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import ray
+from ray.exceptions import RayActorError, RayTaskError
+
+from fipo_megatron.config.schema import OptimizerConfig, TimeoutsConfig
+from fipo_megatron.types import Generation, GenerationRequest, SamplingSettings, TrainingBatch
+
+GRACE_S = 5.0  # after a first failure: how long the others may take to name theirs, which may be the cause
+
+
+class WorkerError(RuntimeError):
+    """A worker failed, died or stalled; the message names the likeliest cause."""
+
+
+class PolicyClient:
+    """All ranks of the policy: every call goes to every rank, since most are collective."""
+
+    def __init__(self, actors: Sequence[Any], timeouts: TimeoutsConfig) -> None:
+        self.actors = {f"policy rank {rank}": actor for rank, actor in enumerate(actors)}
+        self.timeouts = timeouts
+
+    async def connect(self) -> None:
+        """Form the trainer's process groups."""
+        (port,) = await self._call("port", first_only=True, timeout_s=self.timeouts.startup_s)
+        await self._call("connect", port, timeout_s=self.timeouts.startup_s)
+
+    async def load(self, folder: Path, optimizer: OptimizerConfig, random_seed: int | None = None) -> None:
+        """Build model and optimizer from a Hugging Face folder."""
+        await self._call("load", folder, optimizer, random_seed, timeout_s=self.timeouts.startup_s)
+
+    async def put(self, batch: TrainingBatch) -> ray.ObjectRef:
+        """A handle of the batch in shared memory: calls that take a batch send it once, not once a rank."""
+        return ray.put(batch)
+
+    async def with_old_logprobs(self, batch: TrainingBatch) -> TrainingBatch:
+        """The batch with the trainer's log-probs of every response token."""
+        return replace(batch, old_logprobs=self._join(await self._call("logprobs", ray.put(batch))))
+
+    async def with_ref_logprobs(self, batch: TrainingBatch) -> TrainingBatch:
+        """The batch with the frozen reference policy's log-probs."""
+        return replace(batch, ref_logprobs=self._join(await self._call("ref_logprobs", ray.put(batch))))
+
+    async def update(self, batch: ray.ObjectRef, samples: Sequence[int], lr: float) -> dict[str, float]:
+        """Metrics of one optimizer step over the mini-batch of these samples."""
+        return (await self._call("update", batch, samples, lr))[0]
+
+    async def supervised_update(self, batch: TrainingBatch, lr: float) -> float:
+        """Mean negative log-likelihood of one supervised optimizer step over the whole batch."""
+        return (await self._call("supervised_update", ray.put(batch), range(batch.num_samples), lr))[0]
+
+    async def export(self, source: Path, target: Path) -> None:
+        """Write a Hugging Face folder."""
+        await self._call("export", source, target)
+
+    async def listen_for_engine(self) -> int:
+        """The port on which rank 0 will meet the engine's workers."""
+        return (await self._call("listen_for_engine", first_only=True))[0]
+
+    async def connect_engine(self, num_engine_workers: int) -> None:
+        """Form the weight group; run it while the engine connects."""
+        await self._call("connect_engine", num_engine_workers, first_only=True)
+
+    async def weight_metadata(self) -> list[tuple[str, tuple[int, ...], str]]:
+        """`(name, shape, dtype)` of the tensors that `push_weights` sends."""
+        return (await self._call("weight_metadata", first_only=True))[0]
+
+    async def push_weights(self) -> None:
+        """Send the weights to the engine; run it while the engine receives."""
+        await self._call("push_weights")
+
+    async def _call(
+        self, method: str, *args: Any, first_only: bool = False, timeout_s: float | None = None
+    ) -> list[Any]:
+        actors = dict(list(self.actors.items())[:1]) if first_only else self.actors
+        refs = {name: getattr(actor, method).remote(*args) for name, actor in actors.items()}
+        return await _gather(refs, method, timeout_s or self.timeouts.call_s)
+
+    @staticmethod
+    def _join(replies: Sequence[list[tuple[int, np.ndarray]] | None]) -> np.ndarray:
+        by_sample = dict(pair for reply in replies if reply is not None for pair in reply)
+        return np.concatenate([by_sample[i] for i in range(len(by_sample))])
+
+
+class EngineClient:
+    """An engine in an actor of its own: a RolloutClient."""
+
+    def __init__(self, actor: Any, timeouts: TimeoutsConfig) -> None:
+        self.actor = actor
+        self.timeouts = timeouts
+
+    async def ready(self) -> None:
+        """Return when the engine is up."""
+        await self._call("__ray_ready__", timeout_s=self.timeouts.startup_s)
+
+    async def generate(self, requests: Sequence[GenerationRequest], sampling: SamplingSettings) -> list[Generation]:
+        """One generation a request, in order."""
+        return await self._call("generate", requests, sampling)
+
+    async def connect_weights(self, address: str, port: int) -> None:
+        """Join the weight group."""
+        await self._call("connect_weights", address, port)
+
+    async def update_weights(self, tensors: Sequence[tuple[str, tuple[int, ...], str]], version: int) -> None:
+        """Receive the tensors that the trainer sends."""
+        await self._call("update_weights", tensors, version)
+
+    async def _call(self, method: str, *args: Any, timeout_s: float | None = None) -> Any:
+        ref = getattr(self.actor, method).remote(*args)
+        return (await _gather({"engine": ref}, method, timeout_s or self.timeouts.call_s))[0]
+
+
+async def _gather(refs: dict[str, ray.ObjectRef], method: str, timeout_s: float) -> list[Any]:
+    """Results in the order of `refs`.
+
+    Raises:
+        WorkerError: someone died, or did not answer within `timeout_s`.
+        Exception: what the worker that caused the failure raised.
+    """
+    tasks = {name: asyncio.ensure_future(_result(ref)) for name, ref in refs.items()}
+    _, pending = await asyncio.wait(tasks.values(), timeout=timeout_s, return_when=asyncio.FIRST_EXCEPTION)
+    failures = {name: task.exception() for name, task in tasks.items() if task.done() and task.exception()}
+    if not failures and not pending:
+        return [task.result() for task in tasks.values()]
+    if failures and pending:
+        await asyncio.wait(pending, timeout=GRACE_S)
+    silent = [name for name, task in tasks.items() if not task.done()]
+    failures = {name: task.exception() for name, task in tasks.items() if task.done() and task.exception()}
+    for name in silent:
+        tasks[name].cancel()
+    raise _cause(failures, silent, method, timeout_s)
+
+
+async def _result(ref: ray.ObjectRef) -> Any:
+    return await ref
+
+
+def _cause(failures: dict[str, BaseException | None], silent: list[str], method: str, timeout_s: float) -> BaseException:
+    """What to raise for failures of several workers: a death, else an error of its own, else a stall, else a lost peer."""
+    for name, failure in failures.items():
+        if isinstance(failure, RayActorError):
+            return WorkerError(f"{name} died during {method}: {_first_line(failure)}")
+    own = {name: f for name, f in failures.items() if not _is_lost_peer(f)}
+    if own:
+        name, failure = next(iter(own.items()))
+        cause = failure.cause if isinstance(failure, RayTaskError) else failure
+        assert cause is not None
+        cause.add_note(f"(raised by {name} during {method})")
+        return cause
+    if silent:
+        waited = f"the others waited for it: {_first_line(next(iter(failures.values())))}" if failures else f"{timeout_s:g} s"
+        return WorkerError(f"{', '.join(silent)} did not answer {method} ({waited}); it hangs or is stopped")
+    name, failure = next(iter(failures.items()))
+    return WorkerError(f"{name} lost a peer during {method}: {_first_line(failure)}")
+
+
+def _is_lost_peer(failure: BaseException | None) -> bool:
+    """Whether a failure is what a rank sees when ANOTHER one died or hangs."""
+    text = str(failure)
+    return any(sign in text for sign in ("gloo", "Gloo", "NCCL", "ncclUnhandled", "Connection closed by peer", "Timed out"))
+
+
+def _first_line(failure: BaseException | None) -> str:
+    lines = [line.strip() for line in str(failure).splitlines() if line.strip()]
+    return lines[-1][:300] if isinstance(failure, RayTaskError) else " ".join(lines)[:300]

@@ -1,0 +1,44 @@
+"""The algorithm: sample, judge, filter, weigh, update, push, and measure."""
+
+from __future__ import annotations
+
+import numpy as np
+
+from fipo_megatron.algorithm.advantage import group_advantages
+from fipo_megatron.rollout.collect import make_training_batch
+from fipo_megatron.trainer.run import Run, mean_metrics
+
+
+async def train(run: Run) -> None:
+    """Train the policy of `run` to the end: `training.num_steps` rollout batches, several updates each."""
+    config, policy = run.config, run.workers.policy
+    await run.workers.sync_weights(version=0)
+    run.record(0, await run.evaluate(), groups=[])
+
+    for step in range(1, config.training.num_steps + 1):
+        version = step - 1  # of the weights that sample this batch
+        with run.timers.phase("rollout"):
+            groups, metrics = await run.collect_groups(version)
+        rewards = np.array([[sample.reward for sample in group.samples] for group in groups])
+        advantages = group_advantages(rewards, by_std=config.algorithm.normalize_advantage_by_std)
+        batch = make_training_batch(groups, advantages.flatten())
+
+        with run.timers.phase("old_logprobs"):
+            batch = await policy.with_old_logprobs(batch)
+            if config.algorithm.reference_kl_coef > 0:
+                batch = await policy.with_ref_logprobs(batch)
+        metrics |= run.check_mismatch(groups, batch, version)
+
+        with run.timers.phase("train"):
+            handle = await policy.put(batch)
+            lr = run.learning_rate(step)
+            updates = [await policy.update(handle, samples, lr) for samples in run.mini_batches(step)]
+        metrics |= {f"train/{name}": value for name, value in mean_metrics(updates).items()}
+
+        with run.timers.phase("sync"):
+            await run.workers.sync_weights(version=step)
+        if step % config.evaluation.every_steps == 0 or step == config.training.num_steps:
+            metrics |= await run.evaluate()
+        run.record(step, metrics, groups)
+
+    await policy.export(run.model_folder, run.folder / "hf")

@@ -1,0 +1,138 @@
+"""Where the processes run: Ray starts them, loopback only, and every one of them is gone at the end."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import os
+import shutil
+import tempfile
+from pathlib import Path
+from types import TracebackType
+from typing import Any, Self
+
+import psutil
+import ray
+
+from fipo_megatron.config.schema import Config
+from fipo_megatron.model.platform import resolve_platform
+from fipo_megatron.rollout.hf import HfEngine
+from fipo_megatron.rollout.vllm import NUM_WORKERS, VllmEngine, vllm_environment
+from fipo_megatron.trainer.actor import EngineClient, PolicyClient, WorkerError
+from fipo_megatron.trainer.policy import MegatronPolicy
+
+logger = logging.getLogger(__name__)
+
+OBJECT_STORE_BYTES = 256 << 20
+SHUTDOWN_S = 10.0
+
+
+class Workers:
+    """The processes of a run: the policy's ranks and the engine. A context manager: leaving it ends them all."""
+
+    policy: PolicyClient
+    engine: EngineClient
+
+    def __init__(self, config: Config) -> None:
+        self.config = config
+        self.platform = resolve_platform(config.platform)
+        self._processes: set[psutil.Process] = set()
+
+    def __enter__(self) -> Self:
+        address = self.config.cluster.address
+        self._temp_dir = tempfile.mkdtemp(prefix="fipo-ray-")
+        os.environ["RAY_USAGE_STATS_ENABLED"] = "0"
+        ray.init(
+            num_cpus=self.config.parallel.world_size + NUM_WORKERS,
+            include_dashboard=False,
+            log_to_driver=False,
+            logging_level="ERROR",
+            object_store_memory=OBJECT_STORE_BYTES,
+            _node_ip_address=address,
+            _temp_dir=self._temp_dir,
+        )
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._remember_processes()
+        ray.shutdown()
+        _, alive = psutil.wait_procs(self._processes, timeout=0.5)
+        for process in alive:  # also those that are stopped and can't end by themselves
+            process.kill()
+        psutil.wait_procs(alive, timeout=SHUTDOWN_S)
+        shutil.rmtree(self._temp_dir, ignore_errors=True)
+
+    async def start_policy(self) -> None:
+        """Start the policy's ranks and form their process groups."""
+        gpus = 0 if self.platform.name == "cpu" else 1
+        options = self._options(num_gpus=gpus, environment={})
+        actor = ray.remote(MegatronPolicy)
+        world_size = self.config.parallel.world_size
+        self.policy = PolicyClient(
+            [actor.options(**options).remote(self.config, rank) for rank in range(world_size)], self.config.timeouts
+        )
+        await self.policy.connect()
+        self._remember_processes()
+
+    def start_engine(self, model_folder: Path) -> None:
+        """Begin to start the engine; `sync_weights` waits for it."""
+        self._model_folder = model_folder
+        on_cpu = self.platform.name == "cpu"
+        if self.config.rollout.engine == "vllm":
+            options = self._options(num_gpus=0 if on_cpu else 1, environment=vllm_environment(self.config, on_cpu))
+            actor = ray.remote(VllmEngine).options(**options).remote(model_folder, self.config)
+        else:
+            actor = ray.remote(HfEngine).options(**self._options(0, {})).remote(model_folder, self.config)
+        self.engine = EngineClient(actor, self.config.timeouts)
+        self._engine_connected = False
+
+    async def sync_weights(self, version: int) -> None:
+        """Push the policy's weights to the engine, as `version`. A half-updated engine is rebuilt, once."""
+        try:
+            await self._sync_weights(version)
+        except (WorkerError, ConnectionError) as error:
+            if "policy" in str(error):  # a dead or stalled trainer rank is not the engine's fault
+                raise
+            logger.warning("weight sync failed (%s); the engine is rebuilt", error)
+            ray.kill(self.engine.actor)
+            self.start_engine(self._model_folder)
+            await self._sync_weights(version)
+
+    async def _sync_weights(self, version: int) -> None:
+        if not self._engine_connected:
+            await self._connect_engine()
+        metadata = await self.policy.weight_metadata()
+        await _both(self.policy.push_weights(), self.engine.update_weights(metadata, version))
+
+    async def _connect_engine(self) -> None:
+        await self.engine.ready()
+        self._remember_processes()
+        port = await self.policy.listen_for_engine()
+        await _both(
+            self.policy.connect_engine(NUM_WORKERS), self.engine.connect_weights(self.config.cluster.address, port)
+        )
+        self._engine_connected = True
+
+    def _options(self, num_gpus: int, environment: dict[str, str]) -> dict[str, Any]:
+        base = {
+            "OMP_NUM_THREADS": "1",
+            "HF_HUB_OFFLINE": "1",
+            "TOKENIZERS_PARALLELISM": "false",
+            "CUDA_DEVICE_MAX_CONNECTIONS": "1",  # Megatron's tensor parallelism relies on the order of launches
+        }
+        if self.config.cluster.address.startswith("127."):
+            base["GLOO_SOCKET_IFNAME"] = "lo"
+        return {"num_cpus": 1, "num_gpus": num_gpus, "runtime_env": {"env_vars": base | environment}}
+
+    def _remember_processes(self) -> None:
+        self._processes.update(psutil.Process().children(recursive=True))
+
+
+async def _both(sender: Any, receiver: Any) -> None:
+    """Run both ends of a transfer; if one fails, the other's failure is awaited too, and the receiver's is raised."""
+    sent, received = await asyncio.gather(sender, receiver, return_exceptions=True)
+    for result in (received, sent):
+        if isinstance(result, BaseException):
+            raise result

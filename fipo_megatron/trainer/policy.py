@@ -1,0 +1,247 @@
+"""One rank of the policy: Megatron-Core model, optimizer, and the calls that the loop makes. Knows nothing of Ray."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import replace
+from functools import partial
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.distributed as dist
+
+from fipo_megatron.algorithm.loss_metrics import NUM_STATISTICS, all_reduce_statistics, loss_metrics, reduce_statistics
+from fipo_megatron.checkpoint.hf_folder import write_hf_folder
+from fipo_megatron.config.schema import Config, OptimizerConfig
+from fipo_megatron.model.hf_config import read_model_shape
+from fipo_megatron.model.platform import prepare_process, resolve_platform
+from fipo_megatron.parallel.context import merge_context_chunks
+from fipo_megatron.parallel.groups import initialize_groups, listening_socket, make_store
+from fipo_megatron.parallel.packing import PaddedRows, make_padded_rows, plan_microbatches
+from fipo_megatron.reshard.transport.collective import SENDER, BroadcastGroup
+from fipo_megatron.types import TrainingBatch
+
+
+class PolicyDivergedError(RuntimeError):
+    """An update would have lost the policy; it was not made."""
+
+
+class MegatronPolicy:
+    """Rank `rank` of the policy. Methods marked collective must be called on every rank."""
+
+    def __init__(self, config: Config, rank: int) -> None:
+        self.config = config
+        self.rank = rank
+        self.platform = resolve_platform(config.platform)
+        prepare_process(self.platform, config.parallel)
+        self.listener = listening_socket(config.cluster.address, config.cluster.master_port) if rank == 0 else None
+        self.weight_group: BroadcastGroup | None = None
+
+    def port(self) -> int:
+        """The port of the rendezvous; rank 0 holds it open until `connect`."""
+        assert self.listener is not None
+        return int(self.listener.getsockname()[1])
+
+    def connect(self, port: int) -> None:
+        """Join the trainer's process groups. Collective."""
+        config = self.config
+        timeout_s = config.timeouts.startup_s
+        store = make_store(config.cluster.address, port, config.parallel.world_size, timeout_s, self.listener)
+        self.groups = initialize_groups(
+            config.parallel, self.rank, store, self.platform.backend, config.timeouts.collective_s
+        )
+
+    def load(self, folder: Path, optimizer: OptimizerConfig, random_seed: int | None = None) -> None:
+        """Build model and optimizer of the folder's shape, with its weights, or random ones of a seed. Collective."""
+        from fipo_megatron.model.build import build_model, build_optimizer
+        from fipo_megatron.model.weights import PolicyWeights
+        from fipo_megatron.trainer.step import PipelineStep
+
+        shape = read_model_shape(folder)
+        seed = self.config.seed if random_seed is None else random_seed
+        model = build_model(self.config, shape, self.platform, self.groups, seed)
+        self.weights = PolicyWeights(model, shape, self.groups)
+        if random_seed is None:
+            self.weights.load(folder)
+        self.optimizer = build_optimizer(optimizer, self.config.parallel, model)
+        self.optimizer_settings = optimizer
+        self.step = PipelineStep(model, self.groups, shape.vocab_size)
+        self.reference = None
+        if self.config.algorithm.reference_kl_coef > 0:
+            self.reference = {name: p.detach().to("cpu", copy=True) for name, p in self.weights.parameters.items()}
+
+    # ---------------------------------------------------------------- log-probs
+
+    def logprobs(self, batch: TrainingBatch) -> list[tuple[int, np.ndarray]] | None:
+        """(sample, float32 log-probs `[T]` of its response) of this data-parallel rank's samples. Collective.
+
+        Only the reporting rank of each replica (see `reports`) returns them.
+        """
+        microbatches = self._microbatches(batch, range(batch.num_samples))
+        found: list[tuple[int, np.ndarray]] = []
+        temperature = self.config.rollout.temperature
+        for rows, logprobs in zip(microbatches, self.step.logprobs(microbatches, temperature), strict=False):
+            full = merge_context_chunks(torch.stack([logprobs, rows.response_mask.float()]), self.groups.context)
+            for row, sample in enumerate(rows.samples):
+                found.append((sample, full[0, row][full[1, row] > 0].float().cpu().numpy()))
+        return found if self.reports else None
+
+    def ref_logprobs(self, batch: TrainingBatch) -> list[tuple[int, np.ndarray]] | None:
+        """The same, by the frozen initial policy. Collective."""
+        assert self.reference is not None, "needs algorithm.reference_kl_coef > 0"
+        current = {name: p.detach().clone() for name, p in self.weights.parameters.items()}
+        self._set_parameters(self.reference)
+        try:
+            return self.logprobs(batch)
+        finally:
+            self._set_parameters(current)
+
+    @property
+    def reports(self) -> bool:
+        """Whether this rank speaks for its replica: last stage, first tensor- and context-parallel rank."""
+        groups = self.groups
+        return groups.is_last_stage and groups.tensor.rank() == 0 and groups.context.rank() == 0
+
+    # ---------------------------------------------------------------- updates
+
+    def update(self, batch: TrainingBatch, samples: Sequence[int], lr: float) -> dict[str, float]:
+        """Metrics of one optimizer step of FIPO's loss over a mini-batch. Collective; equal on every rank.
+
+        Raises:
+            PolicyDivergedError: the mini-batch's KL is beyond `training.max_policy_kl`, or loss or gradient is not finite;
+                the weights are left as they were.
+        """
+        from fipo_megatron.trainer.step import policy_loss
+
+        config = self.config
+        loss = partial(
+            policy_loss,
+            config=config.algorithm,
+            groups=self.groups,
+            sequence_norm=config.rollout.max_response_tokens,
+        )
+        statistics = self.step.gradients(self._microbatches(batch, samples), config.rollout.temperature, loss)
+        vector = self._all_reduce(statistics, NUM_STATISTICS)
+        metrics = loss_metrics(vector, config.algorithm)
+        if not math.isfinite(metrics["loss"]):
+            raise PolicyDivergedError(f"the loss of a mini-batch is {metrics['loss']}; lower optimizer.lr ({lr:g})")
+        if abs(metrics["policy_kl"]) > config.training.max_policy_kl:
+            raise PolicyDivergedError(
+                f"a mini-batch's policy KL is {metrics['policy_kl']:.4g}, beyond training.max_policy_kl = "
+                f"{config.training.max_policy_kl:g}; the update was not made: lower optimizer.lr ({lr:g}), raise "
+                "optimizer.warmup_steps, or use larger mini-batches"
+            )
+        return {**metrics, "grad_norm": self._optimizer_step(lr), "lr": lr}
+
+    def supervised_update(self, batch: TrainingBatch, samples: Sequence[int], lr: float) -> float:
+        """Mean negative log-likelihood per response token of one supervised optimizer step. Collective."""
+        from fipo_megatron.trainer.step import supervised_loss
+
+        statistics = self.step.gradients(self._microbatches(batch, samples), 1.0, supervised_loss)
+        total = torch.stack(statistics).sum(0) if statistics else torch.zeros(3, dtype=torch.float64)
+        dist.all_reduce(total, group=self.groups.data_context)
+        self._from_last_stage(total)
+        self._optimizer_step(lr)
+        return (total[0] / total[1]).item()
+
+    def _optimizer_step(self, lr: float) -> float:
+        """The gradient's norm before clipping."""
+        for group in self.optimizer.param_groups:
+            group["lr"] = lr * group["lr_mult"]
+            group["weight_decay"] = self.optimizer_settings.weight_decay * group["wd_mult"]
+        succeeded, grad_norm, _ = self.optimizer.step()
+        if not succeeded or not math.isfinite(grad_norm):
+            raise PolicyDivergedError(f"the gradient's norm is {grad_norm}; lower optimizer.lr ({lr:g})")
+        return float(grad_norm)
+
+    def _all_reduce(self, statistics: list[torch.Tensor], size: int) -> torch.Tensor:
+        """Statistics over microbatches, data- and context-parallel ranks, known on every stage."""
+        if self.groups.is_last_stage:
+            vector = all_reduce_statistics(
+                reduce_statistics(statistics).to(self.platform.device), self.groups.data_context
+            )
+        else:
+            vector = torch.zeros(size, dtype=torch.float64, device=self.platform.device)
+        self._from_last_stage(vector)
+        return vector
+
+    def _from_last_stage(self, vector: torch.Tensor) -> None:
+        if self.groups.pipeline.size() > 1:
+            dist.broadcast(vector, group=self.groups.pipeline, group_src=self.groups.pipeline.size() - 1)
+
+    def _microbatches(self, batch: TrainingBatch, samples: Sequence[int]) -> list[PaddedRows]:
+        config, context = self.config, self.groups.context
+        multiple = 2 * context.size() if context.size() > 1 else 1
+        if config.parallel.sequence_parallel:
+            multiple *= config.parallel.tensor
+        plan = plan_microbatches(
+            samples,
+            np.diff(batch.cu_seqlens),
+            data_rank=self.groups.data.rank(),
+            data_size=self.groups.data.size(),
+            microbatch_samples=config.training.microbatch_samples,
+            column_multiple=multiple,
+        )
+        rows = [
+            make_padded_rows(batch, plan, i, context_rank=context.rank(), context_size=context.size())
+            for i in range(len(plan.microbatches))
+        ]
+        return [replace(r, **{k: v.to(self.platform.device) for k, v in vars(r).items() if torch.is_tensor(v)}) for r in rows]
+
+    def _set_parameters(self, values: dict[str, torch.Tensor]) -> None:
+        with torch.no_grad():
+            for name, parameter in self.weights.parameters.items():
+                parameter.copy_(values[name])
+
+    # ---------------------------------------------------------------- weights out
+
+    def listen_for_engine(self) -> int:
+        """The port on which rank 0 will meet the engine's workers; a group from before is given up."""
+        self.weight_group = None
+        self.listener = listening_socket(self.config.cluster.address)
+        return self.port()
+
+    def connect_engine(self, num_engine_workers: int) -> None:
+        """Form the weight group with the engine's workers; rank 0 only, while the engine connects."""
+        timeouts = self.config.timeouts
+        self.weight_group = BroadcastGroup(
+            self.config.cluster.address, self.port(), SENDER, 1 + num_engine_workers, timeouts.collective_s, self.listener
+        )
+
+    def weight_metadata(self) -> list[tuple[str, tuple[int, ...], str]]:
+        """`(name, shape, dtype)` of the tensors that `push_weights` sends, in order."""
+        return self.weights.metadata()
+
+    def push_weights(self) -> None:
+        """Send the full weights to the engine's workers. Collective.
+
+        Raises:
+            ConnectionError: (rank 0) the engine is gone; the trainer's own ranks have finished their part and go on.
+        """
+        failure: RuntimeError | None = None
+        for name, tensor in self.weights.gather():
+            assert self.weight_group is not None, "connect_engine comes first"
+            if failure is None:
+                try:
+                    self.weight_group.send(tensor)
+                except RuntimeError as error:
+                    failure = RuntimeError(f"sending {name} to the engine failed: {error}")
+        if failure is not None:
+            self.weight_group = None
+            raise ConnectionError(str(failure))
+
+    def export(self, source: Path, target: Path) -> None:
+        """Write the policy as a Hugging Face folder, config and tokenizer from `source`. Collective."""
+        weights = self.weights.gather()
+        if self.rank == 0:
+            write_hf_folder(weights, source, target)
+        else:
+            for _ in weights:
+                pass
+
+    def close(self) -> None:
+        """Leave the process groups."""
+        self.weight_group = None
+        dist.destroy_process_group()

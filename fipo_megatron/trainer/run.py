@@ -1,0 +1,181 @@
+"""A run's parts around the algorithm: data, reward, run folder, records. loop.py puts them in order."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+
+from fipo_megatron.config.load import save_config
+from fipo_megatron.config.schema import Config
+from fipo_megatron.data.prompts import PromptSampler, held_out_prompts
+from fipo_megatron.data.tasks.arithmetic import ArithmeticTask
+from fipo_megatron.evaluation.protocol import evaluate
+from fipo_megatron.observability.metrics import MetricsWriter
+from fipo_megatron.observability.plots import plot_curves
+from fipo_megatron.observability.progress import Progress
+from fipo_megatron.observability.samples import write_samples
+from fipo_megatron.observability.timers import PhaseTimers
+from fipo_megatron.reward.judge import make_reward
+from fipo_megatron.rollout.collect import (
+    GroupBuffer,
+    SpreadGuard,
+    batch_metrics,
+    flat_rollout_logprobs,
+    generation_metrics,
+    group_samples,
+    is_fresh_token,
+    make_requests,
+    mismatch_metrics,
+)
+from fipo_megatron.trainer.placement import Workers
+from fipo_megatron.types import Decode, SampleGroup, SamplingSettings, TrainingBatch
+
+
+class Run:
+    """Everything that the loop needs, for one run folder."""
+
+    def __init__(
+        self, config: Config, folder: Path, workers: Workers, model_folder: Path, task: ArithmeticTask, progress: Progress
+    ) -> None:
+        self.config = config
+        self.folder = folder
+        self.workers = workers
+        self.model_folder = model_folder
+        self.progress = progress
+        self.timers = PhaseTimers()
+        self.decode = load_decode(model_folder)
+        self._judge = make_reward(config.reward, config.rollout.max_response_tokens)
+        self._sampler = PromptSampler(task, config.seed)
+        self._held_out = held_out_prompts(task, config.evaluation.num_problems)
+        self._buffer = GroupBuffer(config.dynamic_sampling)
+        self._spread = SpreadGuard(config.dynamic_sampling.max_steps_without_spread)
+        self._num_generation_batches = 0
+        self._metrics = MetricsWriter(folder / "metrics.jsonl")
+
+    async def collect_groups(self, version: int) -> tuple[list[SampleGroup], dict[str, float]]:
+        """The groups that a step trains on, sampled by weights `version` or left over, and their metrics."""
+        config = self.config
+        needed, generated, num_batches = config.rollout.prompts_per_step, list[SampleGroup](), 0
+        while len(self._buffer) < needed:
+            self._buffer.check_generation_batches(num_batches, needed)
+            groups = await self._generate_groups()
+            generated += groups
+            self._buffer.add(groups)
+            num_batches += 1
+        groups = self._buffer.take(needed)
+        if not config.dynamic_sampling.enabled:
+            self._spread.observe(groups)
+        metrics = generation_metrics(generated) | batch_metrics(groups, version) | {"generation_batches": num_batches}
+        return groups, {f"rollout/{name}": value for name, value in metrics.items()}
+
+    async def _generate_groups(self) -> list[SampleGroup]:
+        rollout, dynamic = self.config.rollout, self.config.dynamic_sampling
+        prompts = self._sampler.next_prompts(dynamic.generation_prompts if dynamic.enabled else rollout.prompts_per_step)
+        requests = make_requests(prompts, rollout.samples_per_prompt, self.config.seed, self._num_generation_batches)
+        self._num_generation_batches += 1
+        sampling = SamplingSettings(rollout.temperature, rollout.top_p, rollout.max_response_tokens)
+        generations = await self.workers.engine.generate(requests, sampling)
+        return group_samples(prompts, generations, rollout.samples_per_prompt, self._judge, self.decode)
+
+    def check_mismatch(self, groups: Sequence[SampleGroup], batch: TrainingBatch, version: int) -> dict[str, float]:
+        """How far engine and trainer log-probs of the fresh samples differ.
+
+        Raises:
+            RuntimeError: beyond `rollout.max_logprob_mismatch`: the engine does not hold the policy's weights.
+        """
+        assert batch.old_logprobs is not None
+        mismatch = mismatch_metrics(
+            flat_rollout_logprobs(groups), batch.old_logprobs, is_fresh_token(groups, version)
+        )
+        limit = self.config.rollout.max_logprob_mismatch
+        if limit is not None and mismatch.get("mismatch_max", 0.0) > limit:
+            raise RuntimeError(
+                f"engine and trainer log-probs differ by {mismatch['mismatch_max']:.3g}, beyond "
+                f"rollout.max_logprob_mismatch = {limit:g}: the engine does not sample from the policy that is trained"
+            )
+        return {f"rollout/{name}": value for name, value in mismatch.items()}
+
+    def mini_batches(self, step: int) -> list[list[int]]:
+        """Sample indices of each update of a step: whole groups, in a seeded order."""
+        config = self.config
+        order = np.random.default_rng([config.seed, step]).permutation(config.rollout.prompts_per_step)
+        size = config.rollout.samples_per_prompt
+        return [
+            [int(group) * size + i for group in order[start : start + config.training.mini_batch_prompts] for i in range(size)]
+            for start in range(0, len(order), config.training.mini_batch_prompts)
+        ]
+
+    def learning_rate(self, step: int) -> float:
+        """Constant after a linear warm-up over rollout steps."""
+        optimizer = self.config.optimizer
+        return optimizer.lr * min(1.0, step / max(optimizer.warmup_steps, 1))
+
+    async def evaluate(self) -> dict[str, float]:
+        """Held-out accuracy, sampled as configured and greedy."""
+        settings, limit = self.config.evaluation, self.config.rollout.max_response_tokens
+        metrics = {}
+        with self.timers.phase("eval"):
+            for prefix, sampling in (
+                ("", SamplingSettings(settings.temperature, settings.top_p, limit)),
+                ("greedy_", SamplingSettings(0.0, 1.0, limit)),
+            ):
+                requests = make_requests(self._held_out, 1, self.config.seed, generation_batch=-1)
+                generations = await self.workers.engine.generate(requests, sampling)
+                result = evaluate(self._held_out, generations, self._judge, self.decode)
+                metrics |= {f"eval/{prefix}{name}": value for name, value in result.items()}
+        return metrics
+
+    def record(self, step: int, metrics: dict[str, float], groups: Sequence[SampleGroup]) -> None:
+        """Write a step's metrics, samples and curves, and show the step."""
+        metrics = metrics | self.timers.collect()
+        self._metrics.write(step, metrics)
+        if groups:
+            write_samples(self.folder / "samples" / f"step_{step:06d}.jsonl", groups, self.decode)
+        if any(name.startswith("eval/") for name in metrics):
+            plot_curves(self.folder / "metrics.jsonl", self.folder / "curves.png")
+        self.progress.step(step, self.config.training.num_steps, metrics)
+
+
+def mean_metrics(updates: Sequence[dict[str, float]]) -> dict[str, float]:
+    """One value a name over the updates of a step: the largest of a maximum, the smallest of a minimum, else the mean."""
+    reduce = {"max": max, "min": min}
+    return {
+        name: reduce.get(name.rpartition("_")[2], lambda values: sum(values) / len(values))(
+            [update[name] for update in updates if name in update]
+        )
+        for name in dict.fromkeys(name for update in updates for name in update)
+    }
+
+
+def make_run_folder(config: Config, config_name: str) -> Path:
+    """A new folder of the run, with its resolved config in it.
+
+    Raises:
+        ValueError: `run.name` exists already and `run.overwrite` is off.
+    """
+    import shutil
+
+    root = Path(config.run.root)
+    name = config.run.name or f"{config_name}-seed{config.seed}"
+    folder = root / name
+    if folder.exists() and config.run.overwrite:
+        shutil.rmtree(folder)
+    elif folder.exists() and config.run.name is not None:
+        raise ValueError(f"run.name: {folder} exists; choose another name, or set run.overwrite=true to replace it")
+    number = 1
+    while folder.exists():
+        number += 1
+        folder = root / f"{name}-{number}"
+    folder.mkdir(parents=True)
+    save_config(config, folder / "config.yaml")
+    return folder.resolve()
+
+
+def load_decode(model_folder: Path) -> Decode:
+    """Text of token ids by the folder's tokenizer, special tokens left out."""
+    from transformers import AutoTokenizer
+
+    tokenizer = AutoTokenizer.from_pretrained(model_folder)
+    return lambda token_ids: tokenizer.decode(token_ids, skip_special_tokens=True)

@@ -1,0 +1,97 @@
+"""A small base policy for runs without a model folder: supervised on noisy traces, by the same actor, kept in a cache."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+from pathlib import Path
+
+import numpy as np
+
+from fipo_megatron.config.schema import Config, OptimizerConfig, WarmStartConfig
+from fipo_megatron.data.tasks.arithmetic import ArithmeticTask
+from fipo_megatron.observability.progress import Progress
+from fipo_megatron.trainer.actor import PolicyClient
+from fipo_megatron.types import TrainingBatch
+
+
+def base_policy_folder(config: Config) -> Path:
+    """Where the base policy of these settings is, or will be, cached: everything its weights depend on is in the name."""
+    assert config.warm_start is not None
+    settings = {
+        "warm_start": config.warm_start.model_dump(exclude={"cache_dir"}),
+        "task": config.task.model_dump(),
+        "parallel": config.parallel.model_dump(),  # sums round differently in another layout
+        "dtype": config.model.dtype,
+        "max_positions": _max_positions(config),
+    }
+    digest = hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()[:16]
+    return Path(config.warm_start.cache_dir).resolve() / f"arithmetic-{digest}"
+
+
+def write_skeleton(config: Config, task: ArithmeticTask, folder: Path) -> None:
+    """Write config and tokenizer of the base policy, without weights."""
+    from transformers import Qwen2Config
+
+    warm_start = config.warm_start
+    assert warm_start is not None
+    folder.mkdir(parents=True, exist_ok=True)
+    Qwen2Config(
+        architectures=["Qwen2ForCausalLM"],
+        vocab_size=task.vocab_size,
+        hidden_size=warm_start.hidden_size,
+        intermediate_size=warm_start.intermediate_size,
+        num_hidden_layers=warm_start.num_layers,
+        num_attention_heads=warm_start.num_attention_heads,
+        num_key_value_heads=warm_start.num_key_value_heads,
+        max_position_embeddings=_max_positions(config),
+        rms_norm_eps=1e-6,
+        tie_word_embeddings=warm_start.tie_word_embeddings,
+        eos_token_id=task.eos_token_id,
+        pad_token_id=task.pad_token_id,
+        bos_token_id=None,
+        dtype=config.model.dtype,
+    ).save_pretrained(folder)
+    task.write_tokenizer(folder)
+
+
+async def make_base_policy(
+    config: Config, task: ArithmeticTask, policy: PolicyClient, skeleton: Path, folder: Path, progress: Progress
+) -> None:
+    """Train a random policy of the skeleton's shape on noisy traces and write it to `folder`."""
+    warm_start = config.warm_start
+    assert warm_start is not None
+    optimizer = OptimizerConfig(lr=warm_start.lr, weight_decay=0.01, adam_beta2=0.95)
+    await policy.load(skeleton, optimizer, random_seed=warm_start.seed)
+    with progress.task("base policy", warm_start.num_steps) as advance:
+        for step in range(warm_start.num_steps):
+            batch = make_trace_batch(task, np.random.default_rng([warm_start.seed, step]), warm_start.batch_samples)
+            loss = await policy.supervised_update(batch, learning_rate(warm_start, step))
+            advance(f"loss {loss:.3f}")
+    await policy.export(skeleton, folder)
+
+
+def learning_rate(warm_start: WarmStartConfig, step: int) -> float:
+    """Linear warm-up, then a cosine down to a tenth."""
+    warmup = min(1.0, (step + 1) / max(warm_start.warmup_steps, 1))
+    return warm_start.lr * warmup * (0.55 + 0.45 * math.cos(math.pi * step / warm_start.num_steps))
+
+
+def make_trace_batch(task: ArithmeticTask, rng: np.random.Generator, num_samples: int) -> TrainingBatch:
+    """Prompts of the training split with noisy traces as their responses."""
+    prompts, sequences = [], []
+    for _ in range(num_samples):
+        problem = task.train_problem(rng)
+        prompts.append(task.encode(task.prompt_text(*problem)))
+        sequences.append([*prompts[-1], *task.encode(task.noisy_trace(rng, *problem)), task.eos_token_id])
+    return TrainingBatch(
+        token_ids=np.concatenate(sequences).astype(np.int64),
+        cu_seqlens=np.cumsum([0, *map(len, sequences)], dtype=np.int64),
+        prompt_lens=np.array([len(prompt) for prompt in prompts], np.int64),
+        advantages=np.zeros(num_samples, np.float32),
+    )
+
+
+def _max_positions(config: Config) -> int:
+    return config.rollout.max_prompt_tokens + config.rollout.max_response_tokens

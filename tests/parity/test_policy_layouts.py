@@ -1,0 +1,150 @@
+"""Every layout computes the update that transformers and torch's AdamW compute in one float64 process.
+
+One rollout batch, two mini-batches: in the second the policy has moved, so clipping, future-KL and weights are at work.
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from fipo_megatron.algorithm.fipo_loss import fipo_loss
+from fipo_megatron.config.schema import OptimizerConfig
+from fipo_megatron.types import TrainingBatch
+from tests.parity.policy_process import make_config, run_policy
+
+VOCAB = 33  # odd: Megatron pads it under tensor parallelism, and the phantom column must not count
+LR = 0.05
+# A large epsilon keeps Adam's first steps proportional to the gradient, so rounding isn't blown up to +-lr.
+OPTIMIZER = OptimizerConfig(lr=LR, weight_decay=0.1, adam_eps=0.05, adam_beta2=0.99, max_grad_norm=1.0)
+
+LAYOUTS = {
+    "tp1": {},
+    "tp2": {"tensor": 2},
+    "tp2_sp": {"tensor": 2, "sequence_parallel": True},
+    "dp2": {"data": 2},
+    "dp2_plain_optimizer": {"data": 2, "distributed_optimizer": False},
+    "pp2": {"pipeline": 2},
+    "cp2": {"context": 2},
+    "tp2_pp2": {"tensor": 2, "pipeline": 2},
+}
+
+
+@pytest.fixture(scope="module", params=[False, True], ids=["untied", "tied"])
+def folder(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    from transformers import Qwen2Config, Qwen2ForCausalLM
+
+    path = tmp_path_factory.mktemp("tied" if request.param else "untied")
+    torch.manual_seed(1)
+    config = Qwen2Config(
+        vocab_size=VOCAB,
+        hidden_size=64,
+        intermediate_size=96,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        max_position_embeddings=128,
+        tie_word_embeddings=request.param,
+        eos_token_id=1,
+        bos_token_id=None,
+        pad_token_id=0,
+    )
+    model = Qwen2ForCausalLM(config)
+    for name, parameter in model.named_parameters():
+        torch.nn.init.normal_(parameter, mean=1.0 if "norm" in name else 0.0, std=0.15)
+    model.save_pretrained(path)
+    return path
+
+
+@pytest.fixture(scope="module")
+def batch() -> TrainingBatch:
+    rng = np.random.default_rng(0)
+    prompt_lens = rng.integers(1, 9, 8)
+    response_lens = np.array([1, 30, 17, 5, 22, 9, 13, 28])
+    lens = prompt_lens + response_lens
+    return TrainingBatch(
+        token_ids=rng.integers(2, VOCAB, lens.sum()),
+        cu_seqlens=np.concatenate([[0], np.cumsum(lens)]),
+        prompt_lens=prompt_lens,
+        advantages=rng.normal(size=8).astype(np.float32),
+    )
+
+
+def oracle_logprobs(model: torch.nn.Module, batch: TrainingBatch, sample: int) -> torch.Tensor:
+    ids = torch.from_numpy(batch.token_ids[batch.cu_seqlens[sample] : batch.cu_seqlens[sample + 1]])
+    logprobs = model(ids[None]).logits[0, :-1].log_softmax(-1)
+    return logprobs.gather(-1, ids[1:, None])[int(batch.prompt_lens[sample]) - 1 :, 0]
+
+
+def oracle_update(folder: Path, batch: TrainingBatch, mini_batches: list[range]) -> tuple[list, dict, dict]:
+    """Old log-probs, the metrics of each update and the final weights, by transformers in float64."""
+    from transformers import Qwen2ForCausalLM
+
+    model = Qwen2ForCausalLM.from_pretrained(folder, dtype=torch.float64)
+    algorithm = make_config().algorithm
+    with torch.no_grad():
+        old = [oracle_logprobs(model, batch, i) for i in range(batch.num_samples)]
+    decay = [p for p in model.parameters() if p.dim() > 1]
+    no_decay = [p for p in model.parameters() if p.dim() == 1]
+    optimizer = torch.optim.AdamW(
+        [{"params": decay, "weight_decay": OPTIMIZER.weight_decay}, {"params": no_decay, "weight_decay": 0.0}],
+        lr=LR,
+        betas=(OPTIMIZER.adam_beta1, OPTIMIZER.adam_beta2),
+        eps=OPTIMIZER.adam_eps,
+    )
+    updates = []
+    for samples in mini_batches:
+        rows = [oracle_logprobs(model, batch, i) for i in samples]
+        pad = torch.nn.utils.rnn.pad_sequence
+        logprobs = pad(rows, batch_first=True)
+        mask = pad([torch.ones(len(r), dtype=torch.bool) for r in rows], batch_first=True)
+        advantages = torch.from_numpy(batch.advantages[list(samples)]).double()[:, None].expand_as(logprobs)
+        output = fipo_loss(logprobs, pad([old[i] for i in samples], batch_first=True), advantages, mask, algorithm)
+        loss = output.loss_sum / output.denominator
+        optimizer.zero_grad()
+        loss.backward()
+        norm = torch.nn.utils.clip_grad_norm_(model.parameters(), OPTIMIZER.max_grad_norm)
+        optimizer.step()
+        updates.append({"loss": loss.item(), "grad_norm": norm.item()})
+    return old, updates, {name: p.detach() for name, p in model.named_parameters()}
+
+
+@pytest.mark.multiproc
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_layout_equals_transformers(layout: str, folder: Path, batch: TrainingBatch, tmp_path: Path) -> None:
+    mini_batches = [range(0, 4), range(4, 8), range(0, 8)]
+    old, updates, weights = oracle_update(folder, batch, mini_batches)
+    with_old = replace(batch, old_logprobs=torch.cat(old).float().numpy())
+    config = make_config(folder, parallel=LAYOUTS[layout])
+    calls = [
+        ("load", (folder, OPTIMIZER)),
+        ("logprobs", (batch,)),
+        *[("update", (with_old, samples, LR)) for samples in mini_batches],
+        ("export", (folder, tmp_path / "hf")),
+        ("logprobs", (batch,)),
+    ]
+    _, before, *metrics, _, after = run_policy(config, calls)
+
+    logprobs = dict(pair for reply in before if reply is not None for pair in reply)
+    assert sorted(logprobs) == list(range(8))
+    for i in range(8):
+        np.testing.assert_allclose(logprobs[i], old[i].numpy(), atol=2e-5)
+    for ours, oracle in zip(metrics, updates, strict=True):
+        assert all(rank_metrics == ours[0] for rank_metrics in ours), "every rank reports the same metrics"
+        assert ours[0]["loss"] == pytest.approx(oracle["loss"], abs=2e-5)
+        assert ours[0]["grad_norm"] == pytest.approx(oracle["grad_norm"], rel=1e-4)
+    assert abs(metrics[2][0]["policy_kl"]) > 1e-2, "the third update must see a policy that has moved"
+
+    exported = load_file(tmp_path / "hf" / "model.safetensors")
+    assert sorted(exported) == sorted(weights)
+    start = load_file(folder / "model.safetensors")
+    for name, expected in weights.items():
+        moved = (expected - start[name]).norm()
+        assert (exported[name] - expected).norm() <= 1e-3 * moved, name
+    moved_logprobs = dict(pair for reply in after if reply is not None for pair in reply)
+    assert max(abs(moved_logprobs[i] - logprobs[i]).max() for i in range(8)) > 0.05

@@ -1,0 +1,69 @@
+"""Train a policy with FIPO (or DAPO, GRPO): one config is one run."""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import signal
+import sys
+import traceback
+from pathlib import Path
+
+EXAMPLES = """\
+examples:
+  tools/train.py configs/quickstart_cpu.yaml
+  tools/train.py configs/quickstart_cpu.yaml seed=1 training.num_steps=5
+  tools/train.py configs/quickstart_cpu.yaml algorithm.objective=dapo run.name=dapo
+  tools/train.py configs/quickstart_cpu.yaml parallel='{tensor: 1, data: 2}'
+
+The run folder (runs/<config>-seed<seed>/) gets config.yaml, metrics.jsonl, curves.png, samples/ and hf/, a Hugging Face
+folder of the trained policy. A failed run also leaves error.log, and the cause is the last line printed.
+"""
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(
+        description=__doc__, epilog=EXAMPLES, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("config", type=Path, help="YAML file, e.g. configs/quickstart_cpu.yaml")
+    parser.add_argument("overrides", nargs="*", metavar="key=value", help="settings that replace the file's")
+    arguments = parser.parse_args()
+    signal.signal(signal.SIGTERM, _interrupt)
+    folder: Path | None = None
+    try:
+        from fipo_megatron.config.load import load_config
+
+        config = load_config(arguments.config, arguments.overrides)
+        from fipo_megatron.trainer.launch import check_before_start, run_training
+        from fipo_megatron.trainer.run import make_run_folder
+
+        check_before_start(config)
+        folder = make_run_folder(config, arguments.config.stem)
+        asyncio.run(run_training(config, folder))
+    except KeyboardInterrupt:
+        print("interrupted; all worker processes have ended", file=sys.stderr)
+        return 130
+    except ValueError as error:
+        _log(folder)
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    except Exception as error:
+        _log(folder)
+        print(f"error: {type(error).__name__}: {error}", *getattr(error, "__notes__", []), file=sys.stderr)
+        return 1
+    return 0
+
+
+def _interrupt(signum: int, frame: object) -> None:
+    raise KeyboardInterrupt
+
+
+def _log(folder: Path | None) -> None:
+    if folder is None:
+        return
+    (folder / "error.log").write_text(traceback.format_exc())
+    print(f"traceback: {folder / 'error.log'}", file=sys.stderr)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
