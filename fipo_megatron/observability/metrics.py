@@ -9,6 +9,8 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any
 
+import numpy as np
+
 PREFIXES = ("rollout/", "train/", "eval/", "time/")
 
 
@@ -55,5 +57,5 @@ def read_metrics(path: Path) -> list[dict[str, Any]]:
 
 
 def _plain(value: float) -> int | float:
-    """Counts stay whole numbers; NumPy scalars become Python's."""
-    return int(value) if isinstance(value, int) else float(value)
+    """NumPy scalars as Python's; counts stay whole numbers."""
+    return value.item() if isinstance(value, np.generic) else value

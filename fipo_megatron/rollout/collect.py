@@ -142,8 +142,9 @@ class GroupBuffer:
                 f"dynamic_sampling.max_generation_batches: {num_batches} generation batches gave {len(self)} of the "
                 f"{needed} groups of a step (rollout.prompts_per_step); {self.num_without_spread} groups of this run "
                 "were all right or all wrong. Raise dynamic_sampling.max_generation_batches or "
-                "dynamic_sampling.generation_prompts, lower rollout.prompts_per_step, raise rollout.samples_per_prompt, "
-                "choose problems nearer to what the policy can do (task), or set dynamic_sampling.enabled=false"
+                "dynamic_sampling.generation_prompts, lower rollout.prompts_per_step, raise "
+                "rollout.samples_per_prompt, choose problems nearer to what the policy can do (task), or set "
+                "dynamic_sampling.enabled=false"
             )
 
     def take(self, n: int) -> list[SampleGroup]:

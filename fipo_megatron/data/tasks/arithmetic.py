@@ -152,7 +152,7 @@ class ArithmeticTask:
     def write_tokenizer(self, folder: Path) -> None:
         """Writes a Hugging Face tokenizer with the same tokens, for `AutoTokenizer.from_pretrained(folder)`.
 
-        It is a Qwen2 tokenizer without merges: beside a Qwen2 model, transformers 5 loads every other class as one, too.
+        It is a Qwen2 tokenizer without merges: beside a Qwen2 model, transformers 5 loads any other class as one too.
         """
         from transformers import AddedToken, Qwen2Tokenizer
 
