@@ -36,77 +36,39 @@ def fipo_loss(
     the mask of any type. `response_mask` marks the response tokens; what stands outside it may be anything. All
     log-probs are the trainer's, at the sampling temperature: `old_logprobs` from before the rollout batch's first
     update, `ref_logprobs` from the frozen reference (needed where reference_kl_coef > 0). `sequence_norm`: see
-    reduction.py.
-    Collectives over `context_group` (every rank must call): one all-gather for F, one all-reduce of counts a sequence.
-    Source: equations 3 to 8 of the paper in the form of the released code.
+    reduction.py. Collectives over `context_group` (every rank must call): one all-gather for F, one all-reduce of
+    counts a sequence. Source: equations 3 to 8 of the paper in the form of the released code.
     """
     _check_inputs(
-        logprobs,
-        segments,
-        config,
-        old_logprobs=old_logprobs,
-        advantages=advantages,
-        response_mask=response_mask,
-        entropy=entropy,
-        ref_logprobs=ref_logprobs,
-    )
+        logprobs, segments, config, ref_logprobs,
+        old_logprobs=old_logprobs, advantages=advantages, response_mask=response_mask, entropy=entropy,
+    )  # fmt: skip
     if segments is None:
         segments = _rows_as_segments(logprobs)
-    mask = response_mask.reshape(-1).bool()
-    logprobs = logprobs.reshape(-1)
-    advantages = torch.where(mask, advantages.reshape(-1).to(logprobs.dtype), 0)
-
-    log_ratios = log_ratio(logprobs, old_logprobs.reshape(-1).to(logprobs.dtype), mask)
+    logprobs, mask = logprobs.flatten(), response_mask.flatten().bool()
+    advantages = torch.where(mask, advantages.flatten().to(logprobs), 0)
+    log_ratios = log_ratio(logprobs, old_logprobs.flatten().to(logprobs), mask)
     ratios = log_ratios.exp()
+
     future_kls = weights = None
-    weighted_advantages = advantages
     if config.objective == "fipo":
         future_kls = future_kl(log_ratios, mask, config, segments, context_group)
         weights = influence_weights(future_kls, ratios, advantages, config)
-        weighted_advantages = advantages * weights
-    surrogate = _clipped_surrogate(ratios, weighted_advantages, advantages, config)
-
-    counts = torch.stack([count_per_segment(mask, segments), count_per_segment(surrogate.dual_clipped, segments)])
-    if context_group is not None:
-        dist.all_reduce(counts, group=context_group)
-    tokens_per_segment, dual_clipped_per_segment = counts
-    dropped = torch.zeros_like(tokens_per_segment, dtype=torch.bool)
-    if config.objective == "fipo":
-        dropped = dual_clipped_per_segment > MAX_DUAL_CLIPPED_TOKENS
-    kept = mask & ~expand_to_tokens(dropped, segments, len(mask))
-
-    token_losses, reference_kl = surrogate.losses, None
+    surrogate = _clipped_surrogate(ratios, advantages, weights, config)
+    kept = _find_kept(mask, surrogate.dual_clipped, segments, config, context_group)
+    losses, reference_kl = surrogate.losses, None
     if ref_logprobs is not None:
-        reference_kl = _reference_kl(logprobs, ref_logprobs.reshape(-1).to(logprobs.dtype), mask)
-        if config.reference_kl_coef > 0:
-            token_losses = token_losses + config.reference_kl_coef * reference_kl
+        reference_kl = _reference_kl(logprobs, ref_logprobs.flatten().to(logprobs), mask)
+        losses = losses + config.reference_kl_coef * reference_kl
     loss_sum, denominator = reduce_loss(
-        token_losses,
-        kept,
-        tokens_per_segment * ~dropped,
-        segments,
-        config.loss_aggregation,
-        sequence_norm=sequence_norm,
-        context_group=context_group,
+        losses, kept.tokens, kept.per_segment, segments, config.loss_aggregation, sequence_norm, context_group
     )
-    statistics = loss_statistics(
-        TokenTerms(
-            response_mask=mask,
-            log_ratios=log_ratios.detach(),
-            advantages=advantages,
-            clipped=surrogate.clipped,
-            dual_clipped=surrogate.dual_clipped,
-            future_kls=future_kls,
-            influence_weights=weights,
-            entropy=None if entropy is None else entropy.detach().reshape(-1),
-            reference_kl=None if reference_kl is None else reference_kl.detach(),
-        ),
-        config,
-        loss_sum=loss_sum.detach(),
-        denominator=denominator,
-        dropped_sequences=dropped.sum() * counts_sequences(context_group),
-    )
-    return LossOutput(loss_sum, denominator, statistics)
+    terms = TokenTerms(
+        mask, log_ratios, advantages, surrogate.clipped, surrogate.dual_clipped,
+        future_kls, weights, None if entropy is None else entropy.flatten(), reference_kl,
+    )  # fmt: skip
+    dropped_sequences = kept.dropped.sum() * counts_sequences(context_group)
+    return LossOutput(loss_sum, denominator, loss_statistics(terms, config, loss_sum, denominator, dropped_sequences))
 
 
 @dataclass(frozen=True)
@@ -117,18 +79,43 @@ class _Surrogate:
 
 
 def _clipped_surrogate(
-    ratios: torch.Tensor, weighted_advantages: torch.Tensor, advantages: torch.Tensor, config: AlgorithmConfig
+    ratios: torch.Tensor, advantages: torch.Tensor, weights: torch.Tensor | None, config: AlgorithmConfig
 ) -> _Surrogate:
     """PPO's surrogate with an asymmetric clip, bounded above for A < 0; zero where the advantage is."""
-    unclipped = -weighted_advantages * ratios
-    at_bound = -weighted_advantages * ratios.clamp(1 - config.clip_ratio_low, 1 + config.clip_ratio_high)
+    weighted = advantages if weights is None else advantages * weights
+    unclipped = -weighted * ratios
+    at_bound = -weighted * ratios.clamp(1 - config.clip_ratio_low, 1 + config.clip_ratio_high)
     losses = torch.maximum(unclipped, at_bound)
     clipped = at_bound > unclipped
     if config.dual_clip_ratio is None:
         return _Surrogate(losses, clipped, torch.zeros_like(clipped))
-    limit = -weighted_advantages * config.dual_clip_ratio
+    limit = -weighted * config.dual_clip_ratio
     dual_clipped = (advantages < 0) & (losses > limit)
-    return _Surrogate(torch.where(weighted_advantages < 0, torch.minimum(losses, limit), losses), clipped, dual_clipped)
+    return _Surrogate(torch.where(weighted < 0, torch.minimum(losses, limit), losses), clipped, dual_clipped)
+
+
+@dataclass(frozen=True)
+class _Kept:
+    tokens: torch.Tensor  # bool [N], tokens that count
+    per_segment: torch.Tensor  # int64 [num_segments], their number in each whole sequence, over context-parallel ranks
+    dropped: torch.Tensor  # bool [num_segments], sequences with too many dual-clipped tokens
+
+
+def _find_kept(
+    mask: torch.Tensor,
+    dual_clipped: torch.Tensor,
+    segments: SegmentTable,
+    config: AlgorithmConfig,
+    context_group: ProcessGroup | None,
+) -> _Kept:
+    """Response tokens but for those of dropped sequences. Collective over `context_group`: one all-reduce."""
+    counts = torch.stack([count_per_segment(mask, segments), count_per_segment(dual_clipped, segments)])
+    if context_group is not None:
+        dist.all_reduce(counts, group=context_group)
+    tokens_per_segment, dual_clipped_per_segment = counts
+    limit = MAX_DUAL_CLIPPED_TOKENS if config.objective == "fipo" else torch.inf
+    dropped = dual_clipped_per_segment > limit
+    return _Kept(mask & ~expand_to_tokens(dropped, segments, len(mask)), tokens_per_segment * ~dropped, dropped)
 
 
 def _reference_kl(logprobs: torch.Tensor, ref_logprobs: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
@@ -146,7 +133,8 @@ def _check_inputs(
     logprobs: torch.Tensor,
     segments: SegmentTable | None,
     config: AlgorithmConfig,
-    **per_token: torch.Tensor | None,
+    ref_logprobs: torch.Tensor | None,
+    **others: torch.Tensor | None,
 ) -> None:
     if logprobs.dtype not in (torch.float32, torch.float64):
         raise ValueError(f"logprobs is {logprobs.dtype}, too coarse for ratios: pass float32 or float64")
@@ -158,10 +146,10 @@ def _check_inputs(
         raise ValueError(
             f"segments end at token {int(segments.cu_seqlens[-1])}, logprobs has {len(logprobs)}: pass this rank's"
         )
-    for name, value in per_token.items():
+    for name, value in {"ref_logprobs": ref_logprobs, **others}.items():
         if value is not None and value.shape != logprobs.shape:
             raise ValueError(f"{name} is {list(value.shape)}, logprobs {list(logprobs.shape)}: pass one value a token")
-    if config.reference_kl_coef > 0 and per_token["ref_logprobs"] is None:
+    if config.reference_kl_coef > 0 and ref_logprobs is None:
         raise ValueError(
             f"reference_kl_coef={config.reference_kl_coef} needs ref_logprobs: pass them, or set the coefficient to 0"
         )

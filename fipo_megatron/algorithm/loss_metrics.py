@@ -60,7 +60,7 @@ NUM_STATISTICS = NUM_SUMS + len(MINIMA) + len(MAXIMA)
 
 @dataclass(frozen=True)
 class TokenTerms:
-    """What the loss knows about each token of a microbatch, [N] without gradient; only response tokens are read."""
+    """What the loss knows about each token of a microbatch, [N]; only response tokens are read."""
 
     response_mask: torch.Tensor
     log_ratios: torch.Tensor
@@ -101,10 +101,10 @@ class LossStatistics:
         return math.exp(BIN_UNIT * math.sinh(position / BINS_PER_ASINH))
 
 
+@torch.no_grad()
 def loss_statistics(
     terms: TokenTerms,
     config: AlgorithmConfig,
-    *,
     loss_sum: torch.Tensor,
     denominator: torch.Tensor,
     dropped_sequences: torch.Tensor,
@@ -145,7 +145,8 @@ def loss_statistics(
         }
         minima = {"influence": weights, "influence_raw": raw}
         maxima |= minima
-    bins = (torch.asinh(terms.log_ratios / BIN_UNIT) * BINS_PER_ASINH).round().long() + BINS_A_SIDE
+    # Where a policy is lost to NaN the loss says so; counting must not fail before.
+    bins = (torch.asinh(terms.log_ratios / BIN_UNIT) * BINS_PER_ASINH).nan_to_num().round().long() + BINS_A_SIDE
     histograms = torch.bincount(
         (bins + NUM_BINS * negative)[positive | negative], minlength=len(SIGNS) * NUM_BINS
     ).double()

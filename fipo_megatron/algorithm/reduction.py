@@ -22,6 +22,7 @@ from __future__ import annotations
 
 import torch
 from torch.distributed import ProcessGroup
+from torch.nn.functional import pad
 
 from fipo_megatron.config.schema import LossAggregation
 from fipo_megatron.types import SegmentTable
@@ -33,7 +34,6 @@ def reduce_loss(
     kept_per_segment: torch.Tensor,
     segments: SegmentTable,
     aggregation: LossAggregation,
-    *,
     sequence_norm: int | None = None,
     context_group: ProcessGroup | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
@@ -65,7 +65,7 @@ def counts_sequences(context_group: ProcessGroup | None) -> bool:
 
 def count_per_segment(flags: torch.Tensor, segments: SegmentTable) -> torch.Tensor:
     """Number of set `flags` [N] in each segment of this rank, int64 [num_segments]."""
-    running = torch.nn.functional.pad(flags.cumsum(0), (1, 0))
+    running = pad(flags.cumsum(0), (1, 0))
     return running[segments.cu_seqlens.to(flags.device)].diff()
 
 
