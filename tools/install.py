@@ -16,7 +16,8 @@ import shutil
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Container, Iterable, Sequence
+from collections.abc import Callable, Container, Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -169,6 +170,17 @@ def check_imports(modules: Sequence[str]) -> None:
         )
 
 
+@contextmanager
+def locked(folder: Path) -> Iterator[None]:
+    """Keeps other installs waiting: two at once would undo each other."""
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX)
+        yield
+    finally:
+        os.close(descriptor)
+
+
 def install() -> None:
     """Builds or completes the environment; the stamp is written last."""
     if sys.version_info < (3, 11):  # noqa: UP036, any Python may run this file
@@ -178,8 +190,8 @@ def install() -> None:
         print("install: .venv is up to date")
         return
     start_s = time.monotonic()
-    make_environment()
     STAMP.unlink(missing_ok=True)
+    make_environment()
     LOG.unlink(missing_ok=True)
     for name in remove_half_installed(next(VENV.glob("lib/python*/site-packages"))):
         print(f"install: {name} was left unfinished, installing it again")
@@ -202,10 +214,9 @@ def main(arguments: Sequence[str]) -> int:
     if arguments[:1] == ["--print-requirements"]:
         print_requirements(arguments[1], arguments[2:])
         return 0
-    folder = os.open(ROOT, os.O_RDONLY)
-    fcntl.flock(folder, fcntl.LOCK_EX)  # two installs at once would undo each other; the lock ends with the process
     try:
-        install()
+        with locked(ROOT):
+            install()
     except InstallError as error:
         print(error, file=sys.stderr)
         return 1

@@ -16,7 +16,7 @@ MIN_ENGINE_HEAD_SIZE = 32  # vLLM's attention on CPU dies at start with smaller 
 INFLUENCE_KEYS = ("half_life_tokens", "influence_clip", "influence_clip_high_only", "safety_threshold", "safety_rule")
 
 
-class ModelShape(NamedTuple):
+class LayoutSizes(NamedTuple):
     """The sizes of a transformer that a parallel layout has to divide, named as in Hugging Face's config.json."""
 
     hidden_size: int
@@ -49,9 +49,11 @@ def check_model_folder(path: Path, parallel: ParallelConfig) -> dict[str, Any]:
         raise ValueError(f"{key}: no such folder; give a Hugging Face folder with config.json, tokenizer and weights")
     _raise([f"{key}: {problem}" for problem in _find_missing_files(path)], "model folder")
     try:
-        hf_config: dict[str, Any] = json.loads((path / "config.json").read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise ValueError(f"{key}: config.json is not JSON ({error}); copy it from the model again") from None
+        hf_config = json.loads((path / "config.json").read_text(encoding="utf-8"))
+    except ValueError:
+        hf_config = None
+    if not isinstance(hf_config, dict):
+        raise ValueError(f"{key}: config.json is not a JSON object; copy it from the model again")
     _raise([f"{key}: {problem}" for problem in _find_architecture_problems(hf_config, parallel)], "model folder")
     return hf_config
 
@@ -140,7 +142,7 @@ def _find_objective_problems(algorithm: AlgorithmConfig) -> Iterator[str]:
 
 
 def _find_warm_start_problems(warm_start: WarmStartConfig, config: Config) -> Iterator[str]:
-    shape = ModelShape(
+    shape = LayoutSizes(
         warm_start.hidden_size,
         warm_start.intermediate_size,
         warm_start.num_layers,
@@ -156,7 +158,7 @@ def _find_warm_start_problems(warm_start: WarmStartConfig, config: Config) -> It
             f"vLLM needs {MIN_ENGINE_HEAD_SIZE} or more; use fewer heads or a larger warm_start.hidden_size"
         )
     if head_size % 2:
-        yield f"warm_start.hidden_size = {warm_start.hidden_size}: gives odd heads of {head_size}; rotary embedding needs even"
+        yield f"warm_start.hidden_size = {warm_start.hidden_size}: heads of {head_size}; rotary embedding needs even"
     if warm_start.batch_samples % config.parallel.data:
         yield (
             f"warm_start.batch_samples = {warm_start.batch_samples}: "
@@ -164,7 +166,7 @@ def _find_warm_start_problems(warm_start: WarmStartConfig, config: Config) -> It
         )
 
 
-def _find_shape_problems(shape: ModelShape, parallel: ParallelConfig) -> Iterator[str]:
+def _find_shape_problems(shape: LayoutSizes, parallel: ParallelConfig) -> Iterator[str]:
     """Lines that begin with the size's name, for each pair in which the second doesn't divide the first."""
     divisors = (
         ("hidden_size", "num_attention_heads", shape.num_attention_heads),
@@ -204,9 +206,9 @@ def _find_architecture_problems(hf_config: dict[str, Any], parallel: ParallelCon
     ):
         yield f"architectures = {architectures!r} in config.json; supported: {', '.join(SUPPORTED_ARCHITECTURES)}"
         return
-    sizes = {name: hf_config.get(name) for name in ModelShape._fields}
+    sizes = {name: hf_config.get(name) for name in LayoutSizes._fields}
     good_sizes = {name: size for name, size in sizes.items() if isinstance(size, int) and size > 0}
     for name in sizes.keys() - good_sizes.keys():
         yield f"{name} = {sizes[name]!r} in config.json; must be a positive whole number"
     if len(good_sizes) == len(sizes):
-        yield from _find_shape_problems(ModelShape(**good_sizes), parallel)
+        yield from _find_shape_problems(LayoutSizes(**good_sizes), parallel)

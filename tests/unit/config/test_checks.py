@@ -1,0 +1,220 @@
+"""What is refused: contradictions between values, unusable model folders, taken ports. Every refusal names its key."""
+
+import json
+import re
+import socket
+from pathlib import Path
+
+import pytest
+
+from fipo_megatron.config.checks import check_config, check_model_folder, check_port
+from fipo_megatron.config.load import load_config, save_config
+from fipo_megatron.config.schema import Config, ParallelConfig
+
+QUICKSTART = Path(__file__).parents[3] / "configs/quickstart_cpu.yaml"
+HF_CONFIG = {
+    "architectures": ["Qwen2ForCausalLM"],
+    "hidden_size": 128,
+    "intermediate_size": 256,
+    "num_hidden_layers": 4,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+}
+
+
+def quickstart(*overrides: str) -> Config:
+    return load_config(QUICKSTART, overrides)
+
+
+@pytest.fixture
+def model_folder(tmp_path):
+    (tmp_path / "config.json").write_text(json.dumps(HF_CONFIG))
+    (tmp_path / "tokenizer.json").write_text("{}")
+    (tmp_path / "model.safetensors").touch()
+    return tmp_path
+
+
+@pytest.mark.parametrize(
+    "overrides",
+    [
+        [],
+        ["model.dtype=bfloat16"],
+        ["algorithm.reference_kl_coef=0.01"],
+        ["algorithm.objective=dapo"],
+        ["algorithm.objective=grpo", "algorithm.clip_ratio_high=0.3"],
+        ["warm_start=null", "model.path=models/qwen2"],
+        ["parallel={tensor: 2, pipeline: 2, context: 2, data: 2, sequence_parallel: true}"],
+        ["reward.overlong_buffer_tokens=64"],
+        ["dynamic_sampling.generation_prompts=8", "dynamic_sampling.max_generation_batches=4"],
+        ["dynamic_sampling={enabled: false, generation_prompts: 1, max_generation_batches: 1}"],
+        ["warm_start.num_attention_heads=8", "rollout.engine=hf"],
+    ],
+    ids=" ".join,
+)
+def test_sound_configurations_pass_and_pass_again_when_saved(overrides, tmp_path):
+    config = quickstart(*overrides)
+    check_config(config)
+    save_config(config, tmp_path / "resolved.yaml")
+    check_config(load_config(tmp_path / "resolved.yaml"))
+
+
+@pytest.mark.parametrize(
+    ("overrides", "line"),
+    [
+        (["warm_start=null"], "model.path = None: no policy; "),
+        (["model.path=here"], "model.path = 'here': warm_start makes another policy; "),
+        (
+            ["training.mini_batch_prompts=5"],
+            "training.mini_batch_prompts = 5: must divide rollout.prompts_per_step = 32",
+        ),
+        (["training.mini_batch_prompts=64"], "training.mini_batch_prompts = 64: must divide "),
+        (["parallel.data=3", "warm_start.batch_samples=33"], "parallel.data = 3: must divide the 64 samples "),
+        (["dynamic_sampling.generation_prompts=5"], "dynamic_sampling.generation_prompts = 5: times "),
+        (["reward.overlong_buffer_tokens=65"], "reward.overlong_buffer_tokens = 65: must be at most "),
+        (["parallel={sequence_parallel: true}"], "parallel.sequence_parallel = True: shards "),
+        (["parallel.context=41"], "parallel.context = 41: cuts a sequence into 82 chunks, the longest has 80 tokens"),
+        (["algorithm={objective: dapo, half_life_tokens: 8}"], "algorithm.half_life_tokens = 8.0: has no effect "),
+        (["algorithm={objective: dapo, influence_clip: 0}"], "algorithm.influence_clip = 0.0: has no effect "),
+        (
+            ["algorithm={objective: dapo, influence_clip_high_only: false}"],
+            "algorithm.influence_clip_high_only = False: has no effect ",
+        ),
+        (["algorithm={objective: grpo, safety_threshold: 3}"], "algorithm.safety_threshold = 3.0: has no effect "),
+        (["algorithm={objective: grpo, safety_rule: reset}"], "algorithm.safety_rule = 'reset': has no effect "),
+        (
+            ["warm_start={hidden_size: 130}"],
+            "warm_start.hidden_size = 130: must be a multiple of num_attention_heads = 4",
+        ),
+        (
+            ["warm_start={hidden_size: 384, num_attention_heads: 6, num_key_value_heads: 4}"],
+            "warm_start.num_attention_heads = 6: must be a multiple of num_key_value_heads = 4",
+        ),
+        (
+            ["warm_start.num_key_value_heads=1"],
+            "warm_start.num_key_value_heads = 1: must be a multiple of parallel.tensor",
+        ),
+        (
+            ["warm_start.intermediate_size=255"],
+            "warm_start.intermediate_size = 255: must be a multiple of parallel.tensor",
+        ),
+        (["parallel.pipeline=3"], "warm_start.num_layers = 4: must be a multiple of parallel.pipeline = 3"),
+        (["warm_start.num_attention_heads=8"], "warm_start.num_attention_heads = 8: gives heads of 16, vLLM needs 32 "),
+        (["warm_start.hidden_size=132"], "warm_start.hidden_size = 132: heads of 33; "),
+        (["parallel.data=4", "warm_start.batch_samples=30"], "warm_start.batch_samples = 30: must be a multiple of "),
+    ],
+)
+def test_a_contradiction_is_named(overrides, line):
+    with pytest.raises(ValueError, match="configuration: 1 problem") as error:
+        check_config(quickstart(*overrides))
+    assert str(error.value).splitlines()[1].startswith(f"  {line}")
+
+
+def test_all_contradictions_come_in_one_message():
+    with pytest.raises(ValueError, match="configuration: 3 problem") as error:
+        check_config(quickstart("training.mini_batch_prompts=5", "warm_start=null", "reward.overlong_buffer_tokens=99"))
+    assert len(str(error.value).splitlines()) == 4
+
+
+def test_a_model_folder_gives_its_config(model_folder):
+    assert check_model_folder(model_folder, ParallelConfig(tensor=2, pipeline=4)) == HF_CONFIG
+
+
+def test_a_byte_pair_vocabulary_and_sharded_weights_pass(model_folder):
+    (model_folder / "tokenizer.json").unlink()
+    (model_folder / "vocab.json").touch()
+    (model_folder / "merges.txt").touch()
+    (model_folder / "model.safetensors").rename(model_folder / "model-00001-of-00001.safetensors")
+    index = {"weight_map": {"lm_head.weight": "model-00001-of-00001.safetensors"}}
+    (model_folder / "model.safetensors.index.json").write_text(json.dumps(index))
+    check_model_folder(model_folder, ParallelConfig())
+
+
+def test_a_missing_folder_is_named(tmp_path):
+    with pytest.raises(ValueError, match=r"model\.path = '.*none': no such folder; give"):
+        check_model_folder(tmp_path / "none", ParallelConfig())
+
+
+@pytest.mark.parametrize(
+    ("file", "message"),
+    [
+        ("config.json", "has no config.json"),
+        ("tokenizer.json", "has no tokenizer"),
+        ("model.safetensors", "has no weights"),
+    ],
+)
+def test_a_missing_file_is_named(model_folder, file, message):
+    (model_folder / file).unlink()
+    with pytest.raises(ValueError, match=rf"1 problem[\s\S]*model\.path = .*{message}.*; (copy|convert)"):
+        check_model_folder(model_folder, ParallelConfig())
+
+
+def test_all_missing_files_come_in_one_message(tmp_path):
+    with pytest.raises(ValueError, match=r"3 problem[\s\S]*config\.json[\s\S]*tokenizer[\s\S]*weights"):
+        check_model_folder(tmp_path, ParallelConfig())
+
+
+def test_a_missing_weight_file_is_named(model_folder):
+    index = {"weight_map": {"a": "model.safetensors", "b": "second.safetensors", "c": "second.safetensors"}}
+    (model_folder / "model.safetensors.index.json").write_text(json.dumps(index))
+    with pytest.raises(ValueError, match=r"lacks 1 of 2 weight files, second\.safetensors the first"):
+        check_model_folder(model_folder, ParallelConfig())
+
+
+@pytest.mark.parametrize(
+    ("change", "parallel", "message"),
+    [
+        (
+            {"architectures": ["LlamaForCausalLM"]},
+            {},
+            "architectures = ['LlamaForCausalLM'] in config.json; supported: Qwen2",
+        ),
+        ({"architectures": None}, {}, "architectures = None"),
+        ({"hidden_size": None}, {}, "hidden_size = None in config.json; must be a positive whole number"),
+        ({"hidden_size": "128"}, {}, "hidden_size = '128' in config.json"),
+        ({"num_attention_heads": 0}, {}, "num_attention_heads = 0 in config.json"),
+        ({"num_key_value_heads": 3}, {}, "num_attention_heads = 4: must be a multiple of num_key_value_heads = 3"),
+        ({}, {"tensor": 4}, "num_key_value_heads = 2: must be a multiple of parallel.tensor = 4"),
+        ({}, {"pipeline": 3}, "num_hidden_layers = 4: must be a multiple of parallel.pipeline = 3"),
+    ],
+)
+def test_an_unusable_model_is_named(model_folder, change, parallel, message):
+    (model_folder / "config.json").write_text(json.dumps(HF_CONFIG | change))
+    with pytest.raises(ValueError, match=r"model folder: 1 problem[\s\S]*model\.path = .*" + re.escape(message)):
+        check_model_folder(model_folder, ParallelConfig(**parallel))
+
+
+@pytest.mark.parametrize("content", ["{", "\xff\xfe", "[]"])
+def test_a_config_that_is_no_json_object_is_named(model_folder, content):
+    (model_folder / "config.json").write_bytes(content.encode("latin-1"))
+    with pytest.raises(ValueError, match=r"model\.path = .*config\.json is not a JSON object"):
+        check_model_folder(model_folder, ParallelConfig())
+
+
+def test_a_taken_port_is_named_and_a_free_one_passes():
+    with socket.socket() as listener:
+        listener.bind(("127.0.0.1", 0))
+        listener.listen()
+        port = listener.getsockname()[1]
+        with pytest.raises(ValueError, match=rf"cluster\.master_port = {port}: is taken on 127\.0\.0\.1; use 0"):
+            check_port("127.0.0.1", port)
+    check_port("127.0.0.1", port)
+
+
+def test_a_port_whose_last_connections_linger_is_free():
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        port = listener.getsockname()[1]
+        client = socket.create_connection(("127.0.0.1", port))
+        connection, _ = listener.accept()
+        connection.close()  # closed first by the server: its end stays in TIME_WAIT
+        client.close()
+    check_port("127.0.0.1", port)
+
+
+def test_any_free_port_passes():
+    check_port("127.0.0.1", 0)
+
+
+@pytest.mark.parametrize("address", ["192.0.2.1", "no such host"])
+def test_an_address_of_no_interface_is_named(address):
+    with pytest.raises(ValueError, match=rf"cluster\.address = '{address}': can't listen there"):
+        check_port(address, 0)

@@ -1,0 +1,98 @@
+"""Sizes of files and functions, and forbidden names. An exception is listed with its reason."""
+
+import ast
+from collections.abc import Iterator
+from pathlib import Path
+from typing import NamedTuple
+
+import pytest
+
+ROOT = Path(__file__).parents[2]
+FILES = sorted(path for folder in ("fipo_megatron", "tools", "examples") for path in (ROOT / folder).rglob("*.py"))
+
+FILE_LINES = 500
+FUNCTION_LINES = 60
+KERNEL_LINES = 150  # a Triton kernel is one function by nature
+TRAIN_LINES = 100  # train() is the algorithm, read from top to bottom
+FORBIDDEN_NAMES = {"utils", "util", "helpers", "helper", "common", "misc"}
+
+# "path" or "path:function" -> (lines allowed, reason)
+EXCEPTIONS: dict[str, tuple[int, str]] = {}
+
+
+class Size(NamedTuple):
+    """A file's or function's lines, docstring and comments included."""
+
+    name: str  # "path" or "path:function"
+    lines: int
+    allowed: int
+
+
+def function_budget(path: Path, function: ast.FunctionDef | ast.AsyncFunctionDef) -> int:
+    if any("jit" in ast.unparse(decorator) for decorator in function.decorator_list):
+        return KERNEL_LINES
+    if path == ROOT / "fipo_megatron/trainer/loop.py" and function.name == "train":
+        return TRAIN_LINES
+    return FUNCTION_LINES
+
+
+def measure(path: Path, source: str) -> Iterator[Size]:
+    name = path.relative_to(ROOT).as_posix()
+    yield Size(name, len(source.splitlines()), FILE_LINES)
+    for node in ast.walk(ast.parse(source)):
+        if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef):
+            assert node.end_lineno is not None
+            yield Size(f"{name}:{node.name}", node.end_lineno - node.lineno + 1, function_budget(path, node))
+
+
+def allowed_lines(size: Size) -> int:
+    return EXCEPTIONS[size.name][0] if size.name in EXCEPTIONS else size.allowed
+
+
+SIZES = [size for path in FILES for size in measure(path, path.read_text())]
+
+
+def test_files_and_functions_keep_their_budgets(capsys):
+    files = [size for size in SIZES if ":" not in size.name]
+    functions = [size for size in SIZES if ":" in size.name]
+    with capsys.disabled():
+        print(f"\nbudget: {len(files)} files, {len(functions)} functions, {sum(size.lines for size in files)} lines")
+        for kind, sizes in (("file", files), ("function", functions)):
+            fullest = max(sizes, key=lambda size: size.lines / allowed_lines(size))
+            print(f"budget: fullest {kind} {fullest.name}, {fullest.lines} of {allowed_lines(fullest)} lines")
+        for name, (lines, reason) in EXCEPTIONS.items():
+            print(f"budget: exception {name}, {lines} lines: {reason}")
+    assert [size for size in SIZES if size.lines > allowed_lines(size)] == []
+
+
+def test_exceptions_are_needed():
+    sizes = {size.name: size for size in SIZES}
+    assert [name for name in EXCEPTIONS if name not in sizes or sizes[name].lines <= sizes[name].allowed] == []
+
+
+@pytest.mark.parametrize(
+    ("source", "allowed"),
+    [
+        ("def f():\n    return 1\n", FUNCTION_LINES),
+        ("async def f():\n    return 1\n", FUNCTION_LINES),
+        ("@triton.jit\ndef f():\n    return 1\n", KERNEL_LINES),
+        ("@triton.autotune(configs=[])\n@triton.jit\ndef f():\n    return 1\n", KERNEL_LINES),
+        ("class A:\n    def f(self):\n        return 1\n", FUNCTION_LINES),
+    ],
+)
+def test_measuring(source, allowed):
+    file, function = measure(ROOT / "fipo_megatron/x.py", source)
+    assert (file.lines, file.allowed) == (len(source.splitlines()), FILE_LINES)
+    assert (function.name, function.lines, function.allowed) == ("fipo_megatron/x.py:f", 2, allowed)
+
+
+def test_the_training_loop_has_its_own_budget():
+    _, function = measure(ROOT / "fipo_megatron/trainer/loop.py", "async def train():\n    pass\n")
+    assert function.allowed == TRAIN_LINES
+
+
+def test_no_file_has_a_name_that_says_nothing():
+    tests = (ROOT / "tests").rglob("*.py")
+    for path in [*FILES, *tests]:
+        words = {part.removesuffix(".py").removeprefix("test_") for part in path.relative_to(ROOT).parts}
+        assert words.isdisjoint(FORBIDDEN_NAMES), f"{path.relative_to(ROOT)}: name it after what it holds"

