@@ -27,7 +27,8 @@ class Prompt:
 
 @dataclass(frozen=True)
 class SamplingSettings:
-    """How an engine samples; the log-probs it returns are those AFTER the temperature (top-p does not enter them)."""
+    """How an engine samples; the log-probs it returns are those of the distribution it sampled from (after temperature
+    and top-p)."""
 
     temperature: float  # 0 is greedy
     top_p: float

@@ -34,12 +34,15 @@ def main() -> int:
         from fipo_megatron.config.load import load_config
 
         config = load_config(arguments.config, arguments.overrides)
+        from fipo_megatron.observability.progress import Progress
         from fipo_megatron.trainer.launch import check_before_start, run_training
         from fipo_megatron.trainer.run import make_run_folder
 
         check_before_start(config)
         folder = make_run_folder(config, arguments.config.stem)
-        asyncio.run(run_training(config, folder))
+        with Progress() as progress:
+            progress.note(f"run folder: {folder}")
+            asyncio.run(run_training(config, folder, progress))
     except KeyboardInterrupt:
         print("interrupted; all worker processes have ended", file=sys.stderr)
         return 130

@@ -21,19 +21,21 @@ def write_hf_folder(weights: Iterable[tuple[str, torch.Tensor]], source: Path, t
     `MAX_FILE_BYTES` and the tensor at hand are in memory.
     """
     partial = target.with_name(f"{target.name}.partial-{os.getpid()}")
-    shutil.rmtree(partial, ignore_errors=True)
     partial.mkdir(parents=True)
-    for path in source.iterdir():
-        if path.is_file() and ".safetensors" not in path.name:
-            shutil.copy(path, partial / path.name)
-    file_of = _write_files(weights, partial)
-    if len(set(file_of.values())) == 1:
-        os.rename(partial / next(iter(file_of.values())), partial / "model.safetensors")
-    else:
-        index = {"metadata": {}, "weight_map": file_of}
-        (partial / "model.safetensors.index.json").write_text(json.dumps(index, indent=2, sort_keys=True))
-    shutil.rmtree(target, ignore_errors=True)
-    os.rename(partial, target)
+    try:
+        for path in source.iterdir():
+            if path.is_file() and ".safetensors" not in path.name:
+                shutil.copy(path, partial / path.name)
+        file_of = _write_files(weights, partial)
+        if len(set(file_of.values())) == 1:
+            os.rename(partial / next(iter(file_of.values())), partial / "model.safetensors")
+        else:
+            index = {"metadata": {}, "weight_map": file_of}
+            (partial / "model.safetensors.index.json").write_text(json.dumps(index, indent=2, sort_keys=True))
+        shutil.rmtree(target, ignore_errors=True)
+        os.rename(partial, target)
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
 
 
 def _write_files(weights: Iterable[tuple[str, torch.Tensor]], folder: Path) -> dict[str, str]:

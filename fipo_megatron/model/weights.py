@@ -114,9 +114,9 @@ def open_safetensors(folder: Path) -> Callable[[str], Any]:
 
     def get_slice(name: str) -> Any:
         file = files.get(name, "model.safetensors")
-        if file not in opened:
-            opened[file] = safe_open(folder / file, framework="pt")
         try:
+            if file not in opened:
+                opened[file] = safe_open(folder / file, framework="pt")
             return opened[file].get_slice(name)
         except Exception as error:
             raise ValueError(f"model.path: {folder} has no tensor {name!r} in {file}; is the download complete?") from error

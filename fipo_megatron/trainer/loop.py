@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import numpy as np
-
-from fipo_megatron.algorithm.advantage import group_advantages
+from fipo_megatron.algorithm.advantage import group_relative_advantages
 from fipo_megatron.rollout.collect import make_training_batch
 from fipo_megatron.trainer.run import Run, mean_metrics
 
@@ -19,9 +17,12 @@ async def train(run: Run) -> None:
         version = step - 1  # of the weights that sample this batch
         with run.timers.phase("rollout"):
             groups, metrics = await run.collect_groups(version)
-        rewards = np.array([[sample.reward for sample in group.samples] for group in groups])
-        advantages = group_advantages(rewards, by_std=config.algorithm.normalize_advantage_by_std)
-        batch = make_training_batch(groups, advantages.flatten())
+        advantages = group_relative_advantages(
+            [sample.reward for group in groups for sample in group.samples],
+            [len(group.samples) for group in groups],
+            normalize_by_std=config.algorithm.normalize_advantage_by_std,
+        )
+        batch = make_training_batch(groups, advantages)
 
         with run.timers.phase("old_logprobs"):
             batch = await policy.with_old_logprobs(batch)

@@ -118,7 +118,7 @@ class Run:
         metrics = {}
         with self.timers.phase("eval"):
             for prefix, sampling in (
-                ("", SamplingSettings(settings.temperature, settings.top_p, limit)),
+                ("sampled_", SamplingSettings(settings.temperature, settings.top_p, limit)),
                 ("greedy_", SamplingSettings(0.0, 1.0, limit)),
             ):
                 requests = make_requests(self._held_out, 1, self.config.seed, generation_batch=-1)

@@ -1,0 +1,78 @@
+"""An engine in a process of its own, called over a pipe: what its Ray actor does in a run, without Ray."""
+
+from __future__ import annotations
+
+import multiprocessing as mp
+import os
+import traceback
+from pathlib import Path
+from types import TracebackType
+from typing import Any, Self
+
+from fipo_megatron.config.schema import Config
+from fipo_megatron.rollout.vllm import vllm_environment
+
+START_S, CALL_S = 180, 120
+
+
+class EngineProcess:
+    """`with EngineProcess("vllm", folder, config) as engine: engine.call("generate", requests, sampling)`."""
+
+    def __init__(self, engine: str, folder: Path, config: Config) -> None:
+        context = mp.get_context("spawn")
+        self._pipe, child = context.Pipe()
+        self._process = context.Process(target=_serve, args=(child, engine, folder, config), daemon=True)
+
+    def start(self, method: str, *arguments: Any) -> None:
+        """Send a call; `result` fetches what it returns."""
+        self._pipe.send((method, arguments))
+
+    def result(self, timeout_s: float = CALL_S) -> Any:
+        """What the started call returned; a RuntimeError with its traceback if it raised."""
+        if not self._pipe.poll(timeout_s):
+            raise TimeoutError(f"the engine's process did not answer within {timeout_s} s")
+        value, error = self._pipe.recv()
+        if error:
+            raise RuntimeError(error)
+        return value
+
+    def call(self, method: str, *arguments: Any) -> Any:
+        """Start a call and wait for it."""
+        self.start(method, *arguments)
+        return self.result()
+
+    def __enter__(self) -> Self:
+        self._process.start()
+        self.result(START_S)
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._pipe.close()
+        self._process.kill()
+        self._process.join()
+
+
+def _serve(pipe: Any, engine: str, folder: Path, config: Config) -> None:
+    os.environ.update(vllm_environment(config, on_cpu=True) | {"OMP_NUM_THREADS": "1"})
+    try:
+        if engine == "vllm":
+            from fipo_megatron.rollout.vllm import VllmEngine as Engine
+        else:
+            from fipo_megatron.rollout.hf import HfEngine as Engine  # type: ignore[assignment]
+        served = Engine(folder, config)
+        pipe.send((None, None))
+    except BaseException:
+        pipe.send((None, traceback.format_exc()))
+        return
+    while True:
+        try:
+            method, arguments = pipe.recv()
+        except EOFError:
+            return
+        try:
+            value = getattr(served, method)(*arguments)
+            pipe.send((value, None))
+        except Exception:
+            pipe.send((None, traceback.format_exc()))

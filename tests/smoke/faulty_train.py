@@ -1,0 +1,44 @@
+"""tools/train.py with one part of the driver broken on purpose; FAULT in the environment names it."""
+
+from __future__ import annotations
+
+import math
+import os
+import runpy
+from pathlib import Path
+from typing import Any
+
+import ray
+
+from fipo_megatron.reward import judge
+from fipo_megatron.reward.base import Verdict
+from fipo_megatron.trainer.actor import EngineClient
+
+
+def reward_raises(response: str, ground_truth: str) -> Verdict:
+    raise KeyError("no such rule")
+
+
+def reward_is_nan(response: str, ground_truth: str) -> Verdict:
+    return Verdict(math.nan, 0.0, "")
+
+
+update_weights = EngineClient.update_weights
+
+
+async def engine_dies_in_second_update(self: EngineClient, tensors: Any, version: int) -> None:
+    if version == 1 and not getattr(EngineClient, "has_died", False):
+        EngineClient.has_died = True  # type: ignore[attr-defined]
+        pending = self.actor.update_weights.remote(tensors[:-1], version)  # stops half way: the last tensor is not read
+        await pending
+        ray.kill(self.actor)
+    await update_weights(self, tensors, version)
+
+
+if __name__ == "__main__":
+    fault = os.environ["FAULT"]
+    if fault == "engine_dies_in_second_update":
+        EngineClient.update_weights = engine_dies_in_second_update  # type: ignore[method-assign]
+    else:
+        judge.RULES["dapo"] = {"reward_raises": reward_raises, "reward_is_nan": reward_is_nan}[fault]
+    runpy.run_path(str(Path(__file__).parents[2] / "tools" / "train.py"), run_name="__main__")

@@ -1,0 +1,102 @@
+"""Whole runs: what they leave, that they repeat bit for bit, and that nothing can be reached from outside."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import numpy as np
+import psutil
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from tests.smoke.train_process import TrainProcess
+
+pytestmark = pytest.mark.multiproc
+
+
+def run_once(folder: Path, *overrides: str) -> Path:
+    folder.mkdir()
+    cache = f"warm_start.cache_dir={folder.parent / 'cache'}"
+    finished = TrainProcess(folder, [cache, *overrides]).finish(timeout_s=240)
+    assert finished.code == 0, finished.output
+    return finished.folder
+
+
+@pytest.fixture(scope="module")
+def runs(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    root = tmp_path_factory.mktemp("runs")
+    return {
+        "first": run_once(root / "first"),
+        "again": run_once(root / "again"),
+        "other_seed": run_once(root / "other_seed", "seed=1"),
+    }
+
+
+def metrics(run: Path) -> list[dict[str, float]]:
+    lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    return [{key: value for key, value in line.items() if not key.startswith("time/")} for line in lines]
+
+
+def test_run_folder_is_complete(runs: dict[str, Path]) -> None:
+    run = runs["first"]
+    names = {path.name for path in run.iterdir()}
+    assert names == {"config.yaml", "metrics.jsonl", "curves.png", "samples", "hf"}
+    assert (run / "curves.png").read_bytes()[:4] == b"\x89PNG"
+    lines = metrics(run)
+    assert [line["step"] for line in lines] == [0, 1, 2, 3]
+    for line in lines[1:]:
+        assert line["rollout/trained_groups"] == 8
+        assert line["rollout/mismatch_max"] <= 1e-3
+        assert line["train/grad_norm"] > 0
+    for line in (lines[0], lines[-1]):
+        assert 0 <= line["eval/sampled_accuracy"] <= 1
+    samples = [json.loads(line) for line in (run / "samples" / "step_000001.jsonl").read_text().splitlines()]
+    assert len(samples) == 8 * 4
+    assert {sample["weight_version"] for sample in samples} == {0}
+
+
+def test_exported_folder_speaks_for_the_policy_in_transformers_alone(runs: dict[str, Path]) -> None:
+    """The log-probs that the engine recorded in the last step are near those of the exported weights, one step later."""
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    run = runs["first"]
+    model = AutoModelForCausalLM.from_pretrained(run / "hf", dtype=torch.float32).eval()
+    tokenizer = AutoTokenizer.from_pretrained(run / "hf")
+    lines = (run / "samples" / "step_000003.jsonl").read_text().splitlines()
+    differences = []
+    for line in lines:
+        sample = json.loads(line)
+        assert tokenizer.decode(sample["response_ids"], skip_special_tokens=True) == sample["text"]
+        ids = torch.tensor([sample["prompt_ids"] + sample["response_ids"]])
+        with torch.no_grad():
+            logprobs = model(ids).logits[0, :-1].log_softmax(-1).gather(-1, ids[0, 1:, None])[:, 0]
+        response = logprobs[len(sample["prompt_ids"]) - 1 :].numpy()
+        differences.append(np.abs(response - np.array(sample["rollout_logprobs"])).mean())
+    assert 0 < np.mean(differences) < 0.05  # four updates away, no more
+
+
+def test_one_seed_gives_one_run_bit_for_bit(runs: dict[str, Path]) -> None:
+    first, again, other = runs["first"], runs["again"], runs["other_seed"]
+    assert metrics(first) == metrics(again)
+    assert metrics(first) != metrics(other)
+    for step in (1, 2, 3):
+        name = f"samples/step_{step:06d}.jsonl"
+        assert (first / name).read_bytes() == (again / name).read_bytes()
+        assert (first / name).read_bytes() != (other / name).read_bytes()
+    weights = [load_file(run / "hf" / "model.safetensors") for run in (first, again, other)]
+    assert all(torch.equal(weights[0][name], weights[1][name]) for name in weights[0])
+    assert any(not torch.equal(weights[0][name], weights[2][name]) for name in weights[0])
+
+
+def test_nothing_listens_beyond_loopback(tmp_path: Path) -> None:
+    run = TrainProcess(tmp_path, [f"warm_start.cache_dir={tmp_path / 'cache'}"])
+    run.wait_for("step 1/")
+    pids = {process.pid for process in run.tree()}
+    listening = [c for c in psutil.net_connections("inet") if c.pid in pids and c.status == psutil.CONN_LISTEN]
+    assert len(listening) > 3, "found the run's sockets"
+    beyond = [c for c in listening if not c.laddr.ip.removeprefix("::ffff:").startswith("127.") and c.laddr.ip != "::1"]
+    finished = run.finish(timeout_s=120)
+    assert finished.code == 0, finished.output
+    assert not beyond

@@ -1,0 +1,44 @@
+from __future__ import annotations
+
+import importlib.metadata
+
+import pytest
+
+from fipo_megatron.config.schema import ParallelConfig
+from fipo_megatron.model.platform import CPU_PATCHES, Platform, check_cpu_versions, prepare_process, resolve_platform
+
+EVERY = {"current_device", "factories", "random_state", "tensor_type"}
+
+
+@pytest.mark.parametrize(
+    ("parallel", "more"),
+    [
+        (ParallelConfig(tensor=2), set()),
+        (ParallelConfig(data=2), set()),
+        (ParallelConfig(pipeline=2), {"synchronize", "cuda_moves"}),
+        (ParallelConfig(context=2), {"cuda_moves"}),
+    ],
+)
+def test_a_layout_gets_the_patches_it_needs_and_no_more(parallel: ParallelConfig, more: set[str]) -> None:
+    assert {patch.name for patch in CPU_PATCHES if patch.needed_by(parallel)} == EVERY | more
+
+
+def test_cuda_is_left_alone() -> None:
+    assert prepare_process(Platform("cuda"), ParallelConfig(tensor=2)) == []
+
+
+@pytest.mark.parametrize("version", ["0.15.3", "0.20.0"])
+def test_an_untested_version_is_refused(version: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    real = importlib.metadata.version
+    monkeypatch.setattr(importlib.metadata, "version", lambda name: version if name == "megatron-core" else real(name))
+    with pytest.raises(ValueError, match=f"megatron-core >= 0.16.1, < 0.20, found {version}"):
+        check_cpu_versions()
+
+
+def test_cuda_without_a_device_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    import torch
+
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    with pytest.raises(ValueError, match="platform=cpu"):
+        resolve_platform("cuda")
+    assert resolve_platform("auto").name == "cpu"
