@@ -1,6 +1,6 @@
 """The few records that cross a boundary between packages. All are frozen; arrays are never written after creation.
 
-Names: `S` samples (one sampled response each), `T` tokens of one response, `N` tokens of a batch, `B` rows, `L` columns.
+Names: `S` samples (one response each), `T` tokens of one response, `N` tokens of a batch, `B` rows, `L` columns.
 """
 
 from __future__ import annotations

@@ -22,6 +22,7 @@ folder of the trained policy. A failed run also leaves error.log, and the cause 
 
 
 def main() -> int:
+    """Exit status of the command."""
     parser = argparse.ArgumentParser(
         description=__doc__, epilog=EXAMPLES, formatter_class=argparse.RawDescriptionHelpFormatter
     )

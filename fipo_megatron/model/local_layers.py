@@ -1,6 +1,6 @@
 """Norm and attention for Megatron's local layer spec, where Transformer Engine is not installed.
 
-The stock local norm refuses sequence parallelism, the stock local attention refuses context parallelism; both are small.
+Megatron's own local norm refuses sequence parallelism, its local attention context parallelism.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ class LocalRMSNorm(torch.nn.RMSNorm):
 class LocalAttention(MegatronModule):
     """Causal grouped-query attention on torch's fused kernel.
 
-    Query `[s, b, heads, dim]`, key and value `[s, b, groups, dim]`, `s` the local tokens of each sequence. Under context
+    Query `[s, b, heads, dim]`, key and value `[s, b, groups, dim]`, `s` local tokens a sequence. Under context
     parallelism key and value are all-gathered over `context_group`, and zig-zag positions make the mask.
     """
 

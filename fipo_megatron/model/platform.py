@@ -1,7 +1,7 @@
 """The one place that decides between CPU and CUDA: device, backend, fusions, layer spec, and what torch must be told.
 
-Megatron-Core assumes CUDA. On a CPU a few torch functions are replaced, in this process only, by ones that answer for the
-CPU: each patch is listed with the layouts that need it, and nothing else is touched. On CUDA nothing is patched.
+Megatron-Core assumes CUDA. On a CPU a few torch functions are replaced, in this process only, by ones that answer for
+the CPU: each patch is listed with the layouts that need it, and nothing else is touched. On CUDA nothing is patched.
 """
 
 from __future__ import annotations
@@ -82,7 +82,9 @@ def resolve_platform(setting: Literal["auto", "cpu", "cuda"]) -> Platform:
     if setting == "auto":
         return Platform("cuda" if torch.cuda.is_available() else "cpu")
     if setting == "cuda" and not torch.cuda.is_available():
-        raise ValueError("platform: 'cuda', but torch sees no CUDA device; use platform=cpu or install a CUDA build of torch")
+        raise ValueError(
+            "platform: 'cuda', but torch sees no CUDA device; use platform=cpu or install a CUDA build of torch"
+        )
     return Platform(setting)
 
 
@@ -110,8 +112,8 @@ def check_cpu_versions() -> None:
         found = importlib.metadata.version(package)
         if not Version(low) <= Version(found) < Version(high):
             raise ValueError(
-                f"platform: 'cpu' needs {package} >= {low}, < {high}, found {found}: the CPU patches are tested with those "
-                "versions only; run `make install` for a tested environment"
+                f"platform: 'cpu' needs {package} >= {low}, < {high}, found {found}: the CPU patches are tested with "
+                "those versions only; run `make install` for a tested environment"
             )
 
 
@@ -162,7 +164,7 @@ def _patch_random_state() -> None:
     def set_state(new_state: torch.Tensor, *_: Any, **__: Any) -> None:
         torch.default_generator.set_state(new_state)
 
-    torch.cuda.manual_seed = torch.default_generator.manual_seed
+    torch.cuda.manual_seed = torch.default_generator.manual_seed  # type: ignore[assignment]
     torch.cuda.get_rng_state = torch.cuda.random.get_rng_state = get_state
     torch.cuda.set_rng_state = torch.cuda.random.set_rng_state = set_state
     import megatron.core.tensor_parallel.random as megatron_random
@@ -182,7 +184,7 @@ def _patch_tensor_type() -> None:
             return result.replace("torch.", "torch.cuda.", 1)
         return result
 
-    torch.Tensor.type = type_for_megatron  # type: ignore[method-assign,assignment]
+    torch.Tensor.type = type_for_megatron  # type: ignore[method-assign, assignment]
 
 
 def _patch_synchronize() -> None:
@@ -193,7 +195,7 @@ def _patch_cuda_moves() -> None:
     def stay(self: Any, *_: Any, **__: Any) -> Any:
         return self
 
-    torch.Tensor.cuda = torch.nn.Module.cuda = stay  # type: ignore[method-assign,assignment]
+    torch.Tensor.cuda = torch.nn.Module.cuda = stay  # type: ignore[method-assign]
 
 
 CPU_PATCHES = (

@@ -1,4 +1,4 @@
-"""Weights between a Hugging Face folder and this rank's Megatron shards, in any tensor- and pipeline-parallel layout."""
+"""Weights between a Hugging Face folder and this rank's Megatron shards, in any layout."""
 
 from __future__ import annotations
 
@@ -119,6 +119,8 @@ def open_safetensors(folder: Path) -> Callable[[str], Any]:
                 opened[file] = safe_open(folder / file, framework="pt")
             return opened[file].get_slice(name)
         except Exception as error:
-            raise ValueError(f"model.path: {folder} has no tensor {name!r} in {file}; is the download complete?") from error
+            raise ValueError(
+                f"model.path: {folder} has no tensor {name!r} in {file}; is the download complete?"
+            ) from error
 
     return get_slice

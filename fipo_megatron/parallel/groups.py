@@ -50,7 +50,7 @@ def listening_socket(address: str, port: int = 0) -> socket.socket:
     except OSError as error:
         sock.close()
         raise ValueError(
-            f"cluster.master_port: {port} on {address} can't be used ({error.strerror}); choose another, or 0 for any free one"
+            f"cluster.master_port: {port} on {address} can't be used ({error.strerror}); use 0 for any free port"
         ) from error
     return sock
 
@@ -89,7 +89,7 @@ def initialize_groups(
         pipeline_model_parallel_size=parallel.pipeline,
         context_parallel_size=parallel.context,
         create_gloo_process_groups=False,
-        distributed_timeout_minutes=timeout.total_seconds() / 60,  # type: ignore[arg-type]  # it goes into a timedelta
+        distributed_timeout_minutes=timeout.total_seconds() / 60,  # a timedelta's minutes
     )
     world = dist.group.WORLD
     assert world is not None

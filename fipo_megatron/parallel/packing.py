@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from typing import Any
 
 import numpy as np
 import torch
@@ -37,6 +38,11 @@ class PaddedRows:
     old_logprobs: torch.Tensor  # float32, zeros where the batch has none
     ref_logprobs: torch.Tensor | None  # float32
 
+    def to(self, device: torch.device) -> PaddedRows:
+        """The same rows on a device."""
+        moved: dict[str, Any] = {name: v.to(device) for name, v in vars(self).items() if isinstance(v, torch.Tensor)}
+        return replace(self, **moved)
+
 
 def plan_microbatches(
     samples: Sequence[int],
@@ -47,7 +53,7 @@ def plan_microbatches(
     microbatch_samples: int,
     column_multiple: int = 1,
 ) -> MicrobatchPlan:
-    """The plan of data-parallel rank `data_rank`: every `data_size`-th sample, in order, in microbatches of equal shape.
+    """The plan of data-parallel rank `data_rank`: every `data_size`-th sample, in equal microbatches.
 
     `column_multiple`: 2 * cp * tp where context and sequence parallelism cut rows into equal chunks.
     """
@@ -98,12 +104,6 @@ def make_padded_rows(
         old_logprobs=local(columns.get("old_logprobs", np.zeros(shape, np.float32))),
         ref_logprobs=local(columns["ref_logprobs"]) if "ref_logprobs" in columns else None,
     )
-
-
-def split_responses(batch: TrainingBatch, flat: np.ndarray) -> list[np.ndarray]:
-    """Views of a flat response array `[R]`, one a sample."""
-    starts = _response_starts(batch)
-    return [flat[starts[i] : starts[i + 1]] for i in range(batch.num_samples)]
 
 
 def _response_starts(batch: TrainingBatch) -> np.ndarray:

@@ -15,9 +15,7 @@ class EngineUpdateError(RuntimeError):
 class RolloutClient(Protocol):
     """An engine, wherever it runs."""
 
-    async def generate(
-        self, requests: Sequence[GenerationRequest], sampling: SamplingSettings
-    ) -> list[Generation]:
+    async def generate(self, requests: Sequence[GenerationRequest], sampling: SamplingSettings) -> list[Generation]:
         """One generation a request, in order, all sampled by the weights of the last update."""
         ...
 
@@ -26,5 +24,5 @@ class RolloutClient(Protocol):
         ...
 
     async def update_weights(self, tensors: Sequence[tuple[str, tuple[int, ...], str]], version: int) -> None:
-        """Receive the tensors `(name, shape, dtype)` that the trainer sends, in order; caches of old weights are reset."""
+        """Receive the tensors `(name, shape, dtype)` that the trainer sends, in order; cached prefixes are reset."""
         ...

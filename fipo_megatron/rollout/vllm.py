@@ -115,7 +115,9 @@ class VllmEngine:
 
 def _generation(completion: Any, version: int) -> Generation:
     token_ids = np.asarray(completion.token_ids, np.int32)
-    logprobs = [position[token].logprob for token, position in zip(completion.token_ids, completion.logprobs, strict=True)]
+    logprobs = [
+        position[token].logprob for token, position in zip(completion.token_ids, completion.logprobs, strict=True)
+    ]
     return Generation(token_ids, np.asarray(logprobs, np.float32), completion.finish_reason, version)
 
 

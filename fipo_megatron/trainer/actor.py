@@ -1,4 +1,4 @@
-"""Awaitable clients of the actors that hold the policy's ranks and the engine. With placement.py the only users of Ray."""
+"""Awaitable clients of the actors that hold policy and engine. With placement.py the only users of Ray."""
 
 from __future__ import annotations
 
@@ -144,31 +144,38 @@ async def _result(ref: ray.ObjectRef) -> Any:
     return await ref
 
 
-def _cause(failures: dict[str, BaseException | None], silent: list[str], method: str, timeout_s: float) -> BaseException:
-    """What to raise for failures of several workers: a death, else an error of its own, else a stall, else a lost peer."""
-    for name, failure in failures.items():
-        if isinstance(failure, RayActorError):
-            return WorkerError(f"{name} died during {method}: {_first_line(failure)}")
-    own = {name: f for name, f in failures.items() if not _is_lost_peer(f)}
-    if own:
-        name, failure = next(iter(own.items()))
-        cause = failure.cause if isinstance(failure, RayTaskError) else failure
-        assert cause is not None
-        cause.add_note(f"(raised by {name} during {method})")
-        return cause
+def _cause(
+    failures: dict[str, BaseException | None], silent: list[str], method: str, timeout_s: float
+) -> BaseException:
+    """What to raise when workers failed: a death, else an error of a worker's own, else a stall, else a lost peer."""
+    causes = {name: _remote_cause(failure) for name, failure in failures.items()}
+    for name, cause in causes.items():
+        if isinstance(cause, RayActorError):
+            return WorkerError(f"{name} died during {method}: {_one_line(cause)}")
+    for name, cause in causes.items():
+        if not _is_lost_peer(cause):
+            cause.add_note(f"(raised by {name} during {method})")
+            return cause
     if silent:
-        waited = f"the others waited for it: {_first_line(next(iter(failures.values())))}" if failures else f"{timeout_s:g} s"
-        return WorkerError(f"{', '.join(silent)} did not answer {method} ({waited}); it hangs or is stopped")
-    name, failure = next(iter(failures.items()))
-    return WorkerError(f"{name} lost a peer during {method}: {_first_line(failure)}")
+        lost = "".join(f"; {name} waited for it: {_one_line(cause)}" for name, cause in causes.items())
+        return WorkerError(
+            f"{', '.join(silent)} did not answer {method} within {timeout_s:g} s, it hangs or is stopped{lost}"
+        )
+    name, cause = next(iter(causes.items()))
+    return WorkerError(f"{name} lost a peer during {method}: {_one_line(cause)}")
 
 
-def _is_lost_peer(failure: BaseException | None) -> bool:
-    """Whether a failure is what a rank sees when ANOTHER one died or hangs."""
-    text = str(failure)
-    return any(sign in text for sign in ("gloo", "Gloo", "NCCL", "ncclUnhandled", "Connection closed by peer", "Timed out"))
+def _remote_cause(failure: BaseException | None) -> BaseException:
+    """The exception that the worker's own code raised."""
+    assert failure is not None
+    return failure.cause if isinstance(failure, RayTaskError) else failure
 
 
-def _first_line(failure: BaseException | None) -> str:
-    lines = [line.strip() for line in str(failure).splitlines() if line.strip()]
-    return lines[-1][:300] if isinstance(failure, RayTaskError) else " ".join(lines)[:300]
+def _is_lost_peer(cause: BaseException) -> bool:
+    """Whether this is what a rank sees when ANOTHER one died or hangs."""
+    signs = ("gloo", "NCCL", "Connection closed by peer", "Connection reset by peer", "Timed out")
+    return isinstance(cause, RuntimeError) and any(sign in str(cause) for sign in signs)
+
+
+def _one_line(cause: BaseException) -> str:
+    return " ".join(str(cause).split())[:300]

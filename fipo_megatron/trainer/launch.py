@@ -5,14 +5,20 @@ from __future__ import annotations
 from pathlib import Path
 
 from fipo_megatron.config.checks import check_config, check_model_folder, check_port
+from fipo_megatron.config.load import load_config
 from fipo_megatron.config.schema import Config
+from fipo_megatron.data.prompts import held_out_prompts
 from fipo_megatron.data.tasks.arithmetic import ArithmeticTask
+from fipo_megatron.evaluation.protocol import evaluate
 from fipo_megatron.model.platform import check_cpu_versions, resolve_platform
 from fipo_megatron.observability.progress import Progress
+from fipo_megatron.reward.judge import make_reward
+from fipo_megatron.rollout.hf import HfEngine
 from fipo_megatron.trainer.loop import train
 from fipo_megatron.trainer.placement import Workers
-from fipo_megatron.trainer.run import Run
+from fipo_megatron.trainer.run import Run, load_decode
 from fipo_megatron.trainer.warm_start import base_policy_folder, make_base_policy, write_skeleton
+from fipo_megatron.types import GenerationRequest, SamplingSettings
 
 
 def check_before_start(config: Config) -> None:
@@ -44,3 +50,22 @@ async def run_training(config: Config, folder: Path, progress: Progress) -> None
             await make_base_policy(config, task, workers.policy, model_folder, base, progress)
         await workers.policy.load(base, config.optimizer)
         await train(Run(config, folder, workers, base, task, progress))
+
+
+def evaluate_exported(run_folder: Path) -> dict[str, float]:
+    """Greedy held-out accuracy of a run's `hf/` folder by transformers alone: `accuracy`, its standard error, lengths.
+
+    Raises:
+        ValueError: the folder is not that of a finished run.
+    """
+    if not (run_folder / "hf" / "config.json").exists():
+        raise ValueError(
+            f"{run_folder} has no hf/ folder: give the folder of a run that ended, e.g. runs/quickstart_cpu-seed0"
+        )
+    config = load_config(run_folder / "config.yaml")
+    prompts = held_out_prompts(ArithmeticTask(config.task), config.evaluation.num_problems)
+    engine = HfEngine(run_folder / "hf", config, load_weights=True)
+    greedy = SamplingSettings(temperature=0.0, top_p=1.0, max_response_tokens=config.rollout.max_response_tokens)
+    generations = engine.generate([GenerationRequest(prompt.token_ids, seed=0) for prompt in prompts], greedy)
+    judge = make_reward(config.reward, config.rollout.max_response_tokens)
+    return evaluate(prompts, generations, judge, load_decode(run_folder / "hf"))

@@ -7,6 +7,7 @@ import logging
 import os
 import shutil
 import tempfile
+from collections.abc import Awaitable
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
@@ -16,9 +17,10 @@ import ray
 
 from fipo_megatron.config.schema import Config
 from fipo_megatron.model.platform import resolve_platform
+from fipo_megatron.rollout.client import EngineUpdateError
 from fipo_megatron.rollout.hf import HfEngine
 from fipo_megatron.rollout.vllm import NUM_WORKERS, VllmEngine, vllm_environment
-from fipo_megatron.trainer.actor import EngineClient, PolicyClient, WorkerError
+from fipo_megatron.trainer.actor import EngineClient, PolicyClient
 from fipo_megatron.trainer.policy import MegatronPolicy
 
 logger = logging.getLogger(__name__)
@@ -89,13 +91,16 @@ class Workers:
         self._engine_connected = False
 
     async def sync_weights(self, version: int) -> None:
-        """Push the policy's weights to the engine, as `version`. A half-updated engine is rebuilt, once."""
+        """Push the policy's weights to the engine, as `version`. An engine left half-updated is rebuilt, once.
+
+        Raises:
+            EngineUpdateError: the rebuilt engine failed, too.
+            WorkerError: a rank of the policy died or stalled.
+        """
         try:
             await self._sync_weights(version)
-        except (WorkerError, ConnectionError) as error:
-            if "policy" in str(error):  # a dead or stalled trainer rank is not the engine's fault
-                raise
-            logger.warning("weight sync failed (%s); the engine is rebuilt", error)
+        except EngineUpdateError as error:
+            logger.warning("weight update %d failed (%s); the engine is rebuilt", version, error)
             ray.kill(self.engine.actor)
             self.start_engine(self._model_folder)
             await self._sync_weights(version)
@@ -104,13 +109,13 @@ class Workers:
         if not self._engine_connected:
             await self._connect_engine()
         metadata = await self.policy.weight_metadata()
-        await _both(self.policy.push_weights(), self.engine.update_weights(metadata, version))
+        await _transfer(self.policy.push_weights(), self.engine.update_weights(metadata, version))
 
     async def _connect_engine(self) -> None:
         await self.engine.ready()
         self._remember_processes()
         port = await self.policy.listen_for_engine()
-        await _both(
+        await _transfer(
             self.policy.connect_engine(NUM_WORKERS), self.engine.connect_weights(self.config.cluster.address, port)
         )
         self._engine_connected = True
@@ -130,9 +135,16 @@ class Workers:
         self._processes.update(psutil.Process().children(recursive=True))
 
 
-async def _both(sender: Any, receiver: Any) -> None:
-    """Run both ends of a transfer; if one fails, the other's failure is awaited too, and the receiver's is raised."""
-    sent, received = await asyncio.gather(sender, receiver, return_exceptions=True)
-    for result in (received, sent):
-        if isinstance(result, BaseException):
-            raise result
+async def _transfer(policy_side: Awaitable[None], engine_side: Awaitable[None]) -> None:
+    """Run both ends of a transfer to their end, well or not: neither may be left in the middle of it.
+
+    Raises:
+        EngineUpdateError: the engine failed, or is gone.
+        Exception: what a rank of the policy raised.
+    """
+    sent, received = await asyncio.gather(policy_side, engine_side, return_exceptions=True)
+    if isinstance(sent, BaseException) and not isinstance(sent, ConnectionError):
+        raise sent
+    failure = received if isinstance(received, BaseException) else sent
+    if isinstance(failure, BaseException):
+        raise EngineUpdateError(f"{type(failure).__name__}: {failure}") from failure

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
@@ -110,8 +109,8 @@ class MegatronPolicy:
         """Metrics of one optimizer step of FIPO's loss over a mini-batch. Collective; equal on every rank.
 
         Raises:
-            PolicyDivergedError: the mini-batch's KL is beyond `training.max_policy_kl`, or loss or gradient is not finite;
-                the weights are left as they were.
+            PolicyDivergedError: the mini-batch's KL is beyond `training.max_policy_kl`, or the loss is not finite; the
+                weights are left as they were. Or the gradient is not finite.
         """
         from fipo_megatron.trainer.step import policy_loss
 
@@ -184,11 +183,12 @@ class MegatronPolicy:
             microbatch_samples=config.training.microbatch_samples,
             column_multiple=multiple,
         )
-        rows = [
-            make_padded_rows(batch, plan, i, context_rank=context.rank(), context_size=context.size())
+        return [
+            make_padded_rows(batch, plan, i, context_rank=context.rank(), context_size=context.size()).to(
+                self.platform.device
+            )
             for i in range(len(plan.microbatches))
         ]
-        return [replace(r, **{k: v.to(self.platform.device) for k, v in vars(r).items() if torch.is_tensor(v)}) for r in rows]
 
     def _set_parameters(self, values: dict[str, torch.Tensor]) -> None:
         with torch.no_grad():
@@ -207,7 +207,12 @@ class MegatronPolicy:
         """Form the weight group with the engine's workers; rank 0 only, while the engine connects."""
         timeouts = self.config.timeouts
         self.weight_group = BroadcastGroup(
-            self.config.cluster.address, self.port(), SENDER, 1 + num_engine_workers, timeouts.collective_s, self.listener
+            self.config.cluster.address,
+            self.port(),
+            SENDER,
+            1 + num_engine_workers,
+            timeouts.collective_s,
+            self.listener,
         )
 
     def weight_metadata(self) -> list[tuple[str, tuple[int, ...], str]]:

@@ -37,7 +37,13 @@ class Run:
     """Everything that the loop needs, for one run folder."""
 
     def __init__(
-        self, config: Config, folder: Path, workers: Workers, model_folder: Path, task: ArithmeticTask, progress: Progress
+        self,
+        config: Config,
+        folder: Path,
+        workers: Workers,
+        model_folder: Path,
+        task: ArithmeticTask,
+        progress: Progress,
     ) -> None:
         self.config = config
         self.folder = folder
@@ -72,7 +78,9 @@ class Run:
 
     async def _generate_groups(self) -> list[SampleGroup]:
         rollout, dynamic = self.config.rollout, self.config.dynamic_sampling
-        prompts = self._sampler.next_prompts(dynamic.generation_prompts if dynamic.enabled else rollout.prompts_per_step)
+        prompts = self._sampler.next_prompts(
+            dynamic.generation_prompts if dynamic.enabled else rollout.prompts_per_step
+        )
         requests = make_requests(prompts, rollout.samples_per_prompt, self.config.seed, self._num_generation_batches)
         self._num_generation_batches += 1
         sampling = SamplingSettings(rollout.temperature, rollout.top_p, rollout.max_response_tokens)
@@ -86,9 +94,7 @@ class Run:
             RuntimeError: beyond `rollout.max_logprob_mismatch`: the engine does not hold the policy's weights.
         """
         assert batch.old_logprobs is not None
-        mismatch = mismatch_metrics(
-            flat_rollout_logprobs(groups), batch.old_logprobs, is_fresh_token(groups, version)
-        )
+        mismatch = mismatch_metrics(flat_rollout_logprobs(groups), batch.old_logprobs, is_fresh_token(groups, version))
         limit = self.config.rollout.max_logprob_mismatch
         if limit is not None and mismatch.get("mismatch_max", 0.0) > limit:
             raise RuntimeError(
@@ -103,7 +109,11 @@ class Run:
         order = np.random.default_rng([config.seed, step]).permutation(config.rollout.prompts_per_step)
         size = config.rollout.samples_per_prompt
         return [
-            [int(group) * size + i for group in order[start : start + config.training.mini_batch_prompts] for i in range(size)]
+            [
+                int(group) * size + i
+                for group in order[start : start + config.training.mini_batch_prompts]
+                for i in range(size)
+            ]
             for start in range(0, len(order), config.training.mini_batch_prompts)
         ]
 
@@ -115,7 +125,7 @@ class Run:
     async def evaluate(self) -> dict[str, float]:
         """Held-out accuracy, sampled as configured and greedy."""
         settings, limit = self.config.evaluation, self.config.rollout.max_response_tokens
-        metrics = {}
+        metrics: dict[str, float] = {}
         with self.timers.phase("eval"):
             for prefix, sampling in (
                 ("sampled_", SamplingSettings(settings.temperature, settings.top_p, limit)),
@@ -139,7 +149,7 @@ class Run:
 
 
 def mean_metrics(updates: Sequence[dict[str, float]]) -> dict[str, float]:
-    """One value a name over the updates of a step: the largest of a maximum, the smallest of a minimum, else the mean."""
+    """One value a name over a step's updates: the largest of a maximum, the smallest of a minimum, else the mean."""
     reduce = {"max": max, "min": min}
     return {
         name: reduce.get(name.rpartition("_")[2], lambda values: sum(values) / len(values))(

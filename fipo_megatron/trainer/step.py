@@ -24,9 +24,7 @@ RowsLoss = Callable[[PaddedRows, torch.Tensor, torch.Tensor], LossOutput]
 class PipelineStep:
     """Runs microbatches of equal shape through the schedule of this rank's stage."""
 
-    def __init__(
-        self, model: DistributedDataParallel, groups: ParallelGroups, vocab_size: int
-    ) -> None:
+    def __init__(self, model: DistributedDataParallel, groups: ParallelGroups, vocab_size: int) -> None:
         self.model = model
         self.groups = groups
         self.vocab_size = vocab_size
@@ -42,9 +40,7 @@ class PipelineStep:
         with torch.no_grad():
             return self._run(microbatches, collect, forward_only=True)
 
-    def gradients(
-        self, microbatches: Sequence[PaddedRows], temperature: float, loss: RowsLoss
-    ) -> list[torch.Tensor]:
+    def gradients(self, microbatches: Sequence[PaddedRows], temperature: float, loss: RowsLoss) -> list[torch.Tensor]:
         """Statistics of the loss, a microbatch each; empty except on the last stage. Collective.
 
         Leaves in Megatron's gradient buffers the gradient of sum(loss_sum) / sum(denominator) over all ranks.

@@ -1,4 +1,4 @@
-"""A small base policy for runs without a model folder: supervised on noisy traces, by the same actor, kept in a cache."""
+"""A small base policy for runs without a model folder: supervised on noisy traces by the same actor, then cached."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from fipo_megatron.types import TrainingBatch
 
 
 def base_policy_folder(config: Config) -> Path:
-    """Where the base policy of these settings is, or will be, cached: everything its weights depend on is in the name."""
+    """Where the base policy of these settings is, or will be, cached: the name holds all that its weights depend on."""
     assert config.warm_start is not None
     settings = {
         "warm_start": config.warm_start.model_dump(exclude={"cache_dir"}),

@@ -121,4 +121,7 @@ def test_engine_follows_the_pushed_weights(setting: dict) -> None:
     for a, b in zip(first, reversed_order, strict=True):
         np.testing.assert_array_equal(a.token_ids, b.token_ids)  # whatever the order and company
     reseeded = engine.call("generate", [GenerationRequest(r.prompt_ids, r.seed + 100) for r in requests], other)
-    assert any(len(a.token_ids) != len(b.token_ids) or (a.token_ids != b.token_ids).any() for a, b in zip(first, reseeded))
+    assert any(
+        len(a.token_ids) != len(b.token_ids) or (a.token_ids != b.token_ids).any()
+        for a, b in zip(first, reseeded, strict=True)
+    )

@@ -58,7 +58,7 @@ def test_run_folder_is_complete(runs: dict[str, Path]) -> None:
 
 
 def test_exported_folder_speaks_for_the_policy_in_transformers_alone(runs: dict[str, Path]) -> None:
-    """The log-probs that the engine recorded in the last step are near those of the exported weights, one step later."""
+    """The engine's log-probs of the last step are near those of the exported weights, four updates later."""
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     run = runs["first"]

@@ -1,4 +1,4 @@
-"""tools/train.py as a person starts it, in small: a few steps, a barely trained base policy, every process accounted for."""
+"""tools/train.py as a person starts it, but small: a few steps, a barely trained base policy."""
 
 from __future__ import annotations
 

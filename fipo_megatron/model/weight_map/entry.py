@@ -22,9 +22,9 @@ ShardRule = Literal["replicated", "vocab", "row", "qkv", "gated"]
 class WeightMapEntry:
     """One Megatron parameter, named with its global layer number.
 
-    Rules: `vocab` is cut along dim 0, padded with zero rows to the padded vocabulary; `row` along dim 1; `qkv` holds, for
-    each key-value group, its query heads, key head and value head, and is cut by groups; `gated` holds gate rows over up
-    rows, each cut along dim 0.
+    Rules: `vocab` is cut along dim 0, padded with zero rows to the padded vocabulary; `row` along dim 1; `qkv` holds,
+    for each key-value group, its query heads, key head and value head, and is cut by groups; `gated` holds gate rows
+    over up rows, each cut along dim 0.
     """
 
     megatron_name: str
@@ -40,7 +40,7 @@ def padded_vocab_size(vocab_size: int, tensor_parallel_size: int) -> int:
 def read_shard(
     entry: WeightMapEntry, source: Callable[[str], Any], shape: ModelShape, rank: int, size: int
 ) -> torch.Tensor:
-    """The part of a Megatron parameter that tensor-parallel rank `rank` of `size` holds, read from `source(hf_name)`."""
+    """What tensor-parallel rank `rank` of `size` holds of a Megatron parameter, read from `source(hf_name)`."""
     tensors = [source(name) for name in entry.hf_names]
     if entry.rule == "replicated":
         return tensors[0][:]

@@ -17,7 +17,9 @@ def make_entries(shape: ModelShape) -> list[WeightMapEntry]:
             WeightMapEntry(f"{megatron}.self_attention.linear_qkv.weight", tuple(f"{n}.weight" for n in qkv), "qkv"),
             WeightMapEntry(f"{megatron}.self_attention.linear_qkv.bias", tuple(f"{n}.bias" for n in qkv), "qkv"),
             WeightMapEntry(f"{megatron}.self_attention.linear_proj.weight", (f"{hf}.self_attn.o_proj.weight",), "row"),
-            WeightMapEntry(f"{megatron}.pre_mlp_layernorm.weight", (f"{hf}.post_attention_layernorm.weight",), "replicated"),
+            WeightMapEntry(
+                f"{megatron}.pre_mlp_layernorm.weight", (f"{hf}.post_attention_layernorm.weight",), "replicated"
+            ),
             WeightMapEntry(
                 f"{megatron}.mlp.linear_fc1.weight", (f"{hf}.mlp.gate_proj.weight", f"{hf}.mlp.up_proj.weight"), "gated"
             ),

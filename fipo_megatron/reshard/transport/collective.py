@@ -38,7 +38,7 @@ class BroadcastGroup:
         listener: socket.socket | None = None,
     ) -> None:
         self._store = make_store(address, port, size, timeout_s, listener)
-        self._group = dist.ProcessGroupGloo(
+        self._group: Any = dist.ProcessGroupGloo(
             dist.PrefixStore("weights", self._store), rank, size, timedelta(seconds=timeout_s)
         )
 
@@ -54,6 +54,6 @@ class BroadcastGroup:
             yield meta.name, tensor
 
     def _broadcast(self, tensor: torch.Tensor) -> None:
-        options: Any = dist.BroadcastOptions()
+        options = dist.BroadcastOptions()
         options.rootRank, options.rootTensor = SENDER, 0
         self._group.broadcast([tensor], options).wait()

@@ -21,7 +21,7 @@ def test_log_ratio_is_clamped_and_masked():
 
 
 def test_future_kl_filters_but_keeps_the_tokens_own_sum():
-    """gamma = 1/2. Token 1 is beyond log(10) = 2.3 and counts for none; token 2 is masked, and still ages the signal."""
+    """gamma = 1/2. Token 1 is beyond log(10) = 2.3 and counts for none; token 2 is masked and still ages the signal."""
     mask = torch.tensor([True, True, False, True])
     segments = SegmentTable(torch.tensor([0, 4]))
     config = AlgorithmConfig(half_life_tokens=1.0)

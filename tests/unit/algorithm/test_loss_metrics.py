@@ -43,6 +43,14 @@ def test_quantiles_are_those_of_the_sorted_tokens():
         assert metrics[f"ratio_{sign}_max"] == pytest.approx(math.exp(tokens.max()), rel=1e-12)
 
 
+def test_a_quantile_is_the_smallest_ratio_that_reaches_its_share():
+    old = torch.zeros(1, 4)
+    output = fipo_loss(torch.tensor([[0.4, 0.1, 0.3, 0.2]]), old, old + 1, old + 1, AlgorithmConfig())
+    metrics = loss_metrics(output.statistics, AlgorithmConfig())
+    found = [math.log(metrics[f"ratio_pos_{name}"]) for name in ("p25", "p50", "p75", "p99_9")]
+    assert found == pytest.approx([0.1, 0.2, 0.3, 0.4], rel=0.011)
+
+
 def test_means_and_shares():
     rows, config = make_rows(), AlgorithmConfig(dual_clip_ratio=6.0)
     metrics = metrics_of(rows, config)

@@ -44,6 +44,7 @@ def model_folder(tmp_path):
         ["algorithm.objective=grpo", "algorithm.clip_ratio_high=0.3"],
         ["warm_start=null", "model.path=models/qwen2"],
         ["parallel={tensor: 2, pipeline: 2, context: 2, data: 2, sequence_parallel: true}"],
+        ["parallel.data=16"],  # samples are shared out, not prompts: 8 prompts of 8 samples over 16 ranks
         ["reward.overlong_buffer_tokens=64"],
         ["dynamic_sampling.generation_prompts=8", "dynamic_sampling.max_generation_batches=4"],
         ["dynamic_sampling={enabled: false, generation_prompts: 1, max_generation_batches: 1}"],

@@ -77,8 +77,9 @@ def test_an_override_reaches_into_a_section_that_is_null(write):
 
 
 def test_an_override_leaves_the_other_uses_of_a_yaml_alias_alone(write):
-    path = write("optimizer: &shared {}\nrun: *shared\n")
-    assert load_config(path, ["optimizer.lr=1e-3"]).run == RunConfig()
+    path = write("optimizer: &shared {lr: 1.0}\nwarm_start: *shared\n")
+    config = load_config(path, ["optimizer.lr=2.0"])
+    assert (config.optimizer.lr, config.warm_start.lr) == (2.0, 1.0)
 
 
 def test_a_value_may_hold_an_equals_sign(write):

@@ -70,7 +70,9 @@ def test_all_shards_merge_back_to_every_hf_tensor(size: int) -> None:
 
 def test_qkv_holds_query_heads_key_and_value_group_by_group() -> None:
     tensors = hf_tensors()
-    entry = next(e for e in make_entries(SHAPE) if e.megatron_name == "decoder.layers.1.self_attention.linear_qkv.weight")
+    entry = next(
+        e for e in make_entries(SHAPE) if e.megatron_name == "decoder.layers.1.self_attention.linear_qkv.weight"
+    )
     q, k, v = (tensors[f"model.layers.1.self_attn.{name}_proj.weight"] for name in "qkv")
     shard = read_shard(entry, tensors.__getitem__, SHAPE, 1, 2)  # groups 2 and 3 of 4
     rows = []

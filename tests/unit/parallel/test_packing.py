@@ -3,7 +3,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from fipo_megatron.parallel.packing import make_padded_rows, plan_microbatches, split_responses
+from fipo_megatron.parallel.packing import make_padded_rows, plan_microbatches
 from fipo_megatron.types import TrainingBatch
 
 # Three samples: prompt | response
@@ -72,9 +72,3 @@ def test_context_ranks_hold_zigzag_chunks_of_every_row() -> None:
     first, second = (make_padded_rows(BATCH, plan, 0, context_rank=r, context_size=2) for r in range(2))
     assert (first.tokens.tolist(), first.position_ids.tolist()) == ([[1, 11]], [[0, 3]])
     assert (second.tokens.tolist(), second.position_ids.tolist()) == ([[2, 10]], [[1, 2]])
-
-
-def test_split_responses() -> None:
-    assert BATCH.old_logprobs is not None
-    parts = split_responses(BATCH, BATCH.old_logprobs)
-    assert [part.tolist() for part in parts] == [pytest.approx([-0.1, -0.2, -0.3]), pytest.approx([-0.4]), pytest.approx([-0.5, -0.6])]
