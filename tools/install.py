@@ -37,11 +37,19 @@ CHECKED_IMPORTS = ("torch", "transformers", "megatron.core", "ray", "vllm", "fip
 RunPip = Callable[..., None]
 
 
+START_S = time.monotonic()
+
+
 class InstallError(Exception):
     """An install that cannot go on, with its cause and remedy."""
 
     def __init__(self, step: str, cause: str, remedy: str) -> None:
         super().__init__(f"install: {step} failed\n  cause:  {cause}\n  remedy: {remedy}")
+
+
+def report(message: str) -> None:
+    """Prints a line of progress with the seconds since the start."""
+    print(f"install {time.monotonic() - START_S:4.0f} s: {message}", flush=True)
 
 
 def make_fingerprint(files: Sequence[Path], python_version: str) -> str:
@@ -91,7 +99,7 @@ def run_quietly(*command: str | Path) -> subprocess.CompletedProcess[str]:
 
 def run_pip(step: str, *arguments: str) -> None:
     """Runs `pip install` in the environment: its output goes to the log, large downloads are shown."""
-    print(f"install: {step}", flush=True)
+    report(step)
     # Bytecode is compiled on first import instead: half of pip's time otherwise, mostly for modules no run imports.
     options = ("--disable-pip-version-check", "--no-input", "--no-compile", "--progress-bar", "off")
     command = [str(VENV_PYTHON), "-m", "pip", "install", *options, *arguments]
@@ -138,7 +146,7 @@ def make_environment() -> None:
         and run_quietly(VENV_PYTHON, "-c", version_code).stdout.strip() == platform.python_version()
     ):
         return
-    print(f"install: new environment, Python {platform.python_version()}", flush=True)
+    report(f"new environment, Python {platform.python_version()}")
     made = run_quietly(sys.executable, "-m", "venv", "--clear", VENV)
     if made.returncode != 0:
         raise InstallError(
@@ -159,7 +167,7 @@ def remove_half_installed(site_packages: Path) -> list[str]:
 
 def check_imports(modules: Sequence[str]) -> None:
     """Imports the modules in the environment, which also compiles the bytecode that runs will use."""
-    print(f"install: import {', '.join(modules)}", flush=True)
+    report(f"import {', '.join(modules)}")
     code = f"import importlib\nfor name in {tuple(modules)!r}:\n    importlib.import_module(name)"
     check = run_quietly(VENV_PYTHON, "-c", code)
     if check.returncode != 0:
@@ -187,14 +195,13 @@ def install() -> None:
         raise InstallError("Python", f"{platform.python_version()} is too old", "make install PYTHON=python3.11")
     fingerprint = make_fingerprint((ROOT / "setup.py", Path(__file__)), platform.python_version())
     if STAMP.exists() and STAMP.read_text() == fingerprint:
-        print("install: .venv is up to date")
+        report(".venv is up to date")
         return
-    start_s = time.monotonic()
     STAMP.unlink(missing_ok=True)
     make_environment()
     LOG.unlink(missing_ok=True)
     for name in remove_half_installed(next(VENV.glob("lib/python*/site-packages"))):
-        print(f"install: {name} was left unfinished, installing it again")
+        report(f"{name} was left unfinished, installing it again")
     run_pip("build tools", "setuptools>=78", "packaging>=24.2")
     run_pip(DISTRIBUTION, "--no-deps", "--no-build-isolation", "--editable", str(ROOT))
     own = read_requirements(DISTRIBUTION, EXTRAS)
@@ -206,7 +213,7 @@ def install() -> None:
     run_pip("dependencies (one to two minutes)", *dependencies)
     check_imports(CHECKED_IMPORTS)
     STAMP.write_text(fingerprint)
-    print(f"install: done in {time.monotonic() - start_s:.0f} s")
+    report("complete")
 
 
 def main(arguments: Sequence[str]) -> int:
