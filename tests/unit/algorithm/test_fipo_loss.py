@@ -191,6 +191,14 @@ def test_gradient_flows_through_logprobs_only():
     assert entropy.grad is None
 
 
+def test_a_weight_of_zero_is_not_dual_clipped():
+    """exp(F) underflows where a policy leaves a whole response: that is no reason to drop the sequence."""
+    old, ones = torch.zeros(1, 50), torch.ones(1, 50)
+    config = AlgorithmConfig(influence_clip=0.0, half_life_tokens=1e6)
+    output = fipo_loss(old - 20, old, -ones, ones, config)
+    assert output.denominator.item() == 50
+
+
 def test_on_policy_fipo_is_dapo():
     """d is 0 before the first update of a rollout batch, and exp(0) = 1."""
     logprobs, advantages, mask = -torch.rand(3, 20), torch.randn(3, 20), torch.ones(3, 20)

@@ -111,7 +111,7 @@ def test_a_lost_policy_shows_in_the_loss():
 
 def test_raw_influence_stays_finite():
     rows = make_rows()
-    rows["logprobs"] = (rows["old_logprobs"] + 2.0).requires_grad_()
-    metrics = metrics_of(rows, AlgorithmConfig(half_life_tokens=1e6, dual_clip_ratio=1e9))
+    rows["logprobs"] = (rows["old_logprobs"] + 20.0).requires_grad_()
+    metrics = metrics_of(rows, AlgorithmConfig(half_life_tokens=1e6, dual_clip_ratio=1e9, safety_threshold=1e12))
     assert math.isfinite(metrics["influence_raw_mean"])
     assert metrics["influence_mean"] == pytest.approx(1.2)
