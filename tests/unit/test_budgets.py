@@ -20,6 +20,29 @@ FORBIDDEN_NAMES = {"utils", "util", "helpers", "helper", "common", "misc"}
 EXCEPTIONS: dict[str, tuple[int, str]] = {}
 
 
+# Modules without a unit test of their own name, and the test that runs them.
+PROCESSES = "parity/test_policy_layouts.py"  # Megatron in several gloo processes
+ENGINES = "parity/test_engines.py"  # real engines and weight updates
+RUNS = "smoke/test_train.py"  # whole runs
+TESTED_ELSEWHERE = {
+    "types.py": "unit/parallel/test_packing.py",  # records
+    "model/build.py": PROCESSES,
+    "model/local_layers.py": PROCESSES,
+    "model/weights.py": PROCESSES,
+    "parallel/groups.py": PROCESSES,
+    "trainer/policy.py": PROCESSES,
+    "trainer/step.py": PROCESSES,
+    "reshard/engine_worker.py": ENGINES,
+    "reshard/transport/collective.py": ENGINES,
+    "rollout/client.py": ENGINES,
+    "rollout/hf.py": ENGINES,
+    "rollout/vllm.py": ENGINES,
+    "trainer/launch.py": RUNS,
+    "trainer/loop.py": RUNS,
+    "trainer/placement.py": RUNS,
+}
+
+
 class Size(NamedTuple):
     """A file's or function's lines, docstring and comments included."""
 
@@ -89,6 +112,25 @@ def test_measuring(source, allowed):
 def test_the_training_loop_has_its_own_budget():
     _, function = measure(ROOT / "fipo_megatron/trainer/loop.py", "async def train():\n    pass\n")
     assert function.allowed == TRAIN_LINES
+
+
+def find_unit_test(file: Path) -> Path | None:
+    """The unit test of a module (path below the package), under its own name or its package's for a family of files."""
+    unit = ROOT / "tests/unit"
+    folders = [unit / folder for folder in file.parents]
+    candidates = [folder / f"test_{name}.py" for folder in folders for name in (file.stem, file.parent.name)]
+    return next((path for path in candidates if path.exists()), None)
+
+
+def test_every_module_has_a_unit_test():
+    modules = [
+        path.relative_to(ROOT / "fipo_megatron") for path in FILES if path.is_relative_to(ROOT / "fipo_megatron")
+    ]
+    untested = [
+        module.as_posix() for module in modules if module.name != "__init__.py" and find_unit_test(module) is None
+    ]
+    assert [module for module in untested if module not in TESTED_ELSEWHERE] == []
+    assert [test for test in TESTED_ELSEWHERE.values() if not (ROOT / "tests" / test).exists()] == []
 
 
 def test_no_file_has_a_name_that_says_nothing():
