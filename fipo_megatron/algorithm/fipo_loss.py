@@ -46,8 +46,8 @@ def fipo_loss(
     if segments is None:
         segments = _rows_as_segments(logprobs)
     logprobs, mask = logprobs.flatten(), response_mask.flatten().bool()
-    advantages = torch.where(mask, advantages.flatten().to(logprobs), 0)
-    log_ratios = log_ratio(logprobs, old_logprobs.flatten().to(logprobs), mask)
+    advantages = torch.where(mask, advantages.detach().flatten().to(logprobs), 0)
+    log_ratios = log_ratio(logprobs, old_logprobs.detach().flatten().to(logprobs), mask)
     ratios = log_ratios.exp()
 
     future_kls = weights = None
@@ -58,7 +58,7 @@ def fipo_loss(
     kept = _find_kept(mask, surrogate.dual_clipped, segments, config, context_group)
     losses, reference_kl = surrogate.losses, None
     if ref_logprobs is not None:
-        reference_kl = _reference_kl(logprobs, ref_logprobs.flatten().to(logprobs), mask)
+        reference_kl = _reference_kl(logprobs, ref_logprobs.detach().flatten().to(logprobs), mask)
         losses = losses + config.reference_kl_coef * reference_kl
     loss_sum, denominator = reduce_loss(
         losses, kept.tokens, kept.per_segment, segments, config.loss_aggregation, sequence_norm, context_group

@@ -181,14 +181,14 @@ def test_nothing_to_learn_from_is_zero_with_a_graph(shape, aggregation):
 
 
 def test_gradient_flows_through_logprobs_only():
-    tensors = [torch.randn(2, 8, requires_grad=True) for _ in range(4)]
-    logprobs, old, advantages, entropy = tensors
-    output = fipo_loss(logprobs, old, advantages.detach(), torch.ones(2, 8), AlgorithmConfig(), entropy=entropy)
+    logprobs, old, advantages, entropy, ref = (torch.randn(2, 8, requires_grad=True) for _ in range(5))
+    config = AlgorithmConfig(reference_kl_coef=0.1)
+    output = fipo_loss(logprobs, old, advantages, torch.ones(2, 8), config, entropy=entropy, ref_logprobs=ref)
     assert output.denominator.dtype == torch.int64
     assert not output.statistics.requires_grad
     output.loss_sum.backward()
     assert logprobs.grad is not None
-    assert entropy.grad is None
+    assert [tensor.grad for tensor in (old, advantages, entropy, ref)] == [None] * 4
 
 
 def test_a_weight_of_zero_is_not_dual_clipped():
