@@ -24,6 +24,13 @@ os.environ.update(
 
 import psutil
 import pytest
+from hypothesis import HealthCheck, settings
+
+# The same examples in every run, and no failure because the machine is busy.
+settings.register_profile(
+    "repeatable", derandomize=True, deadline=None, suppress_health_check=[HealthCheck.too_slow], database=None
+)
+settings.load_profile("repeatable")
 
 ROOT = Path(__file__).parents[1]
 EXIT_GRACE_S = 5.0

@@ -11,7 +11,13 @@ from fipo_megatron.config.checks import check_config, check_model_folder, check_
 from fipo_megatron.config.load import load_config, save_config
 from fipo_megatron.config.schema import Config, ParallelConfig
 
-QUICKSTART = Path(__file__).parents[3] / "configs/quickstart_cpu.yaml"
+SMALL_RUN = """
+warm_start: {}
+rollout: {prompts_per_step: 32, samples_per_prompt: 8, max_prompt_tokens: 16, max_response_tokens: 64}
+dynamic_sampling: {generation_prompts: 48, max_generation_batches: 6}
+training: {mini_batch_prompts: 8}
+parallel: {tensor: 2}
+"""
 HF_CONFIG = {
     "architectures": ["Qwen2ForCausalLM"],
     "hidden_size": 128,
@@ -22,8 +28,15 @@ HF_CONFIG = {
 }
 
 
-def quickstart(*overrides: str) -> Config:
-    return load_config(QUICKSTART, overrides)
+@pytest.fixture
+def small_run(tmp_path):
+    path = tmp_path / "small_run.yaml"
+    path.write_text(SMALL_RUN)
+
+    def load(*overrides: str) -> Config:
+        return load_config(path, overrides)
+
+    return load
 
 
 @pytest.fixture
@@ -52,8 +65,8 @@ def model_folder(tmp_path):
     ],
     ids=" ".join,
 )
-def test_sound_configurations_pass_and_pass_again_when_saved(overrides, tmp_path):
-    config = quickstart(*overrides)
+def test_sound_configurations_pass_and_pass_again_when_saved(overrides, small_run, tmp_path):
+    config = small_run(*overrides)
     check_config(config)
     save_config(config, tmp_path / "resolved.yaml")
     check_config(load_config(tmp_path / "resolved.yaml"))
@@ -104,15 +117,15 @@ def test_sound_configurations_pass_and_pass_again_when_saved(overrides, tmp_path
         (["parallel.data=4", "warm_start.batch_samples=30"], "warm_start.batch_samples = 30: must be a multiple of "),
     ],
 )
-def test_a_contradiction_is_named(overrides, line):
+def test_a_contradiction_is_named(overrides, line, small_run):
     with pytest.raises(ValueError, match="configuration: 1 problem") as error:
-        check_config(quickstart(*overrides))
+        check_config(small_run(*overrides))
     assert str(error.value).splitlines()[1].startswith(f"  {line}")
 
 
-def test_all_contradictions_come_in_one_message():
+def test_all_contradictions_come_in_one_message(small_run):
     with pytest.raises(ValueError, match="configuration: 3 problem") as error:
-        check_config(quickstart("training.mini_batch_prompts=5", "warm_start=null", "reward.overlong_buffer_tokens=99"))
+        check_config(small_run("training.mini_batch_prompts=5", "warm_start=null", "reward.overlong_buffer_tokens=99"))
     assert len(str(error.value).splitlines()) == 4
 
 

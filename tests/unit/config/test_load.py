@@ -6,6 +6,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from fipo_megatron.config.checks import check_config
 from fipo_megatron.config.load import load_config, save_config
 from fipo_megatron.config.schema import AlgorithmConfig, Config, OptimizerConfig, RunConfig, WarmStartConfig
 
@@ -194,8 +195,9 @@ def test_all_problems_come_in_one_message(write):
 
 
 @pytest.mark.parametrize("path", sorted(CONFIGS.glob("*.yaml")), ids=lambda path: path.stem)
-def test_a_shipped_configuration_loads_and_survives_saving(path, tmp_path):
+def test_a_shipped_configuration_is_sound_and_survives_saving(path, tmp_path):
     config = load_config(path)
+    check_config(config)
     save_config(config, tmp_path / "resolved.yaml")
     assert load_config(tmp_path / "resolved.yaml") == config
 
