@@ -57,14 +57,15 @@ def test_noisy_trace_without_noise_is_the_worked_trace() -> None:
 
 def test_noisy_trace_errs_at_the_configured_rates_and_agrees_with_itself() -> None:
     task, rng = make_task(carry_error_prob=0.6, digit_error_prob=0.1), np.random.default_rng(0)
-    num_traces, num_carries, num_forgotten, num_wrong = 3000, 0, 0, 0
+    num_traces, num_carries, num_forgotten = 3000, 0, 0
+    wrong_sums: list[int] = []
     for _ in range(num_traces):
         a, b = rng.integers(1000, 10000, size=2).tolist()
         columns, answer = parse(task.noisy_trace(rng, a, b))
         assert [x for x, *_ in columns] == [int(d) for d in reversed(str(a))]
         assert [y for _, y, *_ in columns] == [int(d) for d in reversed(str(b))]
         assert columns[0][2] == 0
-        num_wrong += sum(x + y + c != total for x, y, c, total in columns)
+        wrong_sums += [total for x, y, c, total in columns if x + y + c != total]
         digits = "".join(str(total % 10) for *_, total in reversed(columns))
         assert answer in (digits, "1" + digits)
         carries_read = [column[2] for column in columns[1:]] + [len(answer) - len(digits)]
@@ -74,7 +75,8 @@ def test_noisy_trace_errs_at_the_configured_rates_and_agrees_with_itself() -> No
             num_forgotten += total >= 10 and carry == 0
     assert abs(num_forgotten / num_carries - 0.6) < 4 * (0.24 / num_carries) ** 0.5
     # A random sum of 0..19 is right by chance once in 20.
-    assert abs(num_wrong / (4 * num_traces) - 0.1 * 19 / 20) < 4 * (0.09 / (4 * num_traces)) ** 0.5
+    assert abs(len(wrong_sums) / (4 * num_traces) - 0.1 * 19 / 20) < 4 * (0.09 / (4 * num_traces)) ** 0.5
+    assert set(wrong_sums) == set(range(20))
 
 
 def test_default_noise_puts_the_most_likely_answer_wrong_when_carries_are_needed() -> None:
