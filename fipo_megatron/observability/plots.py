@@ -41,7 +41,7 @@ PANELS = (
         "Accuracy",
         (
             Curve("rollout/accuracy", "training, sampled", GREY),
-            Curve("eval/accuracy", "held out, sampled", BLUE, None, "eval/accuracy_stderr", "o-"),
+            Curve("eval/sampled_accuracy", "held out, sampled", BLUE, None, "eval/sampled_accuracy_stderr", "o-"),
             Curve("eval/greedy_accuracy", "held out, greedy", ORANGE, None, "eval/greedy_accuracy_stderr", "s-"),
         ),
         bounds=(0, 1.03),

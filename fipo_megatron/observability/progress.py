@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 # Metric, name on screen, format; the first are seen in a narrow terminal, too.
 SHOWN = (
     ("rollout/accuracy", "accuracy", ".3f"),
-    ("eval/accuracy", "held-out", ".3f"),
+    ("eval/sampled_accuracy", "held-out", ".3f"),
     ("eval/greedy_accuracy", "greedy", ".3f"),
     ("rollout/response_tokens_mean", "tokens", ".1f"),
     ("train/policy_kl", "kl", ".1e"),

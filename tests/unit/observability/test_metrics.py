@@ -14,7 +14,7 @@ def test_lines_are_on_disk_at_once_and_read_back(tmp_path: Path) -> None:
     with MetricsWriter(path) as writer:
         writer.write(1, {"train/policy_kl": np.float32(0.25), "rollout/trained_groups": 32})
         assert read_metrics(path) == [{"step": 1, "rollout/trained_groups": 32, "train/policy_kl": 0.25}]
-        writer.write(2, {"eval/accuracy": 0.5, "rollout/stale_samples": np.int64(3)})
+        writer.write(2, {"eval/sampled_accuracy": 0.5, "rollout/stale_samples": np.int64(3)})
     with MetricsWriter(path) as writer:
         writer.write(3, {"time/step_s": 2.0})
     assert [line["step"] for line in read_metrics(path)] == [1, 2, 3]

@@ -29,10 +29,10 @@ def drawn(monkeypatch: pytest.MonkeyPatch) -> list[Figure]:
 def test_curves_are_the_metrics(tmp_path: Path, drawn: list[Figure]) -> None:
     path = tmp_path / "my_run" / "metrics.jsonl"
     with MetricsWriter(path) as writer:
-        writer.write(0, {"eval/accuracy": 0.2, "eval/accuracy_stderr": 0.02})
+        writer.write(0, {"eval/sampled_accuracy": 0.2, "eval/sampled_accuracy_stderr": 0.02})
         writer.write(1, {"rollout/accuracy": 0.3, "train/policy_kl": 1e-3, "time/step_s": 3.0, "time/train_s": 1.0})
         writer.write(2, {"rollout/accuracy": 0.4, "train/policy_kl": 2e-3, "time/step_s": 4.0, "time/train_s": 2.0})
-        writer.write(2, {"eval/accuracy": 0.5, "eval/accuracy_stderr": 0.03})
+        writer.write(2, {"eval/sampled_accuracy": 0.5, "eval/sampled_accuracy_stderr": 0.03})
     plot_curves(path, tmp_path / "figures" / "curves.png")
     assert (tmp_path / "figures" / "curves.png").read_bytes()[:8] == PNG_SIGNATURE
     (figure,) = drawn

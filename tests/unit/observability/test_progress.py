@@ -64,7 +64,7 @@ def test_terminal_shows_the_latest_step_and_keeps_evaluations() -> None:
         with progress.status("starting"), progress.task("base policy", 2) as advance:
             advance("loss 1")
         progress.step(1, 3, METRICS)
-        progress.step(2, 3, {**METRICS, "eval/accuracy": 0.5})
+        progress.step(2, 3, {**METRICS, "eval/sampled_accuracy": 0.5})
     shown = stream.getvalue()
     assert "\x1b[" in shown
     assert "step 1/3" not in shown

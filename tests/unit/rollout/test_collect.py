@@ -254,7 +254,7 @@ def test_mismatch_of_known_differences() -> None:
 def test_mismatch_kl_keeps_its_digits_where_the_policies_nearly_agree() -> None:
     x = 2.0**-18  # exp(x) - 1 - x term by term would be off by 1e-6 in float64, and 0 in float32
     metrics = mismatch_metrics(np.full(5, -0.5, np.float32), np.full(5, -0.5 + x, np.float32), np.full(5, True))
-    assert metrics["mismatch_kl"] == pytest.approx(x**2 / 2 + x**3 / 6 + x**4 / 24, rel=1e-9)
+    assert metrics["mismatch_kl"] == pytest.approx(x**2 / 2 + x**3 / 6 + x**4 / 24, rel=1e-9, abs=0)
 
 
 def test_mismatch_without_fresh_tokens_is_empty_and_not_finite_is_refused() -> None:
