@@ -70,7 +70,8 @@ def load_config(path: str | Path, overrides: Sequence[str] = ()) -> Config:
 
 def save_config(config: Config, path: str | Path) -> None:
     """Writes every value of the configuration, defaults included, as YAML that load_config reads back equal."""
-    text = yaml.dump(config.model_dump(mode="json"), Dumper=_Dumper, sort_keys=False, allow_unicode=True)
+    # Other than ASCII is escaped: PyYAML would write some line breaks of Unicode so that they don't read back.
+    text = yaml.dump(config.model_dump(mode="json"), Dumper=_Dumper, sort_keys=False)
     Path(path).write_text(text, encoding="utf-8")
 
 

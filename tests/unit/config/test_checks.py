@@ -3,7 +3,6 @@
 import json
 import re
 import socket
-from pathlib import Path
 
 import pytest
 
