@@ -126,7 +126,7 @@ class SegmentTable:
 @dataclass(frozen=True)
 class LossOutput:
     """What one microbatch adds to the loss of a mini-batch, on this rank. See algorithm/reduction.py for the contract:
-    the loss is (sum of loss_sum) / (sum of denominator) over microbatches, data- and context-parallel ranks."""
+    the loss is (sum of loss_sum) / max(1, sum of denominator) over microbatches, data- and context-parallel ranks."""
 
     loss_sum: torch.Tensor  # scalar with gradient
     denominator: torch.Tensor  # scalar int64: kept tokens or sequences, by aggregation

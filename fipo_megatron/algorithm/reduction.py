@@ -12,8 +12,9 @@ sequences that have any:
     token-mean               sum over K of l                                /  |K|
     seq-mean-token-mean      sum over s of (sum over K_s of l) / |K_s|      /  |S|
     seq-mean-token-sum       sum over s of (sum over K_s of l)              /  |S|
-    seq-mean-token-sum-norm  sum over s of (sum over K_s of l) / constant   /  |S|
+    seq-mean-token-sum-norm  sum over K of l / constant                     (no further division: denominator 0)
 
+Megatron divides by nothing where the count is 0.
 Under context parallelism each rank sums its own tokens; |K_s| is that of the whole sequence, and a sequence is counted
 by rank 0 of the context group alone.
 """
@@ -55,7 +56,9 @@ def reduce_loss(
             )
         losses = losses / sequence_norm
     num_sequences = (kept_per_segment > 0).sum()
-    return losses.sum(), num_sequences if counts_sequences(context_group) else torch.zeros_like(num_sequences)
+    is_final = aggregation == "seq-mean-token-sum-norm"
+    counts = counts_sequences(context_group) and not is_final
+    return losses.sum(), num_sequences if counts else torch.zeros_like(num_sequences)
 
 
 def counts_sequences(context_group: ProcessGroup | None) -> bool:

@@ -105,14 +105,14 @@ def case_errors(
 
 
 def _released_reduction(output: LossOutput, dropped_sequences: float, config: AlgorithmConfig) -> torch.Tensor:
-    """The loss from its sum as the released code divides it, which differs from reduction.py in three ways.
+    """The loss from its sum as the released code divides it, which differs from reduction.py in two ways.
 
-    It adds 1e-8 to the count of tokens, counts dropped sequences (whose sum is 0) as sequences, and in
-    seq-mean-token-sum-norm does not divide by the number of sequences.
+    It adds 1e-8 to the count of tokens, and counts dropped sequences (whose sum is 0) as sequences.
     """
     if config.loss_aggregation == "token-mean":
         return output.loss_sum / (output.denominator.double() + COUNT_EPSILON)
     if config.loss_aggregation == "seq-mean-token-sum-norm":
+        assert output.denominator == 0
         return output.loss_sum
     return output.loss_sum / (output.denominator + dropped_sequences)
 

@@ -96,4 +96,5 @@ def _add_sequence(totals: Totals, s: Sequence, config: AlgorithmConfig, sequence
     scale = 1 / divisor.get(config.loss_aggregation, 1)
     totals.loss_sum += scale * sum(losses)
     totals.grads.append([scale * g for g in grads])
-    totals.denominator += count if config.loss_aggregation == "token-mean" else int(count > 0)
+    is_final = config.loss_aggregation == "seq-mean-token-sum-norm"
+    totals.denominator += count if config.loss_aggregation == "token-mean" else int(count > 0 and not is_final)

@@ -23,7 +23,7 @@ def test_segments():
         ("token-mean", 34.0, 4),
         ("seq-mean-token-mean", 2.0 + 15.0, 2),
         ("seq-mean-token-sum", 34.0, 2),
-        ("seq-mean-token-sum-norm", 3.4, 2),
+        ("seq-mean-token-sum-norm", 3.4, 0),
     ],
 )
 def test_aggregations(aggregation, loss_sum, denominator):
