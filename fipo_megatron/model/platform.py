@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 import torch
+from packaging.version import Version
 
 from fipo_megatron.config.schema import ParallelConfig
 
@@ -106,8 +107,6 @@ def prepare_process(platform: Platform, parallel: ParallelConfig) -> list[str]:
 
 def check_cpu_versions() -> None:
     """Raises ValueError if megatron-core or torch is not a version that the CPU patches were tested with."""
-    from packaging.version import Version
-
     for package, (low, high) in CPU_TESTED_VERSIONS.items():
         found = importlib.metadata.version(package)
         if not Version(low) <= Version(found) < Version(high):
@@ -128,6 +127,10 @@ class Patch:
 
 def _every_layout(_: ParallelConfig) -> bool:
     return True
+
+
+def _newer_than_0_16(_: ParallelConfig) -> bool:
+    return Version(importlib.metadata.version("megatron-core")) >= Version("0.17")
 
 
 def _patch_current_device() -> None:
@@ -198,11 +201,23 @@ def _patch_cuda_moves() -> None:
     torch.Tensor.cuda = torch.nn.Module.cuda = stay  # type: ignore[method-assign]
 
 
+class _NoStream:
+    """Stands for a CUDA stream where work is done when a call returns: there is nothing to wait for."""
+
+    def wait_stream(self, stream: Any) -> None:
+        """Nothing."""
+
+
+def _patch_current_stream() -> None:
+    torch.cuda.current_stream = lambda *_: _NoStream()  # type: ignore[assignment]
+
+
 CPU_PATCHES = (
     Patch("current_device", _every_layout, _patch_current_device),
     Patch("factories", _every_layout, _patch_factories),
     Patch("random_state", _every_layout, _patch_random_state),
     Patch("tensor_type", _every_layout, _patch_tensor_type),
+    Patch("current_stream", _newer_than_0_16, _patch_current_stream),  # asked for before gradients are reduced
     Patch("synchronize", lambda parallel: parallel.pipeline > 1, _patch_synchronize),
     # The slice of rotary embeddings under context parallelism, the copy of tied embeddings in a pipeline.
     Patch("cuda_moves", lambda parallel: parallel.context > 1 or parallel.pipeline > 1, _patch_cuda_moves),

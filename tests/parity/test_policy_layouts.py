@@ -108,14 +108,15 @@ def oracle_update(
         logprobs = pad(rows, batch_first=True)
         mask = pad([torch.ones(len(r), dtype=torch.bool) for r in rows], batch_first=True)
         advantages = torch.from_numpy(batch.advantages[list(samples)]).double()[:, None].expand_as(logprobs)
-        output = fipo_loss(logprobs, pad([old[i] for i in samples], batch_first=True), advantages, mask, config.algorithm,
-                           sequence_norm=config.rollout.max_response_tokens)  # fmt: skip
+        old_rows = pad([old[i] for i in samples], batch_first=True)
+        norm = config.rollout.max_response_tokens
+        output = fipo_loss(logprobs, old_rows, advantages, mask, config.algorithm, sequence_norm=norm)
         loss = output.loss_sum / output.denominator.clamp(min=1)
         optimizer.zero_grad()
         loss.backward()
-        norm = torch.nn.utils.clip_grad_norm_(model.parameters(), OPTIMIZER.max_grad_norm)
+        grad_norm = torch.nn.utils.clip_grad_norm_(model.parameters(), OPTIMIZER.max_grad_norm)
         optimizer.step()
-        updates.append({"loss": loss.item(), "grad_norm": norm.item()})
+        updates.append({"loss": loss.item(), "grad_norm": grad_norm.item()})
     return old, updates, {name: p.detach() for name, p in model.named_parameters()}
 
 

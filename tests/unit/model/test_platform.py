@@ -23,6 +23,11 @@ def test_a_layout_gets_the_patches_it_needs_and_no_more(parallel: ParallelConfig
     assert {patch.name for patch in CPU_PATCHES if patch.needed_by(parallel)} == EVERY | more
 
 
+def test_a_newer_megatron_asks_for_the_current_stream(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(importlib.metadata, "version", lambda name: "0.19.2")
+    assert {patch.name for patch in CPU_PATCHES if patch.needed_by(ParallelConfig())} == EVERY | {"current_stream"}
+
+
 def test_cuda_is_left_alone() -> None:
     assert prepare_process(Platform("cuda"), ParallelConfig(tensor=2)) == []
 
