@@ -6,6 +6,7 @@ import asyncio
 import logging
 import os
 import shutil
+import signal
 import tempfile
 from collections.abc import Awaitable
 from pathlib import Path
@@ -44,6 +45,7 @@ class Workers:
         address = self.config.cluster.address
         self._temp_dir = tempfile.mkdtemp(prefix="fipo-ray-")
         os.environ["RAY_USAGE_STATS_ENABLED"] = "0"
+        on_sigterm = signal.getsignal(signal.SIGTERM)
         ray.init(
             num_cpus=self.config.parallel.world_size + NUM_WORKERS,
             include_dashboard=False,
@@ -53,6 +55,7 @@ class Workers:
             _node_ip_address=address,
             _temp_dir=self._temp_dir,
         )
+        signal.signal(signal.SIGTERM, on_sigterm)  # Ray puts its own in place
         return self
 
     def __exit__(

@@ -8,8 +8,6 @@ import runpy
 from pathlib import Path
 from typing import Any
 
-import ray
-
 from fipo_megatron.reward import judge
 from fipo_megatron.reward.base import Verdict
 from fipo_megatron.trainer.actor import EngineClient
@@ -27,6 +25,8 @@ update_weights = EngineClient.update_weights
 
 
 async def engine_dies_in_second_update(self: EngineClient, tensors: Any, version: int) -> None:
+    import ray
+
     if version == 1 and not getattr(EngineClient, "has_died", False):
         EngineClient.has_died = True  # type: ignore[attr-defined]
         pending = self.actor.update_weights.remote(tensors[:-1], version)  # stops half way: the last tensor is not read

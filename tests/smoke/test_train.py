@@ -16,10 +16,9 @@ from tests.smoke.train_process import TrainProcess
 pytestmark = pytest.mark.multiproc
 
 
-def run_once(folder: Path, *overrides: str) -> Path:
+def run_once(folder: Path, cache: Path, *overrides: str) -> Path:
     folder.mkdir()
-    cache = f"warm_start.cache_dir={folder.parent / 'cache'}"
-    finished = TrainProcess(folder, [cache, *overrides]).finish(timeout_s=240)
+    finished = TrainProcess(folder, [f"warm_start.cache_dir={cache}", *overrides]).finish(timeout_s=240)
     assert finished.code == 0, finished.output
     return finished.folder
 
@@ -28,9 +27,9 @@ def run_once(folder: Path, *overrides: str) -> Path:
 def runs(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     root = tmp_path_factory.mktemp("runs")
     return {
-        "first": run_once(root / "first"),
-        "again": run_once(root / "again"),
-        "other_seed": run_once(root / "other_seed", "seed=1"),
+        "first": run_once(root / "first", root / "cache"),
+        "again": run_once(root / "again", root / "cache_again"),  # its base policy made anew
+        "other_seed": run_once(root / "other_seed", root / "cache", "seed=1"),
     }
 
 
