@@ -14,6 +14,8 @@ BASE = [
     "megatron-core>=0.16.1,<0.20",
     # Megatron-Core's distributed checkpoint writer waits for ever where psutil is missing.
     "psutil>=6",
+    # Compares the versions that the CPU platform was tested with.
+    "packaging>=24",
     # Tokenizer, chat template and configuration of Hugging Face models. The range is vLLM 0.32's.
     "transformers>=5.16.1,<5.20",
     # Fast tokenizers; the quickstart makes its own vocabulary with it.

@@ -64,6 +64,7 @@ class Judgement:
 
 # How rollout and evaluation reach reward and tokenizer without importing them; the trainer hands them over.
 Judge = Callable[[Prompt, str, int], Judgement]  # of a prompt, the response's text and its number of tokens
+Encode = Callable[[str], tuple[int, ...]]  # token ids of a prompt's text
 Decode = Callable[[np.ndarray], str]  # text of token ids, special tokens left out
 
 

@@ -9,9 +9,9 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from fipo_megatron.config.schema import AlgorithmConfig, Config, ParallelConfig, WarmStartConfig
+from fipo_megatron.config.schema import AlgorithmConfig, Config, ParallelConfig, RolloutConfig, WarmStartConfig
+from fipo_megatron.model.hf_config import SUPPORTED_ARCHITECTURES, ModelShape
 
-SUPPORTED_ARCHITECTURES = ("Qwen2ForCausalLM",)
 MIN_ENGINE_HEAD_SIZE = 32  # vLLM's attention on CPU dies at start with smaller heads
 INFLUENCE_KEYS = ("half_life_tokens", "influence_clip", "influence_clip_high_only", "safety_threshold", "safety_rule")
 
@@ -56,6 +56,17 @@ def check_model_folder(path: Path, parallel: ParallelConfig) -> dict[str, Any]:
         raise ValueError(f"{key}: config.json is not a JSON object; copy it from the model again")
     _raise([f"{key}: {problem}" for problem in _find_architecture_problems(hf_config, parallel)], "model folder")
     return hf_config
+
+
+def check_positions(shape: ModelShape, rollout: RolloutConfig) -> None:
+    """Raises ValueError if the longest sequence has more tokens than the model has positions."""
+    longest = rollout.max_prompt_tokens + rollout.max_response_tokens
+    if longest > shape.max_positions:
+        raise ValueError(
+            f"rollout.max_response_tokens = {rollout.max_response_tokens}: with max_prompt_tokens = "
+            f"{rollout.max_prompt_tokens} that is {longest} tokens, the model has {shape.max_positions} positions "
+            "(max_position_embeddings in its config.json); lower one of the two"
+        )
 
 
 def check_port(address: str, port: int) -> None:

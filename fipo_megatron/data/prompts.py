@@ -5,14 +5,15 @@ from __future__ import annotations
 import numpy as np
 
 from fipo_megatron.data.tasks.arithmetic import DATA_SOURCE, ArithmeticTask, Problem
-from fipo_megatron.types import Prompt
+from fipo_megatron.types import Encode, Prompt
 
 
 class PromptSampler:
     """An endless stream of training prompts. Prompt i depends on seed and i alone: the whole state is the next i."""
 
-    def __init__(self, task: ArithmeticTask, seed: int) -> None:
+    def __init__(self, task: ArithmeticTask, encode: Encode, seed: int) -> None:
         self._task = task
+        self._encode = encode
         self._seed = seed
         self._next_index = 0
 
@@ -20,10 +21,10 @@ class PromptSampler:
         """The next `n` prompts, with uids unique within the run."""
         indices = range(self._next_index, self._next_index + n)
         self._next_index = indices.stop
-        return [
-            _make_prompt(self._task, f"train/{i:06d}", self._task.train_problem(np.random.default_rng([self._seed, i])))
-            for i in indices
-        ]
+        return [_make_prompt(self._task, self._encode, f"train/{i:06d}", self._problem(i)) for i in indices]
+
+    def _problem(self, index: int) -> Problem:
+        return self._task.train_problem(np.random.default_rng([self._seed, index]))
 
     def state_dict(self) -> dict[str, int]:
         """The position in the stream, as plain values."""
@@ -39,15 +40,16 @@ class PromptSampler:
         self._next_index = state["next_index"]
 
 
-def held_out_prompts(task: ArithmeticTask, n: int) -> list[Prompt]:
+def held_out_prompts(task: ArithmeticTask, encode: Encode, n: int) -> list[Prompt]:
     """The same `n` evaluation prompts in every run."""
-    return [_make_prompt(task, f"held_out/{i:06d}", problem) for i, problem in enumerate(task.held_out_problems(n))]
+    problems = task.held_out_problems(n)
+    return [_make_prompt(task, encode, f"held_out/{i:06d}", problem) for i, problem in enumerate(problems)]
 
 
-def _make_prompt(task: ArithmeticTask, uid: str, problem: Problem) -> Prompt:
+def _make_prompt(task: ArithmeticTask, encode: Encode, uid: str, problem: Problem) -> Prompt:
     return Prompt(
         uid=uid,
-        token_ids=task.encode(task.prompt_text(*problem)),
+        token_ids=encode(task.prompt_text(*problem)),
         ground_truth=task.answer(*problem),
         data_source=DATA_SOURCE,
     )

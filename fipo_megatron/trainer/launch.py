@@ -4,19 +4,20 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from fipo_megatron.config.checks import check_config, check_model_folder, check_port
+from fipo_megatron.config.checks import check_config, check_model_folder, check_port, check_positions
 from fipo_megatron.config.load import load_config
 from fipo_megatron.config.schema import Config
 from fipo_megatron.data.prompts import held_out_prompts
 from fipo_megatron.data.tasks.arithmetic import ArithmeticTask
 from fipo_megatron.evaluation.protocol import evaluate
+from fipo_megatron.model.hf_config import read_model_shape
 from fipo_megatron.model.platform import check_cpu_versions, resolve_platform
 from fipo_megatron.observability.progress import Progress
 from fipo_megatron.reward.judge import make_reward
 from fipo_megatron.rollout.hf import HfEngine
 from fipo_megatron.trainer.loop import train
 from fipo_megatron.trainer.placement import Workers
-from fipo_megatron.trainer.run import Run, load_decode
+from fipo_megatron.trainer.run import Run, load_tokenizer
 from fipo_megatron.trainer.warm_start import base_policy_folder, make_base_policy, write_skeleton
 from fipo_megatron.types import GenerationRequest, SamplingSettings
 
@@ -26,12 +27,14 @@ def check_before_start(config: Config) -> None:
     check_config(config)
     if resolve_platform(config.platform).name == "cpu":
         check_cpu_versions()
-    if config.model.path is not None:
-        check_model_folder(Path(config.model.path), config.parallel)
-    check_port(config.cluster.address, config.cluster.master_port)
     task = ArithmeticTask(config.task)
-    task.check_limits(config.rollout.max_prompt_tokens, config.rollout.max_response_tokens)
     task.held_out_problems(config.evaluation.num_problems)
+    if config.model.path is None:
+        task.check_limits(config.rollout.max_prompt_tokens, config.rollout.max_response_tokens)
+    else:
+        check_model_folder(Path(config.model.path), config.parallel)
+        check_positions(read_model_shape(Path(config.model.path)), config.rollout)
+    check_port(config.cluster.address, config.cluster.master_port)
 
 
 async def run_training(config: Config, folder: Path, progress: Progress) -> None:
@@ -63,9 +66,10 @@ def evaluate_exported(run_folder: Path) -> dict[str, float]:
             f"{run_folder} has no hf/ folder: give the folder of a run that ended, e.g. runs/quickstart_cpu-seed0"
         )
     config = load_config(run_folder / "config.yaml")
-    prompts = held_out_prompts(ArithmeticTask(config.task), config.evaluation.num_problems)
+    encode, decode = load_tokenizer(run_folder / "hf")
+    prompts = held_out_prompts(ArithmeticTask(config.task), encode, config.evaluation.num_problems)
     engine = HfEngine(run_folder / "hf", config, load_weights=True)
     greedy = SamplingSettings(temperature=0.0, top_p=1.0, max_response_tokens=config.rollout.max_response_tokens)
     generations = engine.generate([GenerationRequest(prompt.token_ids, seed=0) for prompt in prompts], greedy)
     judge = make_reward(config.reward, config.rollout.max_response_tokens)
-    return evaluate(prompts, generations, judge, load_decode(run_folder / "hf"))
+    return evaluate(prompts, generations, judge, decode)

@@ -30,7 +30,7 @@ from fipo_megatron.rollout.collect import (
     mismatch_metrics,
 )
 from fipo_megatron.trainer.placement import Workers
-from fipo_megatron.types import Decode, SampleGroup, SamplingSettings, TrainingBatch
+from fipo_megatron.types import Decode, Encode, SampleGroup, SamplingSettings, TrainingBatch
 
 
 class Run:
@@ -51,10 +51,10 @@ class Run:
         self.model_folder = model_folder
         self.progress = progress
         self.timers = PhaseTimers()
-        self.decode = load_decode(model_folder)
+        encode, self.decode = load_tokenizer(model_folder)
         self._judge = make_reward(config.reward, config.rollout.max_response_tokens)
-        self._sampler = PromptSampler(task, config.seed)
-        self._held_out = held_out_prompts(task, config.evaluation.num_problems)
+        self._sampler = PromptSampler(task, encode, config.seed)
+        self._held_out = held_out_prompts(task, encode, config.evaluation.num_problems)
         self._buffer = GroupBuffer(config.dynamic_sampling)
         self._spread = SpreadGuard(config.dynamic_sampling.max_steps_without_spread)
         self._num_generation_batches = 0
@@ -183,9 +183,12 @@ def make_run_folder(config: Config, config_name: str) -> Path:
     return folder.resolve()
 
 
-def load_decode(model_folder: Path) -> Decode:
-    """Text of token ids by the folder's tokenizer, special tokens left out."""
+def load_tokenizer(model_folder: Path) -> tuple[Encode, Decode]:
+    """Both ways of the folder's tokenizer, special tokens neither added nor kept."""
     from transformers import AutoTokenizer
 
     tokenizer = AutoTokenizer.from_pretrained(model_folder)
-    return lambda token_ids: tokenizer.decode(token_ids, skip_special_tokens=True)
+    return (
+        lambda text: tuple(tokenizer.encode(text, add_special_tokens=False)),
+        lambda token_ids: tokenizer.decode(token_ids, skip_special_tokens=True),
+    )
