@@ -204,16 +204,18 @@ class MegatronPolicy:
         return self.port()
 
     def connect_engine(self, num_engine_workers: int) -> None:
-        """Form the weight group with the engine's workers; rank 0 only, while the engine connects."""
-        timeouts = self.config.timeouts
-        self.weight_group = BroadcastGroup(
-            self.config.cluster.address,
-            self.port(),
-            SENDER,
-            1 + num_engine_workers,
-            timeouts.collective_s,
-            self.listener,
-        )
+        """Form the weight group with the engine's workers; rank 0 only, while the engine connects.
+
+        Raises:
+            ConnectionError: the engine did not come.
+        """
+        address, timeout_s = self.config.cluster.address, self.config.timeouts.collective_s
+        try:
+            self.weight_group = BroadcastGroup(
+                address, self.port(), SENDER, 1 + num_engine_workers, timeout_s, self.listener
+            )
+        except RuntimeError as error:
+            raise ConnectionError(f"the engine did not join the weight group: {error}") from error
 
     def weight_metadata(self) -> list[tuple[str, tuple[int, ...], str]]:
         """`(name, shape, dtype)` of the tensors that `push_weights` sends, in order."""

@@ -156,3 +156,32 @@ def test_layout_equals_transformers(
         assert (exported[name] - expected).norm() <= 1e-3 * moved, name
     moved_logprobs = dict(pair for reply in after if reply is not None for pair in reply)
     assert max(abs(moved_logprobs[i] - logprobs[i]).max() for i in range(8)) > 0.05
+
+
+@pytest.mark.multiproc
+def test_reference_logprobs_stay_those_of_the_start(folder: Path, batch: TrainingBatch) -> None:
+    """With a penalty to the reference policy: its log-probs are the initial policy's, and the policy's own are kept."""
+    config = make_config(folder, parallel={"tensor": 2}, algorithm={"reference_kl_coef": 0.1})
+
+    def by_sample(replies: list[list[tuple[int, np.ndarray]] | None]) -> np.ndarray:
+        pairs = dict(pair for reply in replies if reply is not None for pair in reply)
+        return np.concatenate([pairs[i] for i in range(batch.num_samples)])
+
+    zeros = np.zeros(int(np.diff(batch.cu_seqlens).sum() - batch.prompt_lens.sum()), np.float32)
+    with_both = replace(batch, old_logprobs=zeros - 3, ref_logprobs=zeros - 3)
+    _, start, metrics, moved, reference, still_moved = run_policy(
+        config,
+        [
+            ("load", (folder, OPTIMIZER)),
+            ("logprobs", (batch,)),
+            ("update", (with_both, range(8), LR)),
+            ("logprobs", (batch,)),
+            ("ref_logprobs", (batch,)),
+            ("logprobs", (batch,)),
+        ],
+    )
+    np.testing.assert_array_equal(by_sample(reference), by_sample(start))
+    np.testing.assert_array_equal(by_sample(still_moved), by_sample(moved))
+    assert np.abs(by_sample(moved) - by_sample(start)).max() > 0.01
+    q = -3 - by_sample(start).astype(np.float64)
+    assert metrics[0]["reference_kl"] == pytest.approx(np.mean(np.exp(q) - q - 1), rel=1e-4)

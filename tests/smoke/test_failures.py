@@ -93,7 +93,8 @@ def test_a_half_updated_engine_is_rebuilt(
     engine: str, tmp_path: Path, cache: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("FAULT", "engine_dies_in_second_update")
-    finished = TrainProcess(tmp_path, [*FAST, cache, f"rollout.engine={engine}"], script=FAULTY).finish(timeout_s=200)
+    overrides = [*FAST, cache, f"rollout.engine={engine}", "rollout.temperature=0.8"]
+    finished = TrainProcess(tmp_path, overrides, script=FAULTY).finish(timeout_s=200)
     assert finished.code == 0, finished.output
     assert "the engine is rebuilt" in finished.output
     steps = [json.loads(line) for line in (finished.folder / "metrics.jsonl").read_text().splitlines()]
