@@ -7,6 +7,7 @@ by the next one.
 
 from __future__ import annotations
 
+import argparse
 import fcntl
 import hashlib
 import os
@@ -218,8 +219,11 @@ def install() -> None:
 
 def main(arguments: Sequence[str]) -> int:
     """The exit status: 0 when `.venv` is complete."""
-    if arguments[:1] == ["--print-requirements"]:
-        print_requirements(arguments[1], arguments[2:])
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--print-requirements", nargs="+", metavar="NAME", help=argparse.SUPPRESS)
+    options = parser.parse_args(arguments)
+    if options.print_requirements:
+        print_requirements(options.print_requirements[0], options.print_requirements[1:])
         return 0
     try:
         with locked(ROOT):

@@ -44,6 +44,7 @@ def main() -> int:
         with Progress() as progress:
             progress.note(f"run folder: {folder}")
             asyncio.run(run_training(config, folder, progress))
+        _print_summary(folder)
     except KeyboardInterrupt:
         print("interrupted; all worker processes have ended", file=sys.stderr)
         return 130
@@ -56,6 +57,19 @@ def main() -> int:
         print(f"error: {type(error).__name__}: {error}", *getattr(error, "__notes__", []), file=sys.stderr)
         return 1
     return 0
+
+
+def _print_summary(folder: Path) -> None:
+    from fipo_megatron.observability.metrics import read_metrics
+    from fipo_megatron.observability.progress import print_table
+
+    lines = [line for line in read_metrics(folder / "metrics.jsonl") if "eval/greedy_accuracy" in line]
+    rows = [
+        (name, f"{lines[0][f'eval/{name}_accuracy']:.3f}", f"{lines[-1][f'eval/{name}_accuracy']:.3f}")
+        for name in ("sampled", "greedy")
+    ]
+    print_table("held-out accuracy", ("", "before", "after"), rows)
+    print(f"curves: {folder / 'curves.png'}\npolicy: {folder / 'hf'}")
 
 
 def _interrupt(signum: int, frame: object) -> None:

@@ -34,7 +34,7 @@ async def train(run: Run) -> None:
             handle = await policy.put(batch)
             lr = run.learning_rate(step)
             updates = [await policy.update(handle, samples, lr) for samples in run.mini_batches(step)]
-        metrics |= {f"train/{name}": value for name, value in mean_metrics(updates).items()}
+        metrics |= {"train/updates": len(updates)} | {f"train/{k}": v for k, v in mean_metrics(updates).items()}
 
         with run.timers.phase("sync"):
             await run.workers.sync_weights(version=step)

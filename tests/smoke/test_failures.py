@@ -14,7 +14,8 @@ import pytest
 from tests.smoke.train_process import REPO, SMALL, TrainProcess
 
 FAULTY = Path(__file__).with_name("faulty_train.py")
-FAST = ("rollout.engine=hf", "timeouts.collective_s=12", "timeouts.call_s=25")
+TWO_RANKS = ("rollout.engine=hf", "timeouts.collective_s=12", "timeouts.call_s=25")
+FAST = (*TWO_RANKS, "parallel.tensor=1")
 
 
 @pytest.fixture(scope="module")
@@ -56,7 +57,7 @@ def test_a_run_without_hope_says_what_to_change(overrides: list[str], cause: str
     ids=["policy_killed", "engine_killed", "policy_stalled"],
 )
 def test_a_lost_worker_is_named(victim: str, number: int, cause: str, tmp_path: Path, cache: str) -> None:
-    run = TrainProcess(tmp_path, [*FAST, cache, "training.num_steps=500"])
+    run = TrainProcess(tmp_path, [*TWO_RANKS, cache, "training.num_steps=500"])
     run.wait_for("step 1/")
     run.worker(victim).send_signal(number)
     finished = run.finish()
