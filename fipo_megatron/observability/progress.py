@@ -27,6 +27,9 @@ SHOWN = (
 NUM_TASK_LINES = 10  # how often a task reports where there is no terminal
 
 
+PLAIN_WIDTH = 120  # of a table that goes to a file or a pipe
+
+
 def step_summary(metrics: Mapping[str, float]) -> str:
     """The shown metrics that a step has, on one line."""
     return "  ".join(f"{name} {metrics[key]:{form}}" for key, name, form in SHOWN if key in metrics)
@@ -133,4 +136,7 @@ def print_table(title: str, header: Sequence[str], rows: Sequence[Sequence[str]]
         table.add_column(escape(name), justify="left" if i == 0 else "right", overflow="fold")
     for row in rows:
         table.add_row(*map(escape, row))
-    Console(file=stream).print(table)
+    console = Console(file=stream)
+    if not console.is_terminal:
+        console.width = PLAIN_WIDTH
+    console.print(table)
