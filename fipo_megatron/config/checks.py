@@ -9,7 +9,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from fipo_megatron.config.schema import AlgorithmConfig, Config, ParallelConfig, RolloutConfig, WarmStartConfig
+from fipo_megatron.config.schema import PRESETS, AlgorithmConfig, Config, ParallelConfig, RolloutConfig, WarmStartConfig
 from fipo_megatron.model.hf_config import SUPPORTED_ARCHITECTURES, ModelShape
 
 MIN_ENGINE_HEAD_SIZE = 32  # vLLM's attention on CPU dies at start with smaller heads
@@ -140,6 +140,13 @@ def _find_length_problems(config: Config) -> Iterator[str]:
 
 
 def _find_objective_problems(algorithm: AlgorithmConfig) -> Iterator[str]:
+    preset_objective = PRESETS[algorithm.preset]["objective"] if algorithm.preset else algorithm.objective
+    if algorithm.objective != preset_objective:
+        yield (
+            f"algorithm.objective = {algorithm.objective!r}: contradicts algorithm.preset = {algorithm.preset!r}, "
+            f"whose objective is {preset_objective!r}; remove one of the two"
+        )
+        return
     if algorithm.objective == "fipo":
         return
     for key in INFLUENCE_KEYS:

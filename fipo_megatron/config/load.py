@@ -49,7 +49,8 @@ def load_config(path: str | Path, overrides: Sequence[str] = ()) -> Config:
     """The run's configuration: defaults, then the file's `base:` (one level), then the file, then overrides in order.
 
     Mappings of a file are merged into those of its base key by key. An override `a.b=value` reads its value as YAML and
-    replaces what stood there, a whole section included (`parallel={tensor: 2}`).
+    replaces what stood there, a whole section included (`parallel={tensor: 2}`). In a file and in an override alike,
+    `algorithm: NAME` is short for `algorithm: {preset: NAME}`.
 
     Raises ValueError with one line for each unknown key, wrong type and value out of range. Values that contradict each
     other are left to checks.check_config.
@@ -61,6 +62,7 @@ def load_config(path: str | Path, overrides: Sequence[str] = ()) -> Config:
         values = _merge(_read_base(path, base), values)
     for override in overrides:
         _apply_override(values, override)
+        _expand_preset(values)
     try:
         return Config.model_validate(values)
     except ValidationError as error:
@@ -86,6 +88,7 @@ def _read_mapping(path: Path) -> dict[str, Any]:
         return {}
     if not isinstance(values, dict):
         raise ValueError(f"configuration {path}: holds {values!r}; it must hold `key: value` lines")
+    _expand_preset(values)
     return values
 
 
@@ -125,6 +128,12 @@ def _apply_override(values: dict[str, Any], override: str) -> None:
         values[section] = dict(child or {})  # a copy: a YAML alias may stand in several places
         values = values[section]
     values[last] = value
+
+
+def _expand_preset(values: dict[str, Any]) -> None:
+    """Writes a preset's name out as a section, which further files and overrides can then add keys to."""
+    if isinstance(values.get("algorithm"), str):
+        values["algorithm"] = {"preset": values["algorithm"]}
 
 
 def _describe(problem: ErrorDetails) -> str:

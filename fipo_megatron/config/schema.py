@@ -10,11 +10,20 @@ from pydantic import BaseModel, ConfigDict, Field, model_validator
 LossAggregation = Literal["token-mean", "seq-mean-token-mean", "seq-mean-token-sum", "seq-mean-token-sum-norm"]
 Objective = Literal["fipo", "dapo", "grpo"]
 
-# What an objective changes; a key given by the user wins. FIPO's values are the class defaults.
-OBJECTIVE_DEFAULTS: dict[str, dict[str, Any]] = {
-    "fipo": {},
-    "dapo": {},
-    "grpo": {"clip_ratio_high": 0.2, "dual_clip_ratio": None, "loss_aggregation": "seq-mean-token-mean"},
+PresetName = Literal["fipo_32b", "fipo_7b", "dapo", "grpo"]
+
+# What a published recipe changes of AlgorithmConfig's defaults, which are those of fipo_32b; a key given by the user
+# wins. An objective named without a preset starts from the preset of its name, where there is one.
+PRESETS: dict[str, dict[str, Any]] = {
+    "fipo_32b": {"objective": "fipo"},
+    "fipo_7b": {"objective": "fipo", "influence_clip_high_only": False, "safety_threshold": 3.0},
+    "dapo": {"objective": "dapo"},
+    "grpo": {
+        "objective": "grpo",
+        "clip_ratio_high": 0.2,
+        "dual_clip_ratio": None,
+        "loss_aggregation": "seq-mean-token-mean",
+    },
 }
 
 
@@ -97,6 +106,7 @@ class OptimizerConfig(Section):
 class AlgorithmConfig(Section):
     """The loss (algorithm/fipo_loss.py). Names in brackets are those of the authors' script."""
 
+    preset: PresetName | None = Field(None, description="published recipe that the other keys start from; null: none")
     objective: Objective = "fipo"
     clip_ratio_low: float = Field(0.2, gt=0, lt=1, description="eps_low")
     clip_ratio_high: float = Field(0.28, gt=0, description="eps_high")
@@ -118,10 +128,18 @@ class AlgorithmConfig(Section):
 
     @model_validator(mode="before")
     @classmethod
-    def _fill_from_objective(cls, values: Any) -> Any:
-        if isinstance(values, dict):
-            return {**OBJECTIVE_DEFAULTS.get(values.get("objective", "fipo"), {}), **values}
-        return values
+    def _fill_from_preset(cls, values: Any) -> Any:
+        if not isinstance(values, dict):
+            return values
+        name = values.get("preset") or values.get("objective")
+        return {**PRESETS.get(name, {}), **values} if isinstance(name, str) else values
+
+    def describe(self) -> str:
+        """The preset's name and every key that departs from it, for the log: `fipo_7b, half_life_tokens = 8.0`."""
+        start = AlgorithmConfig(preset=self.preset) if self.preset else AlgorithmConfig(objective=self.objective)
+        given = self.model_dump()
+        changes = [f"{key} = {given[key]!r}" for key, value in start.model_dump().items() if given[key] != value]
+        return ", ".join([self.preset or f"{self.objective} without a preset", *changes])
 
 
 class RolloutConfig(Section):

@@ -53,6 +53,9 @@ def model_folder(tmp_path):
         ["model.dtype=bfloat16"],
         ["algorithm.reference_kl_coef=0.01"],
         ["algorithm.objective=dapo"],
+        ["algorithm=fipo_7b"],
+        ["algorithm=dapo", "algorithm.objective=dapo"],
+        ["algorithm=grpo", "algorithm.clip_ratio_high=0.3"],
         ["algorithm.objective=grpo", "algorithm.clip_ratio_high=0.3"],
         ["warm_start=null", "model.path=models/qwen2"],
         ["parallel={tensor: 2, pipeline: 2, context: 2, data: 2, sequence_parallel: true}"],
@@ -94,6 +97,13 @@ def test_sound_configurations_pass_and_pass_again_when_saved(overrides, small_ru
         ),
         (["algorithm={objective: grpo, safety_threshold: 3}"], "algorithm.safety_threshold = 3.0: has no effect "),
         (["algorithm={objective: grpo, safety_rule: reset}"], "algorithm.safety_rule = 'reset': has no effect "),
+        (
+            ["algorithm=fipo_7b", "algorithm.objective=dapo"],
+            "algorithm.objective = 'dapo': contradicts algorithm.preset = 'fipo_7b', whose objective is 'fipo'; ",
+        ),
+        (["algorithm={preset: dapo, objective: grpo}"], "algorithm.objective = 'grpo': contradicts "),
+        (["algorithm=grpo", "algorithm.objective=fipo"], "algorithm.objective = 'fipo': contradicts "),
+        (["algorithm=dapo", "algorithm.half_life_tokens=8"], "algorithm.half_life_tokens = 8.0: has no effect "),
         (
             ["warm_start={hidden_size: 130}"],
             "warm_start.hidden_size = 130: must be a multiple of num_attention_heads = 4",

@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 
 from fipo_megatron.config.checks import check_config
 from fipo_megatron.config.load import load_config, save_config
-from fipo_megatron.config.schema import AlgorithmConfig, Config, OptimizerConfig, RunConfig, WarmStartConfig
+from fipo_megatron.config.schema import PRESETS, AlgorithmConfig, Config, OptimizerConfig, RunConfig, WarmStartConfig
 
 CONFIGS = Path(__file__).parents[3] / "configs"
 
@@ -81,6 +81,59 @@ def test_an_override_leaves_the_other_uses_of_a_yaml_alias_alone(write):
     path = write("optimizer: &shared {lr: 1.0}\nwarm_start: *shared\n")
     config = load_config(path, ["optimizer.lr=2.0"])
     assert (config.optimizer.lr, config.warm_start.lr) == (2.0, 1.0)
+
+
+@pytest.mark.parametrize(
+    ("text", "overrides"),
+    [
+        ("algorithm: fipo_7b", ["algorithm.half_life_tokens=8"]),
+        ("algorithm: {preset: fipo_7b}", ["algorithm.half_life_tokens=8"]),
+        ("algorithm: {preset: fipo_7b, half_life_tokens: 8}", []),
+        ("", ["algorithm=fipo_7b", "algorithm.half_life_tokens=8"]),
+        ("", ["algorithm.preset=fipo_7b", "algorithm.half_life_tokens=8"]),
+        ("algorithm: {half_life_tokens: 8}", ["algorithm.preset=fipo_7b"]),
+        ("", ["algorithm={preset: fipo_7b, half_life_tokens: 8}"]),
+        # a preset on the command line replaces the whole section, as every mapping there does
+        ("algorithm: {preset: dapo, clip_ratio_high: 0.5}", ["algorithm=fipo_7b", "algorithm.half_life_tokens=8"]),
+    ],
+)
+def test_a_preset_by_name_with_a_key_on_top(write, text, overrides):
+    assert load_config(write(text), overrides).algorithm == AlgorithmConfig(preset="fipo_7b", half_life_tokens=8.0)
+
+
+@pytest.mark.parametrize(
+    ("base", "text"),
+    [
+        ("algorithm: fipo_7b", "algorithm: {half_life_tokens: 8}"),
+        ("algorithm: {half_life_tokens: 8}", "algorithm: fipo_7b"),
+        ("algorithm: {preset: dapo, half_life_tokens: 8}", "algorithm: {preset: fipo_7b}"),
+    ],
+)
+def test_a_preset_and_the_keys_of_a_base_are_merged(write, base, text):
+    write(base, "base.yaml")
+    algorithm = load_config(write(f"base: base.yaml\n{text}")).algorithm
+    assert algorithm == AlgorithmConfig(preset="fipo_7b", half_life_tokens=8.0)
+
+
+def test_the_last_preset_wins(write):
+    assert load_config(write("algorithm: fipo_7b"), ["algorithm=dapo", "algorithm=grpo"]).algorithm == AlgorithmConfig(
+        preset="grpo"
+    )
+
+
+@pytest.mark.parametrize("preset", PRESETS)
+def test_a_saved_preset_keeps_its_name_and_its_values(write, preset, tmp_path):
+    config = load_config(write(f"algorithm: {preset}"), ["algorithm.clip_ratio_low=0.1"])
+    save_config(config, tmp_path / "resolved.yaml")
+    loaded = load_config(tmp_path / "resolved.yaml")
+    assert loaded == config
+    assert loaded.algorithm.preset == preset
+
+
+@pytest.mark.parametrize("text", ["algorithm: fipo_3b", "algorithm: {preset: fipo_3b}"])
+def test_an_unknown_preset_is_named_with_those_that_exist(write, text):
+    expected = "algorithm.preset = 'fipo_3b': must be 'fipo_32b', 'fipo_7b', 'dapo' or 'grpo'"
+    assert problems_of(write(text)) == [expected]
 
 
 def test_a_value_may_hold_an_equals_sign(write):
@@ -171,6 +224,8 @@ def test_an_unknown_key_is_named_with_the_closest_known_one(write, text, line):
         ("training: {num_steps: 2.5}", "training.num_steps = 2.5: must be a valid integer"),
         ("training: {num_steps: '2'}", "training.num_steps = '2': must be a valid integer"),
         ("training: {num_steps: true}", "training.num_steps = True: must be a valid integer"),
+        ("algorithm: {objective: [dapo]}", "algorithm.objective = ['dapo']: must be 'fipo', 'dapo' or 'grpo'"),
+        ("algorithm: 5", "algorithm = 5: must be a section of `key: value` lines"),
         ("algorithm: {objective: ppo}", "algorithm.objective = 'ppo': must be 'fipo', 'dapo' or 'grpo'"),
         ("run: {root: ''}", "run.root = '': must have at least 1 character"),
         ("run: {name: 5}", "run.name = 5: must be a valid string"),

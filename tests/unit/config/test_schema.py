@@ -1,32 +1,86 @@
-"""The schema's own rules: what an objective changes, immutability, and the sizes derived from it."""
+"""The schema's own rules: what presets and objectives change, immutability, and the sizes derived from it."""
+
+from typing import get_args
 
 import pytest
 from pydantic import BaseModel, ValidationError
 
-from fipo_megatron.config.schema import AlgorithmConfig, Config, ParallelConfig
+from fipo_megatron.config.schema import PRESETS, AlgorithmConfig, Config, ParallelConfig, PresetName
+
+# eps_low, eps_high, c, tau, eps_f, high side only, safety threshold, aggregation; None: the preset has no such term
+RECIPES = {
+    "fipo_32b": (0.2, 0.28, 10.0, 32.0, 0.2, True, 10.0, "token-mean"),
+    "fipo_7b": (0.2, 0.28, 10.0, 32.0, 0.2, False, 3.0, "token-mean"),
+    "dapo": (0.2, 0.28, 10.0, None, None, None, None, "token-mean"),
+    "grpo": (0.2, 0.2, None, None, None, None, None, "seq-mean-token-mean"),
+}
+
+
+def recipe(algorithm: AlgorithmConfig) -> tuple:
+    influence = (
+        algorithm.half_life_tokens,
+        algorithm.influence_clip,
+        algorithm.influence_clip_high_only,
+        algorithm.safety_threshold,
+    )
+    return (
+        algorithm.clip_ratio_low,
+        algorithm.clip_ratio_high,
+        algorithm.dual_clip_ratio,
+        *(influence if algorithm.objective == "fipo" else (None,) * 4),
+        algorithm.loss_aggregation,
+    )
+
+
+def test_every_preset_is_tested():
+    assert set(RECIPES) == set(PRESETS) == set(get_args(PresetName))
+
+
+@pytest.mark.parametrize("preset", RECIPES)
+def test_a_preset_has_the_values_of_its_recipe(preset):
+    algorithm = AlgorithmConfig(preset=preset)
+    assert recipe(algorithm) == RECIPES[preset]
+    assert algorithm.preset == preset
+    assert algorithm.objective == preset.partition("_")[0]
+    assert algorithm.safety_rule == "clamp"
+    assert algorithm.reference_kl_coef == 0.0
+    assert algorithm.normalize_advantage_by_std
 
 
 def test_defaults_are_those_of_the_32b_recipe():
-    algorithm = AlgorithmConfig()
-    assert (algorithm.clip_ratio_low, algorithm.clip_ratio_high, algorithm.dual_clip_ratio) == (0.2, 0.28, 10.0)
-    assert (algorithm.half_life_tokens, algorithm.influence_clip, algorithm.safety_threshold) == (32.0, 0.2, 10.0)
-    assert algorithm.influence_clip_high_only
-    assert algorithm.loss_aggregation == "token-mean"
+    assert recipe(AlgorithmConfig()) == RECIPES["fipo_32b"]
 
 
-def test_grpo_clips_symmetrically_without_dual_clip():
-    algorithm = AlgorithmConfig(objective="grpo")
-    assert (algorithm.clip_ratio_low, algorithm.clip_ratio_high, algorithm.dual_clip_ratio) == (0.2, 0.2, None)
-    assert algorithm.loss_aggregation == "seq-mean-token-mean"
+@pytest.mark.parametrize("objective", ["dapo", "grpo"])
+def test_an_objective_alone_has_the_values_of_its_recipe_but_not_its_name(objective):
+    assert recipe(AlgorithmConfig(objective=objective)) == RECIPES[objective]
+    assert AlgorithmConfig(objective=objective).preset is None
+
+
+@pytest.mark.parametrize(
+    ("values", "text"),
+    [
+        ({"preset": "fipo_7b"}, "fipo_7b"),
+        (
+            {"preset": "fipo_7b", "half_life_tokens": 8.0, "safety_threshold": 10.0},
+            "fipo_7b, half_life_tokens = 8.0, safety_threshold = 10.0",
+        ),
+        ({"preset": "fipo_7b", "safety_threshold": 3.0}, "fipo_7b"),
+        ({}, "fipo without a preset"),
+        ({"objective": "grpo", "dual_clip_ratio": 3.0}, "grpo without a preset, dual_clip_ratio = 3.0"),
+    ],
+)
+def test_the_description_names_the_preset_and_what_departs_from_it(values, text):
+    assert AlgorithmConfig(**values).describe() == text
 
 
 def test_what_the_user_gives_wins_over_the_objective():
     assert AlgorithmConfig(objective="grpo", clip_ratio_high=0.3).clip_ratio_high == 0.3
 
 
-def test_dapo_keeps_the_asymmetric_clip_and_dual_clip():
-    algorithm = AlgorithmConfig(objective="dapo")
-    assert (algorithm.clip_ratio_high, algorithm.dual_clip_ratio) == (0.28, 10.0)
+def test_what_the_user_gives_wins_over_the_preset():
+    algorithm = AlgorithmConfig(preset="fipo_7b", safety_threshold=5.0)
+    assert (algorithm.safety_threshold, algorithm.influence_clip_high_only) == (5.0, False)
 
 
 def test_values_are_immutable():
