@@ -1,11 +1,22 @@
-"""Accuracy and its error on hand-made samples."""
+"""Estimators against enumeration of all draws, votes and resamples; judging on hand-made samples."""
 
 import math
+from itertools import combinations, product
 
 import numpy as np
 import pytest
 
-from fipo_megatron.evaluation.protocol import accuracy, evaluate
+from fipo_megatron.evaluation.protocol import (
+    ProblemResult,
+    accuracy,
+    bootstrap_interval,
+    consensus_is_correct,
+    evaluate,
+    judge_problems,
+    majority_vote,
+    pass_at_k,
+    summarize,
+)
 from fipo_megatron.types import Generation, Judgement, Prompt
 
 PROMPTS = [Prompt(f"held_out/{i}", (1,), str(i), "arithmetic") for i in range(4)]
@@ -59,3 +70,133 @@ def test_samples_belong_to_their_prompt() -> None:
 def test_a_wrong_number_of_generations_is_refused(num_generations: int) -> None:
     with pytest.raises(RuntimeError, match=f"{num_generations} responses for 4 prompts"):
         evaluate(PROMPTS, [generation(0, 1)] * num_generations, judge, decode)
+
+
+@pytest.mark.parametrize("n", [1, 2, 5, 7])
+def test_pass_at_k_is_the_share_of_all_draws_with_a_right_sample(n: int) -> None:
+    rows = np.array(list(product([0, 1], repeat=n)))
+    for k in range(1, n + 1):
+        brute_force = [np.mean([any(draw) for draw in combinations(row, k)]) for row in rows]
+        np.testing.assert_allclose(pass_at_k(rows, k), brute_force, rtol=1e-12)
+
+
+def test_pass_at_k_stays_exact_where_binomials_overflow_floats() -> None:
+    # with one right sample of n, k of them hold it with chance k / n
+    one_right = np.arange(4096)[None] == 7
+    assert pass_at_k(one_right, 1024)[0] == pytest.approx(0.25, rel=1e-12)
+
+
+@pytest.mark.parametrize("k", [0, 5])
+def test_more_draws_than_samples_are_refused(k: int) -> None:
+    with pytest.raises(ValueError, match=f"k = {k}: must be between 1 and the 4 samples"):
+        pass_at_k(np.ones((2, 4)), k)
+
+
+NO_ANSWER = "[INVALID]"
+
+
+def vote_by_enumeration(predictions: tuple[str, ...]) -> str:
+    """Of every candidate in the order of its first sample, the first that no other has more votes than."""
+    candidates = [answer for i, answer in enumerate(predictions) if answer not in predictions[:i]]
+    valid = [answer for answer in candidates if answer != NO_ANSWER]
+    for answer in valid:
+        if all(predictions.count(answer) >= predictions.count(other) for other in valid):
+            return answer
+    return NO_ANSWER
+
+
+@pytest.mark.parametrize("num_samples", [1, 2, 3, 4, 5])
+def test_the_majority_of_every_possible_vote(num_samples: int) -> None:
+    for predictions in product(["7", "12", "x", NO_ANSWER], repeat=num_samples):
+        assert majority_vote(predictions, NO_ANSWER) == vote_by_enumeration(predictions), predictions
+
+
+@pytest.mark.parametrize(
+    ("predictions", "right", "is_right"),
+    [
+        (["3", "4", "4"], "4", True),
+        (["3", "4", "4"], "3", False),
+        (["3", "4", "4", "3"], "3", True),  # a tie: the first seen
+        (["4", "3", "4", "3"], "3", False),
+        ([NO_ANSWER, NO_ANSWER, "3"], "3", True),
+        ([NO_ANSWER, NO_ANSWER], "3", False),
+    ],
+)
+def test_consensus_is_right_when_its_answer_is(predictions: list[str], right: str, is_right: bool) -> None:
+    correct = [prediction == right for prediction in predictions]
+    assert consensus_is_correct(predictions, correct, NO_ANSWER) is is_right
+
+
+@pytest.mark.parametrize("scores", [[0.0, 1.0, 0.25, 0.5, 0.75], [0.0, 0.0, 1.0, 1.0, 0.3], [1.0, 0.0, 0.0, 0.0, 0.0]])
+def test_the_interval_is_that_of_all_resamples(scores: list[float]) -> None:
+    means = [np.mean(resample) for resample in product(scores, repeat=len(scores))]
+    exact = np.quantile(means, [0.025, 0.975])
+    # the steps between neighbouring means are up to 0.2 wide, sampling moves the ends by one small step at most
+    np.testing.assert_allclose(bootstrap_interval(np.array(scores), seed=0), exact, atol=0.011)
+
+
+def test_the_interval_of_many_problems_is_nearly_normal() -> None:
+    scores = np.random.default_rng(1).random(400)
+    half_width = 1.96 * scores.std() / math.sqrt(400)
+    low, high = bootstrap_interval(scores, seed=3)
+    assert (low, high) == (
+        pytest.approx(scores.mean() - half_width, abs=1.5e-3),
+        pytest.approx(scores.mean() + half_width, abs=1.5e-3),
+    )
+
+
+def test_the_interval_depends_on_the_seed_alone() -> None:
+    scores = np.random.default_rng(1).random(50)
+    assert bootstrap_interval(scores, seed=3) == bootstrap_interval(scores.copy(), seed=3)
+    assert bootstrap_interval(scores, seed=3) != bootstrap_interval(scores, seed=4)
+
+
+def test_equal_problems_have_an_interval_without_width() -> None:
+    assert bootstrap_interval(np.full(9, 0.5), seed=0) == (0.5, 0.5)
+
+
+def test_a_row_of_the_table_holds_a_problem() -> None:
+    samples = [generation(0, 2), generation(5, 3, "length"), generation(1, 1), generation(1, 4)]
+    rows = judge_problems(PROMPTS[:2], samples, judge, decode)
+    assert rows[0] == ProblemResult(
+        uid="held_out/0",
+        data_source="arithmetic",
+        ground_truth="0",
+        predictions=("00", "555"),
+        correct=(True, False),
+        num_tokens=(2, 3),
+        truncated=(False, True),
+    )
+    assert rows[1].correct == (True, True)
+
+
+def result(predictions: str, ground_truth: str) -> ProblemResult:
+    return ProblemResult(
+        uid=ground_truth,
+        data_source="",
+        ground_truth=ground_truth,
+        predictions=tuple(predictions),
+        correct=tuple(prediction == ground_truth for prediction in predictions),
+        num_tokens=(10,) * len(predictions),
+        truncated=(True, *(False,) * (len(predictions) - 1)),
+    )
+
+
+def test_a_summary_by_hand() -> None:
+    summary = summarize([result("2211", "1"), result("3313", "3"), result("-44-", "4"), result("5678", "9")], "-", 0)
+    points = {name: value for name, value in summary.items() if not name.endswith(("_low", "_high"))}
+    assert points == {
+        "avg@4": (2 + 3 + 2 + 0) / 16,
+        "cons@4": 2 / 4,
+        "pass@4": 3 / 4,
+        "mean_response_tokens": 10.0,
+        "truncated_frac": 0.25,
+    }
+    for name in ("avg@4", "cons@4", "pass@4"):
+        assert 0 <= summary[f"{name}_low"] < summary[name] < summary[f"{name}_high"] <= 1
+
+
+@pytest.mark.parametrize("predictions", [[], ["12", "123"], [""]])
+def test_a_summary_of_unequal_or_no_samples_is_refused(predictions: list[str]) -> None:
+    with pytest.raises(ValueError, match="results: problems have .* samples; give each the same number"):
+        summarize([result(answers, "1") for answers in predictions], NO_ANSWER, seed=0)
