@@ -28,6 +28,8 @@ BASE = [
     "pydantic>=2.12,<3",
     # Configuration files.
     "pyyaml>=6,<7",
+    # Training problems as parquet, the layout in which DAPO's are published.
+    "pyarrow>=17,<27",
     # The live display of a run.
     "rich>=13,<16",
     # The figures of a finished run.

@@ -21,7 +21,7 @@ NUM_RESAMPLES = 10_000
 
 @dataclass(frozen=True)
 class ProblemResult:
-    """One problem's judged samples: a row of the evaluation's table. Tuples hold one value a sample, in sample order."""
+    """One problem's judged samples: a row of the evaluation's table. Tuples hold one value a sample, in order."""
 
     uid: str
     data_source: str

@@ -1,0 +1,206 @@
+"""Readers on the real files where they are present, and on small ones with every fault that is refused."""
+
+import json
+from pathlib import Path
+
+import pytest
+
+from fipo_megatron.data.readers import (
+    JsonlFields,
+    Message,
+    Problem,
+    read_aime,
+    read_gsm8k,
+    read_jsonl,
+    read_parquet,
+)
+
+FIELDS = JsonlFields("q", "a", uid="n")
+
+
+@pytest.fixture
+def write(tmp_path):
+    def write_rows(*rows: dict | bytes) -> Path:
+        path = tmp_path / "train.jsonl"
+        path.write_bytes(
+            b"".join((row if isinstance(row, bytes) else json.dumps(row).encode()) + b"\n" for row in rows)
+        )
+        return path
+
+    return write_rows
+
+
+@pytest.fixture
+def write_parquet(tmp_path):
+    pyarrow = pytest.importorskip("pyarrow", reason="pyarrow is not installed: run make install")
+    parquet = pytest.importorskip("pyarrow.parquet")
+
+    def write_rows(rows: list[dict], **options: int) -> Path:
+        path = tmp_path / "dapo-math.parquet"
+        parquet.write_table(pyarrow.Table.from_pylist(rows), path, **options)
+        return path
+
+    return write_rows
+
+
+def chat(*turns: tuple[str, str]) -> list[dict[str, str]]:
+    return [{"role": role, "content": content} for role, content in turns]
+
+
+def dapo_row(question: str, truth: str) -> dict:
+    return {
+        "data_source": "math_dapo",
+        "prompt": chat(("user", question)),
+        "ability": "MATH",
+        "reward_model": {"ground_truth": truth, "style": "rule-lighteval/MATH_v2"},
+        "extra_info": {"index": "5e6f"},
+    }
+
+
+@pytest.mark.parametrize(("split", "count", "first_truth"), [("train", 7473, "72"), ("test", 1319, "18")])
+def test_gsm8k_itself(shared_dir, split, count, first_truth):
+    path = shared_dir / "data" / "gsm8k" / f"{split}.jsonl"
+    problems = read_gsm8k(path)
+    assert len({problem.uid for problem in problems}) == len(problems) == count
+    assert problems[0].ground_truth == first_truth
+    assert problems[0].uid == f"gsm8k/{split}/000001"
+    answers = [json.loads(line)["answer"] for line in path.read_text(encoding="utf-8").splitlines()]
+    assert [problem.ground_truth for problem in problems] == [a.split("#### ")[-1].replace(",", "") for a in answers]
+
+
+def test_aime_itself(shared_dir):
+    problems = read_aime(shared_dir / "data" / "aime24" / "test.jsonl", "aime24")
+    assert len(problems) == 30
+    assert problems[0].uid == "aime24/test/60"
+    assert problems[0].messages[0].content.startswith("Every morning Aya goes")
+    truths = [problem.ground_truth for problem in problems]
+    assert truths[0] == "204"
+    assert truths[7] == "25"  # "025" in the file
+    assert all(str(int(truth)) == truth for truth in truths)
+
+
+def test_a_gsm8k_problem_in_full(write):
+    path = write({"question": "How many?\u2028Really?", "answer": "#### is not it\n40 * 30 = 1,200\n#### -1,200.50"})
+    assert read_gsm8k(path) == [
+        Problem("gsm8k/train/000001", (Message("user", "How many?\u2028Really?"),), "-1200.50", "gsm8k")
+    ]
+
+
+@pytest.mark.parametrize("answer", ["18", "#### ", "#### eighteen", "#### 18\nor 19", "#### ,", "x #### 18"])
+def test_a_gsm8k_answer_without_its_number_is_refused(write, answer):
+    path = write({"question": "q", "answer": "#### 1"}, {"question": "q", "answer": answer})
+    with pytest.raises(ValueError, match=r"train\.jsonl, line 2: answer ends in .*; correct or remove the line"):
+        read_gsm8k(path)
+
+
+@pytest.mark.parametrize(("answer", "truth"), [("025", "25"), ("000", "0"), ("7", "7"), (999, "999")])
+def test_an_aime_answer_has_no_leading_zeros(write, answer, truth):
+    (problem,) = read_aime(write({"id": 1, "problem": "p", "answer": answer}), "aime25")
+    assert (problem.ground_truth, problem.data_source, problem.uid) == (truth, "aime25", "aime25/train/1")
+
+
+@pytest.mark.parametrize("answer", ["1000", "-1", "3.5", "x", "\N{ARABIC-INDIC DIGIT THREE}", -4])
+def test_an_answer_that_aime_cannot_have_is_refused(write, answer):
+    with pytest.raises(ValueError, match="line 1: answer = .* from 0 to 999"):
+        read_aime(write({"id": 1, "problem": "p", "answer": answer}), "aime25")
+
+
+def test_declared_fields_and_the_lines_own_number(write):
+    path = write({"q": "one", "a": 1, "n": "x1", "more": None}, {"q": "two", "a": "b", "n": 7})
+    assert [(p.uid, p.messages[0].content, p.ground_truth) for p in read_jsonl(path, FIELDS, "mine")] == [
+        ("mine/train/x1", "one", "1"),
+        ("mine/train/7", "two", "b"),
+    ]
+    numbered = read_jsonl(path, JsonlFields("q", "a"), "mine", str.upper)
+    assert [(p.uid, p.ground_truth) for p in numbered] == [("mine/train/000001", "1"), ("mine/train/000002", "B")]
+
+
+GOOD = {"q": "one", "a": "1", "n": 1}
+
+
+@pytest.mark.parametrize(
+    ("row", "message"),
+    [
+        (b'{"q": "cut', r"is not JSON \(Invalid control character"),
+        (b'{"q": "\xff", "a": "1", "n": 2}', r"is not JSON \('utf-8' codec"),
+        (b"", r"is not JSON \(Expecting value"),
+        (b"[1]", r"holds \[1\], not an object"),
+        (b"{}", "has no field 'n', only an empty object"),
+        ({"question": "one", "a": "1", "n": 2}, "has no field 'q', only 'question', 'a', 'n'"),
+        (GOOD | {"n": 2, "q": " \n"}, r"q = ' \\n': must be text"),
+        (GOOD | {"n": 2, "a": None}, "a = None: must be text"),
+        (GOOD | {"n": 2, "a": True}, "a = True: must be text"),
+        (GOOD | {"n": 2, "a": 0.5}, "a = 0.5: must be text"),
+        (GOOD, "uid 'mine/train/1' is that of an earlier line"),
+    ],
+)
+def test_a_corrupt_line_is_named_with_its_place(write, row, message):
+    path = write(GOOD, row, GOOD | {"n": 3})
+    with pytest.raises(ValueError, match=rf"train\.jsonl, line 2: {message}.*; correct or remove the line"):
+        read_jsonl(path, FIELDS, "mine")
+
+
+def test_an_empty_file_is_refused(write):
+    with pytest.raises(ValueError, match=r"train\.jsonl: holds no problems"):
+        read_jsonl(write(), FIELDS, "mine")
+
+
+@pytest.mark.parametrize("read", [read_gsm8k, read_parquet])
+def test_a_missing_file_is_named(tmp_path, read):
+    with pytest.raises(ValueError, match=r"none: no such file; correct the path"):
+        read(tmp_path / "none")
+
+
+def test_parquet_in_the_layout_of_dapo(write_parquet):
+    rows = [dapo_row("one", "1"), dapo_row("two", "-2"), dapo_row("one", "1")]
+    rows[1]["prompt"] = chat(("system", "be brief"), ("user", "u"), ("assistant", "a"), ("user", "two"))
+    path = write_parquet(rows, row_group_size=2)
+    assert read_parquet(path) == [
+        Problem("math_dapo/dapo-math/000001", (Message("user", "one"),), "1", "math_dapo"),
+        Problem(
+            "math_dapo/dapo-math/000002",
+            (Message("system", "be brief"), Message("user", "u"), Message("assistant", "a"), Message("user", "two")),
+            "-2",
+            "math_dapo",
+        ),
+        Problem("math_dapo/dapo-math/000003", (Message("user", "one"),), "1", "math_dapo"),
+    ]
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"prompt": None}, "prompt = None: must be a list of messages"),
+        ({"prompt": []}, "prompt must end with a message of the user"),
+        ({"prompt": chat(("user", "u"), ("assistant", "a"))}, "prompt must end with a message of the user"),
+        ({"prompt": chat(("tool", "u"))}, "prompt has the role 'tool'; known: system, user, assistant"),
+        ({"prompt": chat(("user", ""))}, "content = '': must be text"),
+        ({"reward_model": None}, "reward_model = None: must hold a ground_truth"),
+        ({"reward_model": {"ground_truth": None}}, "ground_truth = None: must be text"),
+        ({"data_source": None}, "data_source = None: must be text"),
+    ],
+)
+def test_a_corrupt_row_of_parquet_is_named_with_its_place(write_parquet, change, message):
+    path = write_parquet([dapo_row("one", "1"), dapo_row("two", "2") | change], row_group_size=1)
+    with pytest.raises(ValueError, match=rf"dapo-math\.parquet, row 2: {message}.*; correct or remove the row"):
+        read_parquet(path)
+
+
+def test_a_parquet_file_without_a_column_is_named(write_parquet):
+    with pytest.raises(ValueError, match=r"has no column prompt, reward_model, only data_source; rename"):
+        read_parquet(write_parquet([{"data_source": "math_dapo"}]))
+
+
+def test_a_parquet_file_without_rows_is_refused(write_parquet):
+    path = write_parquet([dapo_row("one", "1")])
+    parquet = pytest.importorskip("pyarrow.parquet")
+    parquet.write_table(parquet.read_table(path).slice(0, 0), path)
+    with pytest.raises(ValueError, match="holds no problems"):
+        read_parquet(path)
+
+
+def test_a_damaged_parquet_file_is_named(write_parquet):
+    path = write_parquet([dapo_row("one", "1")])
+    path.write_bytes(path.read_bytes()[:-9])
+    with pytest.raises(ValueError, match=r"dapo-math\.parquet: is not parquet, or damaged"):
+        read_parquet(path)
