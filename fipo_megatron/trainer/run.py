@@ -135,7 +135,7 @@ class Run:
 
     def update_metrics(self, updates: Sequence[tuple[np.ndarray, float]], lr: float) -> dict[str, float]:
         """Metrics of the loss over all updates of a step, from their summed statistics, and the mean gradient norm."""
-        statistics = reduce_statistics([torch.from_numpy(vector) for vector, _ in updates])
+        statistics = reduce_statistics([torch.tensor(vector) for vector, _ in updates])
         metrics = loss_metrics(statistics, self.config.algorithm)
         metrics |= {"updates": len(updates), "grad_norm": float(np.mean([norm for _, norm in updates])), "lr": lr}
         return {f"train/{name}": value for name, value in metrics.items()}
