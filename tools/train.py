@@ -29,7 +29,8 @@ def main() -> int:
     parser.add_argument("config", type=Path, help="YAML file, e.g. configs/quickstart_cpu.yaml")
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="settings that replace the file's")
     arguments = parser.parse_args()
-    signal.signal(signal.SIGTERM, _interrupt)
+    for number in (signal.SIGTERM, signal.SIGHUP):
+        signal.signal(number, _interrupt)
     folder: Path | None = None
     try:
         from fipo_megatron.config.load import load_config

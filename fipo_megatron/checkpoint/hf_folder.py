@@ -12,6 +12,7 @@ import torch
 from safetensors.torch import save_file
 
 MAX_FILE_BYTES = 4 << 30
+OTHER_WEIGHTS = (".bin", ".pt", ".pth", ".gguf", ".h5", ".msgpack")  # of the policy before training
 
 
 def write_hf_folder(weights: Iterable[tuple[str, torch.Tensor]], source: Path, target: Path) -> None:
@@ -21,10 +22,11 @@ def write_hf_folder(weights: Iterable[tuple[str, torch.Tensor]], source: Path, t
     `MAX_FILE_BYTES` and the tensor at hand are in memory.
     """
     partial = target.with_name(f"{target.name}.partial-{os.getpid()}")
+    replaced = target.with_name(f"{target.name}.replaced-{os.getpid()}")
     partial.mkdir(parents=True)
     try:
         for path in source.iterdir():
-            if path.is_file() and ".safetensors" not in path.name:
+            if path.is_file() and ".safetensors" not in path.name and path.suffix not in OTHER_WEIGHTS:
                 shutil.copy(path, partial / path.name)
         file_of = _write_files(weights, partial)
         if len(set(file_of.values())) == 1:
@@ -32,10 +34,12 @@ def write_hf_folder(weights: Iterable[tuple[str, torch.Tensor]], source: Path, t
         else:
             index = {"metadata": {}, "weight_map": file_of}
             (partial / "model.safetensors.index.json").write_text(json.dumps(index, indent=2, sort_keys=True))
-        shutil.rmtree(target, ignore_errors=True)
+        if target.exists():
+            os.rename(target, replaced)
         os.rename(partial, target)
     finally:
         shutil.rmtree(partial, ignore_errors=True)
+        shutil.rmtree(replaced, ignore_errors=True)
 
 
 def _write_files(weights: Iterable[tuple[str, torch.Tensor]], folder: Path) -> dict[str, str]:

@@ -31,6 +31,7 @@ def check_config(config: Config) -> None:
     problems = [
         *_find_policy_problems(config),
         *_find_batch_problems(config),
+        *_find_sampling_problems(config),
         *_find_length_problems(config),
         *_find_objective_problems(config.algorithm),
     ]
@@ -122,6 +123,21 @@ def _find_batch_problems(config: Config) -> Iterator[str]:
         )
 
 
+def _find_sampling_problems(config: Config) -> Iterator[str]:
+    if config.rollout.top_p < 1:
+        yield (
+            f"rollout.top_p = {config.rollout.top_p}: the engine's log-probs would be of a truncated distribution, "
+            "the trainer's are of the whole one; set it to 1 (evaluation.top_p may be less)"
+        )
+    if config.timeouts.call_s <= config.timeouts.collective_s:
+        yield (
+            f"timeouts.call_s = {config.timeouts.call_s:g}: must exceed timeouts.collective_s = "
+            f"{config.timeouts.collective_s:g}, which has to end first to name a stalled peer"
+        )
+    if config.cluster.address in ("0.0.0.0", "::"):
+        yield f"cluster.address = {config.cluster.address!r}: would listen on every interface; give one address"
+
+
 def _find_length_problems(config: Config) -> Iterator[str]:
     rollout, parallel, reward = config.rollout, config.parallel, config.reward
     if reward.overlong_buffer_tokens > rollout.max_response_tokens:
@@ -149,6 +165,11 @@ def _find_objective_problems(algorithm: AlgorithmConfig) -> Iterator[str]:
         return
     if algorithm.objective == "fipo":
         return
+    if algorithm.objective == "grpo" and algorithm.clip_ratio_low != algorithm.clip_ratio_high:
+        yield (
+            f"algorithm.clip_ratio_low = {algorithm.clip_ratio_low}: GRPO's clip is symmetric, clip_ratio_high is "
+            f"{algorithm.clip_ratio_high}; set both"
+        )
     for key in INFLUENCE_KEYS:
         # Compared with the default, not with "was it given": so a saved configuration, which gives all, loads again.
         value, default = getattr(algorithm, key), AlgorithmConfig.model_fields[key].default
@@ -207,12 +228,16 @@ def _find_missing_files(path: Path) -> Iterator[str]:
         yield "has no tokenizer (tokenizer.json, or vocab.json and merges.txt); copy it from the model"
     index = path / "model.safetensors.index.json"
     if index.is_file():
-        files = sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
+        weight_map = json.loads(index.read_text(encoding="utf-8")).get("weight_map")
+        if not weight_map:
+            yield f"has no weight_map in {index.name}; copy it from the model again"
+            return
+        files = sorted(set(weight_map.values()))
         missing = [name for name in files if not (path / name).is_file()]
         if missing:
             yield f"lacks {len(missing)} of {len(files)} weight files, {missing[0]} the first; copy them from the model"
-    elif not any(path.glob("*.safetensors")):
-        yield "has no weights (*.safetensors); convert other formats to safetensors first"
+    elif not (path / "model.safetensors").is_file():
+        yield "has no weights (model.safetensors, or an index of several); convert other formats to safetensors first"
 
 
 def _find_architecture_problems(hf_config: dict[str, Any], parallel: ParallelConfig) -> Iterator[str]:

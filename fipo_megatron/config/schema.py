@@ -37,7 +37,11 @@ class RunConfig(Section):
     """Where a run writes."""
 
     root: str = Field("runs", min_length=1, description="folder that holds the run folders")
-    name: str | None = Field(None, description="name of the run folder; default: the config's name and the seed")
+    name: str | None = Field(
+        None,
+        pattern=r"^[A-Za-z0-9][\w.-]*$",
+        description="name of the run folder; default: the config's name and the seed",
+    )
     overwrite: bool = Field(False, description="replace a run folder of the same name")
 
 
@@ -155,7 +159,7 @@ class RolloutConfig(Section):
     max_prompt_tokens: int = Field(2048, gt=0)
     max_response_tokens: int = Field(20480, gt=0)
     max_concurrent_sequences: int = Field(256, gt=0, description="sequences that an engine decodes at once")
-    kv_cache_gib: float = Field(1.0, gt=0, description="CPU engine: memory of its key-value cache")
+    kv_cache_gib: int = Field(1, gt=0, description="CPU engine: memory of its key-value cache")
     gpu_memory_utilization: float = Field(0.8, gt=0, le=1, description="CUDA engine: share of device memory")
     max_logprob_mismatch: float | None = Field(
         None, gt=0, description="stop when a fresh token's engine and trainer log-probs differ by more"

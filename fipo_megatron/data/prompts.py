@@ -7,6 +7,8 @@ import numpy as np
 from fipo_megatron.data.tasks.arithmetic import DATA_SOURCE, ArithmeticTask, Problem
 from fipo_megatron.types import Encode, Prompt
 
+PROMPT_STREAM = 1  # keeps the random numbers apart from those of other purposes with the same seed
+
 
 class PromptSampler:
     """An endless stream of training prompts. Prompt i depends on seed and i alone: the whole state is the next i."""
@@ -24,7 +26,7 @@ class PromptSampler:
         return [_make_prompt(self._task, self._encode, f"train/{i:06d}", self._problem(i)) for i in indices]
 
     def _problem(self, index: int) -> Problem:
-        return self._task.train_problem(np.random.default_rng([self._seed, index]))
+        return self._task.train_problem(np.random.default_rng([PROMPT_STREAM, self._seed, index]))
 
     def state_dict(self) -> dict[str, int]:
         """The position in the stream, as plain values."""

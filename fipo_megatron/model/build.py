@@ -23,8 +23,16 @@ from fipo_megatron.parallel.groups import ParallelGroups
 
 INIT_STD = 0.05  # of a policy that starts from random weights; the small models of warm_start learn fastest near it
 
+# Transformer Engine's layers hold the norm before them; the weight map knows the norms by their own names.
+FUSED_NORMS = {
+    "self_attention.linear_qkv.layer_norm_weight": "input_layernorm.weight",
+    "mlp.linear_fc1.layer_norm_weight": "pre_mlp_layernorm.weight",
+}
 
-def make_transformer_config(config: Config, shape: ModelShape, platform: Platform) -> TransformerConfig:
+
+def make_transformer_config(
+    config: Config, shape: ModelShape, platform: Platform, random_weights: bool
+) -> TransformerConfig:
     """Megatron's config of the policy. The loss contract is `calculate_per_token_loss`, see algorithm/reduction.py."""
     parallel, dtype = config.parallel, getattr(torch, config.model.dtype)
     return TransformerConfig(
@@ -44,7 +52,8 @@ def make_transformer_config(config: Config, shape: ModelShape, platform: Platfor
         attention_dropout=0.0,
         attention_softmax_in_fp32=True,
         init_method_std=INIT_STD,
-        use_cpu_initialization=True,  # random weights that don't depend on the layout
+        use_cpu_initialization=True,  # random weights that don't depend on tensor parallelism
+        perform_initialization=random_weights,
         params_dtype=dtype,
         pipeline_dtype=dtype,
         autocast_dtype=dtype,
@@ -64,12 +73,13 @@ def make_transformer_config(config: Config, shape: ModelShape, platform: Platfor
 
 
 def build_model(
-    config: Config, shape: ModelShape, platform: Platform, groups: ParallelGroups, seed: int
+    config: Config, shape: ModelShape, platform: Platform, groups: ParallelGroups, random_seed: int | None
 ) -> DistributedDataParallel:
-    """This rank's pipeline stage, with random weights, in Megatron's data-parallel wrapper."""
+    """This rank's pipeline stage in Megatron's data-parallel wrapper, with random weights, or (None) unset ones."""
+    seed = config.seed if random_seed is None else random_seed
     torch.manual_seed(seed)
     model_parallel_cuda_manual_seed(seed)
-    transformer_config = make_transformer_config(config, shape, platform)
+    transformer_config = make_transformer_config(config, shape, platform, random_weights=random_seed is not None)
     model = GPTModel(
         transformer_config,
         platform.block_spec(get_num_layers_to_build(transformer_config)),
@@ -119,5 +129,6 @@ def named_parameters(model: DistributedDataParallel) -> Iterator[tuple[str, torc
     for name, parameter in gpt.named_parameters():
         match = re.match(r"decoder\.layers\.(\d+)\.(.*)", name)
         if match:
-            name = f"decoder.layers.{gpt.decoder.layers[int(match[1])].layer_number - 1}.{match[2]}"
+            local = FUSED_NORMS.get(match[2], match[2])
+            name = f"decoder.layers.{gpt.decoder.layers[int(match[1])].layer_number - 1}.{local}"
         yield name, parameter

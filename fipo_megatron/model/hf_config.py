@@ -10,6 +10,17 @@ from typing import Any
 
 SUPPORTED_ARCHITECTURES = ("Qwen2ForCausalLM",)
 
+REQUIRED_KEYS = (
+    "vocab_size",
+    "hidden_size",
+    "intermediate_size",
+    "num_hidden_layers",
+    "num_attention_heads",
+    "num_key_value_heads",
+    "max_position_embeddings",
+    "rms_norm_eps",
+)
+
 
 @dataclass(frozen=True)
 class ModelShape:
@@ -51,6 +62,11 @@ def make_model_shape(hf_config: Mapping[str, Any], source: str) -> ModelShape:
         raise ValueError(f"model.path: {source} uses rope type {rope_type!r}; supported: 'default'")
     if hf_config.get("use_sliding_window"):
         raise ValueError(f"model.path: {source} uses sliding-window attention, which is not supported")
+    missing = [key for key in REQUIRED_KEYS if key not in hf_config]
+    if missing:
+        raise ValueError(
+            f"model.path: config.json of {source} lacks {', '.join(missing)}; copy it from the model again"
+        )
     return ModelShape(
         architecture=architecture,
         vocab_size=hf_config["vocab_size"],

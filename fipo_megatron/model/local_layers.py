@@ -62,7 +62,7 @@ class LocalAttention(MegatronModule):
         assert packed_seq_params is None, "the local attention takes padded rows"
         mask = None
         if self.context_group.size() > 1:
-            mask = _zigzag_causal_mask(query.size(0), self.context_group)
+            mask = _zigzag_causal_mask(query.size(0), self.context_group).to(query.device)
             key, value = (_AllGatherSequence.apply(t, self.context_group) for t in (key, value))
         query, key, value = (t.permute(1, 2, 0, 3) for t in (query, key, value))  # [b, heads, s, dim]
         context = F.scaled_dot_product_attention(

@@ -28,6 +28,16 @@ from fipo_megatron.types import (
 LOGPROB_ROUNDING = 1e-6
 
 
+def check_prompt_lengths(prompts: Sequence[Prompt], max_prompt_tokens: int) -> None:
+    """Raises ValueError for a prompt over the limit: it would eat into the room of its responses."""
+    for prompt in prompts:
+        if len(prompt.token_ids) > max_prompt_tokens:
+            raise ValueError(
+                f"rollout.max_prompt_tokens = {max_prompt_tokens}: prompt {prompt.uid} has {len(prompt.token_ids)} "
+                "tokens by the model's tokenizer; raise the limit"
+            )
+
+
 def make_requests(
     prompts: Sequence[Prompt], samples_per_prompt: int, run_seed: int, generation_batch: int
 ) -> list[GenerationRequest]:

@@ -25,7 +25,7 @@ def vllm_environment(config: Config, on_cpu: bool) -> dict[str, str]:
     }
     if on_cpu:
         environment |= {
-            "VLLM_CPU_KVCACHE_SPACE": str(max(1, round(config.rollout.kv_cache_gib))),
+            "VLLM_CPU_KVCACHE_SPACE": str(config.rollout.kv_cache_gib),
             "VLLM_CPU_CI_ENV": "1",  # no warm-up of compiled shapes
             "TORCHDYNAMO_DISABLE": "1",
         }

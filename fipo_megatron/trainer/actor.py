@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Sequence
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +14,7 @@ from ray.exceptions import RayActorError, RayTaskError
 from fipo_megatron.config.schema import OptimizerConfig, TimeoutsConfig
 from fipo_megatron.types import Generation, GenerationRequest, SamplingSettings, TrainingBatch
 
+MAX_CAUSE_CHARS = 400
 GRACE_S = 5.0  # after a first failure: how long the others may take to name theirs, which may be the cause
 
 
@@ -30,7 +30,8 @@ class PolicyClient:
         self.timeouts = timeouts
 
     async def connect(self) -> None:
-        """Form the trainer's process groups."""
+        """Form the trainer's process groups, once every rank is up."""
+        await self._call("__ray_ready__", timeout_s=self.timeouts.startup_s)
         (port,) = await self._call("port", first_only=True, timeout_s=self.timeouts.startup_s)
         await self._call("connect", port, timeout_s=self.timeouts.startup_s)
 
@@ -42,16 +43,16 @@ class PolicyClient:
         """A handle of the batch in shared memory: calls that take a batch send it once, not once a rank."""
         return ray.put(batch)
 
-    async def with_old_logprobs(self, batch: TrainingBatch) -> TrainingBatch:
-        """The batch with the trainer's log-probs of every response token."""
-        return replace(batch, old_logprobs=self._join(await self._call("logprobs", ray.put(batch))))
+    async def logprobs(self, batch: TrainingBatch) -> np.ndarray:
+        """float32 [R], the policy's log-probs of every response token, in sample order."""
+        return self._join(await self._call("logprobs", ray.put(batch)))
 
-    async def with_ref_logprobs(self, batch: TrainingBatch) -> TrainingBatch:
-        """The batch with the frozen reference policy's log-probs."""
-        return replace(batch, ref_logprobs=self._join(await self._call("ref_logprobs", ray.put(batch))))
+    async def ref_logprobs(self, batch: TrainingBatch) -> np.ndarray:
+        """float32 [R], those of the frozen reference policy."""
+        return self._join(await self._call("ref_logprobs", ray.put(batch)))
 
-    async def update(self, batch: ray.ObjectRef, samples: Sequence[int], lr: float) -> dict[str, float]:
-        """Metrics of one optimizer step over the mini-batch of these samples."""
+    async def update(self, batch: ray.ObjectRef, samples: Sequence[int], lr: float) -> tuple[np.ndarray, float]:
+        """Statistics of the loss and the gradient's norm of one optimizer step over the mini-batch of these samples."""
         return (await self._call("update", batch, samples, lr))[0]
 
     async def supervised_update(self, batch: TrainingBatch, lr: float) -> float:
@@ -151,10 +152,12 @@ def _cause(
     causes = {name: _remote_cause(failure) for name, failure in failures.items()}
     for name, cause in causes.items():
         if isinstance(cause, RayActorError):
-            return WorkerError(f"{name} died during {method}: {_one_line(cause)}")
+            verb = "did not start" if method == "__ray_ready__" else f"died during {method}"
+            return WorkerError(f"{name} {verb}: {_one_line(cause)}")
     for name, cause in causes.items():
         if not _is_lost_peer(cause):
             cause.add_note(f"(raised by {name} during {method})")
+            cause.__cause__ = failures[name] if failures[name] is not cause else None  # with the worker's traceback
             return cause
     if silent:
         lost = "".join(f"; {name} waited for it: {_one_line(cause)}" for name, cause in causes.items())
@@ -168,14 +171,18 @@ def _cause(
 def _remote_cause(failure: BaseException | None) -> BaseException:
     """The exception that the worker's own code raised."""
     assert failure is not None
-    return failure.cause if isinstance(failure, RayTaskError) else failure
+    while isinstance(failure, RayTaskError):
+        failure = failure.cause
+    return failure
 
 
 def _is_lost_peer(cause: BaseException) -> bool:
     """Whether this is what a rank sees when ANOTHER one died or hangs."""
-    signs = ("gloo", "NCCL", "Connection closed by peer", "Connection reset by peer", "Timed out")
+    signs = ("gloo", "NCCL", "Connection closed by peer", "Connection reset by peer", "Timed out", "wait timeout")
     return isinstance(cause, RuntimeError) and any(sign in str(cause) for sign in signs)
 
 
 def _one_line(cause: BaseException) -> str:
-    return " ".join(str(cause).split())[:300]
+    """The end of a message, where Ray puts what happened."""
+    text = " ".join(str(cause).split())
+    return text if len(text) <= MAX_CAUSE_CHARS else "... " + text[-MAX_CAUSE_CHARS:]

@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+import asyncio
+import shutil
+from collections.abc import Coroutine
 from pathlib import Path
+from typing import Any
 
 from fipo_megatron.config.checks import check_config, check_model_folder, check_port, check_positions
 from fipo_megatron.config.load import load_config
@@ -40,19 +44,35 @@ def check_before_start(config: Config) -> None:
 async def run_training(config: Config, folder: Path, progress: Progress) -> None:
     """Train into the run folder, in processes that are gone when this returns or raises."""
     task = ArithmeticTask(config.task)
-    with Workers(config) as workers:
+    with Workers(config, folder) as workers:
         base = base_policy_folder(config) if config.model.path is None else Path(config.model.path).resolve()
         model_folder = base
         if not (base / "config.json").exists():
-            model_folder = base.with_name(base.name + "-skeleton")
+            model_folder = folder / "skeleton"
             write_skeleton(config, task, model_folder)
         workers.start_engine(model_folder)
-        with progress.status("starting policy and engine"):
-            await workers.start_policy()
-        if model_folder != base:
-            await make_base_policy(config, task, workers.policy, model_folder, base, progress)
-        await workers.policy.load(base, config.optimizer)
+
+        async def prepare_policy() -> None:
+            with progress.status("starting the policy"):
+                await workers.start_policy()
+            if model_folder != base:
+                await make_base_policy(config, task, workers.policy, model_folder, base, progress)
+            await workers.policy.load(base, config.optimizer)
+
+        await _together(prepare_policy(), workers.engine.ready())
+        workers.model_folder = base
+        shutil.rmtree(folder / "skeleton", ignore_errors=True)
         await train(Run(config, folder, workers, base, task, progress))
+
+
+async def _together(*parts: Coroutine[Any, Any, None]) -> None:
+    """Run parts side by side; the first failure ends the others and is raised."""
+    tasks = [asyncio.ensure_future(part) for part in parts]
+    done, pending = await asyncio.wait(tasks, return_when=asyncio.FIRST_EXCEPTION)
+    for task in pending:
+        task.cancel()
+    for task in done:
+        task.result()
 
 
 def evaluate_exported(run_folder: Path) -> dict[str, float]:

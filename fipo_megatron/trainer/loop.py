@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 from fipo_megatron.algorithm.advantage import group_relative_advantages
 from fipo_megatron.rollout.collect import make_training_batch
-from fipo_megatron.trainer.run import Run, mean_metrics
+from fipo_megatron.trainer.run import Run
 
 
 async def train(run: Run) -> None:
@@ -25,16 +27,17 @@ async def train(run: Run) -> None:
         batch = make_training_batch(groups, advantages)
 
         with run.timers.phase("old_logprobs"):
-            batch = await policy.with_old_logprobs(batch)
+            batch = replace(batch, old_logprobs=await policy.logprobs(batch))
             if config.algorithm.reference_kl_coef > 0:
-                batch = await policy.with_ref_logprobs(batch)
+                batch = replace(batch, ref_logprobs=await policy.ref_logprobs(batch))
         metrics |= run.check_mismatch(groups, batch, version)
 
         with run.timers.phase("train"):
             handle = await policy.put(batch)
             lr = run.learning_rate(step)
             updates = [await policy.update(handle, samples, lr) for samples in run.mini_batches(step)]
-        metrics |= {"train/updates": len(updates)} | {f"train/{k}": v for k, v in mean_metrics(updates).items()}
+            metrics |= run.check_kl(batch, await policy.logprobs(batch))
+        metrics |= run.update_metrics(updates, lr)
 
         with run.timers.phase("sync"):
             await run.workers.sync_weights(version=step)

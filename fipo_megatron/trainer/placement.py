@@ -35,17 +35,30 @@ class Workers:
 
     policy: PolicyClient
     engine: EngineClient
+    model_folder: Path  # what the engine is started from, also when it is rebuilt
 
-    def __init__(self, config: Config) -> None:
+    def __init__(self, config: Config, log_folder: Path) -> None:
         self.config = config
+        self.log_folder = log_folder
         self.platform = resolve_platform(config.platform)
         self._processes: set[psutil.Process] = set()
 
     def __enter__(self) -> Self:
         address = self.config.cluster.address
-        self._temp_dir = tempfile.mkdtemp(prefix="fipo-ray-")
+        self._foreign = set(psutil.Process().children(recursive=True))
+        # Ray makes its folder writable for everyone, so it lies in one that is not. Unix sockets allow 107 characters.
+        self._temp_dir = tempfile.mkdtemp(prefix="fipo-", dir="/tmp")
         os.environ["RAY_USAGE_STATS_ENABLED"] = "0"
         on_sigterm = signal.getsignal(signal.SIGTERM)
+        try:
+            self._init_ray(address)
+        except BaseException:
+            self._end_everything()
+            raise
+        signal.signal(signal.SIGTERM, on_sigterm)  # Ray puts its own in place
+        return self
+
+    def _init_ray(self, address: str) -> None:
         ray.init(
             num_cpus=self.config.parallel.world_size + NUM_WORKERS,
             include_dashboard=False,
@@ -53,14 +66,19 @@ class Workers:
             logging_level="ERROR",
             object_store_memory=OBJECT_STORE_BYTES,
             _node_ip_address=address,
-            _temp_dir=self._temp_dir,
+            _temp_dir=f"{self._temp_dir}/ray",
         )
-        signal.signal(signal.SIGTERM, on_sigterm)  # Ray puts its own in place
-        return self
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
+        if error is not None and not isinstance(error, KeyboardInterrupt | asyncio.CancelledError):
+            self._keep_worker_logs()
+        self._end_everything()
+
+    def _end_everything(self) -> None:
+        for number in (signal.SIGINT, signal.SIGTERM):  # a second Ctrl-C must not leave half of it behind
+            signal.signal(number, signal.SIG_IGN)
         self._remember_processes()
         ray.shutdown()
         _, alive = psutil.wait_procs(self._processes, timeout=0.5)
@@ -83,7 +101,7 @@ class Workers:
 
     def start_engine(self, model_folder: Path) -> None:
         """Begin to start the engine; `sync_weights` waits for it."""
-        self._model_folder = model_folder
+        self.model_folder = model_folder
         on_cpu = self.platform.name == "cpu"
         if self.config.rollout.engine == "vllm":
             options = self._options(num_gpus=0 if on_cpu else 1, environment=vllm_environment(self.config, on_cpu))
@@ -105,7 +123,7 @@ class Workers:
         except EngineUpdateError as error:
             logger.warning("weight update %d failed (%s); the engine is rebuilt", version, error)
             ray.kill(self.engine.actor)
-            self.start_engine(self._model_folder)
+            self.start_engine(self.model_folder)
             await self._sync_weights(version)
 
     async def _sync_weights(self, version: int) -> None:
@@ -135,7 +153,14 @@ class Workers:
         return {"num_cpus": 1, "num_gpus": num_gpus, "runtime_env": {"env_vars": base | environment}}
 
     def _remember_processes(self) -> None:
-        self._processes.update(psutil.Process().children(recursive=True))
+        self._processes.update(set(psutil.Process().children(recursive=True)) - self._foreign)
+
+    def _keep_worker_logs(self) -> None:
+        """Copy what the workers printed into the run's folder: a crash in native code is told nowhere else."""
+        for log in Path(self._temp_dir).glob("ray/session_*/logs/worker-*.err"):
+            if log.stat().st_size and not log.is_symlink():
+                (self.log_folder / "worker_logs").mkdir(exist_ok=True)
+                shutil.copy(log, self.log_folder / "worker_logs")
 
 
 async def _transfer(policy_side: Awaitable[None], engine_side: Awaitable[None]) -> None:

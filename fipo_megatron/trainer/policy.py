@@ -59,8 +59,7 @@ class MegatronPolicy:
         from fipo_megatron.trainer.step import PipelineStep
 
         shape = read_model_shape(folder)
-        seed = self.config.seed if random_seed is None else random_seed
-        model = build_model(self.config, shape, self.platform, self.groups, seed)
+        model = build_model(self.config, shape, self.platform, self.groups, random_seed)
         self.weights = PolicyWeights(model, shape, self.groups)
         if random_seed is None:
             self.weights.load(folder)
@@ -105,8 +104,9 @@ class MegatronPolicy:
 
     # ---------------------------------------------------------------- updates
 
-    def update(self, batch: TrainingBatch, samples: Sequence[int], lr: float) -> dict[str, float]:
-        """Metrics of one optimizer step of FIPO's loss over a mini-batch. Collective; equal on every rank.
+    def update(self, batch: TrainingBatch, samples: Sequence[int], lr: float) -> tuple[np.ndarray, float]:
+        """Statistics of the loss (see algorithm/loss_metrics.py) and the gradient's norm before clipping, of one
+        optimizer step of FIPO's loss over a mini-batch. Collective; equal on every rank.
 
         Raises:
             PolicyDivergedError: the mini-batch's KL is beyond `training.max_policy_kl`, or the loss is not finite; the
@@ -132,14 +132,18 @@ class MegatronPolicy:
                 f"{config.training.max_policy_kl:g}; the update was not made: lower optimizer.lr ({lr:g}), raise "
                 "optimizer.warmup_steps, or use larger mini-batches"
             )
-        return {**metrics, "grad_norm": self._optimizer_step(lr), "lr": lr}
+        return vector.cpu().numpy(), self._optimizer_step(lr)
 
     def supervised_update(self, batch: TrainingBatch, samples: Sequence[int], lr: float) -> float:
         """Mean negative log-likelihood per response token of one supervised optimizer step. Collective."""
         from fipo_megatron.trainer.step import supervised_loss
 
         statistics = self.step.gradients(self._microbatches(batch, samples), 1.0, supervised_loss)
-        total = torch.stack(statistics).sum(0) if statistics else torch.zeros(3, dtype=torch.float64)
+        total = (
+            torch.stack(statistics).sum(0)
+            if statistics
+            else torch.zeros(3, dtype=torch.float64, device=self.platform.device)
+        )
         dist.all_reduce(total, group=self.groups.data_context)
         self._from_last_stage(total)
         self._optimizer_step(lr)
@@ -209,7 +213,8 @@ class MegatronPolicy:
         Raises:
             ConnectionError: the engine did not come.
         """
-        address, timeout_s = self.config.cluster.address, self.config.timeouts.collective_s
+        # Shorter than the timeout of the trainer's own groups, whose other ranks wait for rank 0 at a stalled engine.
+        address, timeout_s = self.config.cluster.address, self.config.timeouts.collective_s / 2
         try:
             self.weight_group = BroadcastGroup(
                 address, self.port(), SENDER, 1 + num_engine_workers, timeout_s, self.listener

@@ -6,7 +6,9 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
+import torch
 
+from fipo_megatron.algorithm.loss_metrics import loss_metrics, reduce_statistics
 from fipo_megatron.config.load import save_config
 from fipo_megatron.config.schema import Config
 from fipo_megatron.data.prompts import PromptSampler, held_out_prompts
@@ -22,6 +24,7 @@ from fipo_megatron.rollout.collect import (
     GroupBuffer,
     SpreadGuard,
     batch_metrics,
+    check_prompt_lengths,
     flat_rollout_logprobs,
     generation_metrics,
     group_samples,
@@ -31,6 +34,8 @@ from fipo_megatron.rollout.collect import (
 )
 from fipo_megatron.trainer.placement import Workers
 from fipo_megatron.types import Decode, Encode, SampleGroup, SamplingSettings, TrainingBatch
+
+MINI_BATCH_STREAM = 2  # keeps the random numbers apart from those of other purposes with the same seed
 
 
 class Run:
@@ -71,9 +76,15 @@ class Run:
             self._buffer.add(groups)
             num_batches += 1
         groups = self._buffer.take(needed)
+        surplus = {"surplus_kept": len(self._buffer), "surplus_dropped": self._buffer.num_surplus_dropped}
         if not config.dynamic_sampling.enabled:
             self._spread.observe(groups)
-        metrics = generation_metrics(generated) | batch_metrics(groups, version) | {"generation_batches": num_batches}
+        metrics = (
+            generation_metrics(generated)
+            | batch_metrics(groups, version)
+            | {"generation_batches": num_batches}
+            | surplus
+        )
         return groups, {f"rollout/{name}": value for name, value in metrics.items()}
 
     async def _generate_groups(self) -> list[SampleGroup]:
@@ -81,6 +92,7 @@ class Run:
         prompts = self._sampler.next_prompts(
             dynamic.generation_prompts if dynamic.enabled else rollout.prompts_per_step
         )
+        check_prompt_lengths(prompts, rollout.max_prompt_tokens)
         requests = make_requests(prompts, rollout.samples_per_prompt, self.config.seed, self._num_generation_batches)
         self._num_generation_batches += 1
         sampling = SamplingSettings(rollout.temperature, rollout.top_p, rollout.max_response_tokens)
@@ -103,10 +115,37 @@ class Run:
             )
         return {f"rollout/{name}": value for name, value in mismatch.items()}
 
+    def check_kl(self, batch: TrainingBatch, logprobs: np.ndarray) -> dict[str, float]:
+        """KL of the policy before to the policy after all updates of a batch: mean(old - new) over response tokens.
+
+        Each update has checked the policy that it began with; this checks what the last one made, before it is pushed.
+
+        Raises:
+            RuntimeError: beyond `training.max_policy_kl`.
+        """
+        assert batch.old_logprobs is not None
+        kl = float(np.mean(batch.old_logprobs.astype(np.float64) - logprobs))
+        limit = self.config.training.max_policy_kl
+        if not abs(kl) <= limit:
+            raise RuntimeError(
+                f"the updates of a rollout batch moved the policy by a KL of {kl:.4g}, beyond training.max_policy_kl = "
+                f"{limit:g}; lower optimizer.lr, raise optimizer.warmup_steps, or use larger mini-batches"
+            )
+        return {"train/batch_kl": kl}
+
+    def update_metrics(self, updates: Sequence[tuple[np.ndarray, float]], lr: float) -> dict[str, float]:
+        """Metrics of the loss over all updates of a step, from their summed statistics, and the mean gradient norm."""
+        statistics = reduce_statistics([torch.tensor(vector) for vector, _ in updates])
+        metrics = loss_metrics(statistics, self.config.algorithm)
+        metrics |= {"updates": len(updates), "grad_norm": float(np.mean([norm for _, norm in updates])), "lr": lr}
+        return {f"train/{name}": value for name, value in metrics.items()}
+
     def mini_batches(self, step: int) -> list[list[int]]:
         """Sample indices of each update of a step: whole groups, in a seeded order."""
         config = self.config
-        order = np.random.default_rng([config.seed, step]).permutation(config.rollout.prompts_per_step)
+        order = np.random.default_rng([MINI_BATCH_STREAM, config.seed, step]).permutation(
+            config.rollout.prompts_per_step
+        )
         size = config.rollout.samples_per_prompt
         return [
             [
@@ -148,19 +187,8 @@ class Run:
         self.progress.step(step, self.config.training.num_steps, metrics)
 
 
-def mean_metrics(updates: Sequence[dict[str, float]]) -> dict[str, float]:
-    """One value a name over a step's updates: the largest of a maximum, the smallest of a minimum, else the mean."""
-    reduce = {"max": max, "min": min}
-    return {
-        name: reduce.get(name.rpartition("_")[2], lambda values: sum(values) / len(values))(
-            [update[name] for update in updates if name in update]
-        )
-        for name in dict.fromkeys(name for update in updates for name in update)
-    }
-
-
 def make_run_folder(config: Config, config_name: str) -> Path:
-    """A new folder of the run, with its resolved config in it.
+    """A new folder of the run, with its resolved config in it; `run.overwrite` replaces an older run's, nothing else.
 
     Raises:
         ValueError: `run.name` exists already and `run.overwrite` is off.
@@ -170,7 +198,7 @@ def make_run_folder(config: Config, config_name: str) -> Path:
     root = Path(config.run.root)
     name = config.run.name or f"{config_name}-seed{config.seed}"
     folder = root / name
-    if folder.exists() and config.run.overwrite:
+    if config.run.overwrite and (folder / "config.yaml").is_file():
         shutil.rmtree(folder)
     elif folder.exists() and config.run.name is not None:
         raise ValueError(f"run.name: {folder} exists; choose another name, or set run.overwrite=true to replace it")

@@ -11,15 +11,22 @@ import numpy as np
 
 from fipo_megatron.config.schema import Config, OptimizerConfig, WarmStartConfig
 from fipo_megatron.data.tasks.arithmetic import ArithmeticTask
+from fipo_megatron.model.platform import resolve_platform
 from fipo_megatron.observability.progress import Progress
 from fipo_megatron.trainer.actor import PolicyClient
 from fipo_megatron.types import TrainingBatch
+
+TRACE_STREAM = 3  # keeps the random numbers apart from those of other purposes with the same seed
+FORMAT = 1  # raise it when the same settings make another base policy
 
 
 def base_policy_folder(config: Config) -> Path:
     """Where the base policy of these settings is, or will be, cached: the name holds all that its weights depend on."""
     assert config.warm_start is not None
     settings = {
+        "format": FORMAT,
+        "platform": resolve_platform(config.platform).name,
+        "microbatch_samples": config.training.microbatch_samples,  # the order of sums
         "warm_start": config.warm_start.model_dump(exclude={"cache_dir"}),
         "task": config.task.model_dump(),
         "parallel": config.parallel.model_dump(),  # sums round differently in another layout
@@ -66,7 +73,9 @@ async def make_base_policy(
     await policy.load(skeleton, optimizer, random_seed=warm_start.seed)
     with progress.task("base policy", warm_start.num_steps) as advance:
         for step in range(warm_start.num_steps):
-            batch = make_trace_batch(task, np.random.default_rng([warm_start.seed, step]), warm_start.batch_samples)
+            batch = make_trace_batch(
+                task, np.random.default_rng([TRACE_STREAM, warm_start.seed, step]), warm_start.batch_samples
+            )
             loss = await policy.supervised_update(batch, learning_rate(warm_start, step))
             advance(f"loss {loss:.3f}")
     await policy.export(skeleton, folder)

@@ -22,6 +22,7 @@ def source(tmp_path: Path) -> Path:
     (folder / "config.json").write_text("{}")
     (folder / "tokenizer.json").write_text("t")
     (folder / "model.safetensors").write_bytes(b"old")
+    (folder / "pytorch_model.bin").write_bytes(b"old")
     (folder / "model.safetensors.index.json").write_text("old")
     return folder
 

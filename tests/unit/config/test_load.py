@@ -137,7 +137,7 @@ def test_an_unknown_preset_is_named_with_those_that_exist(write, text):
 
 
 def test_a_value_may_hold_an_equals_sign(write):
-    assert load_config(write(""), ["run.name=a=b"]).run.name == "a=b"
+    assert load_config(write(""), ["run.root=a=b"]).run.root == "a=b"
 
 
 @pytest.mark.parametrize("override", ["seed", "=5", ".seed=1", "optimizer.=1", "optimizer..lr=1"])
@@ -261,15 +261,15 @@ texts = st.text(st.characters(exclude_categories=["Cs"]), max_size=12) | st.samp
 
 
 @given(
-    name=texts,
+    root=texts.filter(len),
     lr=st.floats(min_value=1e-300, max_value=1e300),
     objective=st.sampled_from(["fipo", "dapo", "grpo"]),
     dual_clip_ratio=st.none() | st.floats(min_value=1, max_value=1e9, exclude_min=True),
     warm_start=st.none() | st.builds(WarmStartConfig, seed=st.integers(0, 9), lr=st.floats(1e-9, 1e9)),
 )
-def test_what_is_saved_loads_equal(tmp_path_factory, name, lr, objective, dual_clip_ratio, warm_start):
+def test_what_is_saved_loads_equal(tmp_path_factory, root, lr, objective, dual_clip_ratio, warm_start):
     config = Config(
-        run=RunConfig(name=name),
+        run=RunConfig(root=root),
         optimizer=OptimizerConfig(lr=lr),
         algorithm=AlgorithmConfig(objective=objective, dual_clip_ratio=dual_clip_ratio),
         warm_start=warm_start,

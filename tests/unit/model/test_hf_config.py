@@ -30,6 +30,12 @@ def test_reads_the_files_of_both_rope_spellings() -> None:
     assert make_model_shape(newer, "here").rope_theta == 5e5
 
 
+def test_a_missing_key_is_named() -> None:
+    broken = {key: value for key, value in QWEN.items() if key != "rms_norm_eps"}
+    with pytest.raises(ValueError, match=r"config\.json of here lacks rms_norm_eps"):
+        make_model_shape(broken, "here")
+
+
 @pytest.mark.parametrize(
     ("change", "cause"),
     [

@@ -15,6 +15,7 @@ from fipo_megatron.rollout.collect import (
     GroupBuffer,
     SpreadGuard,
     batch_metrics,
+    check_prompt_lengths,
     flat_rollout_logprobs,
     generation_metrics,
     group_samples,
@@ -296,3 +297,10 @@ def test_any_batch_can_be_taken_apart_again(lengths: list[list[int]]) -> None:
         assert sequence[: batch.prompt_lens[i]].tolist() == list(sample.prompt.token_ids)
         assert sequence[batch.prompt_lens[i] :].tolist() == sample.response_ids.tolist()
     assert len(flat_rollout_logprobs(groups)) == len(batch.token_ids) - batch.prompt_lens.sum()
+
+
+def test_a_prompt_over_the_limit_is_refused():
+    prompts = [Prompt("train/000007", (1, 2, 3), "5", "arithmetic")]
+    check_prompt_lengths(prompts, 3)
+    with pytest.raises(ValueError, match=r"rollout.max_prompt_tokens = 2: prompt train/000007 has 3 tokens"):
+        check_prompt_lengths(prompts, 2)
