@@ -142,7 +142,7 @@ def test_an_answer_that_hangs_times_out_alone(pool: WorkerPool, text: str) -> No
     hostile, after = pool.run_many([(text, "34"), ("Answer: 34", "34")])
     assert hostile == Outcome("timeout")
     assert after == Outcome("value", Verdict(1.0, 1.0, "34"))
-    assert time.monotonic() - began < 10  # two starts of a worker on a busy machine
+    assert time.monotonic() - began < 20  # with two starts of a worker, on a busy machine
 
 
 def gsm8k_pairs(shared_dir: Path, shift: int) -> list[tuple[str, str]]:

@@ -93,7 +93,7 @@ def test_a_lost_worker_costs_its_own_call_alone(pool: WorkerPool, name: str, kin
     outcomes = pool.run_many([("echo", 0), (name,), *(("echo", i) for i in range(1, 6))])
     assert outcomes.pop(1) == Outcome(kind)  # type: ignore[arg-type]
     assert outcomes == [Outcome("value", i) for i in range(6)]
-    assert time.monotonic() - began < 5
+    assert time.monotonic() - began < 10
 
 
 def test_memory_is_limited(pool: WorkerPool) -> None:
@@ -178,7 +178,7 @@ def test_no_worker_outlives_a_driver_that_is_killed(function: str, last_call: st
         time.sleep(0.3)
         assert psutil.pid_exists(pid)
         driver.kill()
-    wait_until_gone(pid, 8)
+    wait_until_gone(pid, 40)  # seconds of processor time, on a busy machine
 
 
 def test_no_worker_outlives_a_driver_that_ends(function: str, tmp_path: Path) -> None:
