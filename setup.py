@@ -26,6 +26,8 @@ BASE = [
     "numpy>=2,<2.4",
     # Typed configuration: unknown keys, wrong types and values out of range are refused.
     "pydantic>=2.12,<3",
+    # Judges whether two answers are the same mathematics. Its LaTeX parser needs the runtime its grammar was built for.
+    "math-verify[antlr4_13_2]>=0.9,<0.10",
     # Configuration files.
     "pyyaml>=6,<7",
     # Training problems as parquet, the layout in which DAPO's are published.

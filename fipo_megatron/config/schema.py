@@ -191,13 +191,40 @@ class TrainingConfig(Section):
 
 
 class RewardConfig(Section):
-    """The rule that judges an answer, and penalties added to its score."""
+    """The rule that judges an answer, and what is added to its score."""
 
-    rule: Literal["dapo"] = "dapo"
+    rule: Literal["dapo", "math_verify", "custom"] = Field(
+        "dapo", description="dapo: equal text; math_verify: equal mathematics; custom: your function"
+    )
+    function: str | None = Field(None, description="of the custom rule: path/to/file.py:function_name")
+    format_score: float = Field(
+        0.0, ge=0, lt=2, description="added to a wrong answer that can be read: right is +1, wrong -1"
+    )
+    num_workers: int = Field(2, gt=0, description="processes in which math_verify and custom judge")
+    timeout_s: float = Field(3.0, gt=0, description="of judging one response there; beyond it the answer is wrong")
+    memory_gib: float = Field(1.0, gt=0, description="that judging one response there may take")
     overlong_buffer_tokens: int = Field(
         0, ge=0, description="length penalty over the last tokens of the limit; 0: none"
     )
     overlong_penalty_factor: float = Field(1.0, ge=0)
+
+    @model_validator(mode="after")
+    def _check_function(self) -> RewardConfig:
+        if self.rule == "custom" and self.function is None:
+            raise ValueError(
+                "reward.function = null: the custom rule needs one; set reward.function=path/to/file.py:function_name"
+            )
+        if self.rule != "custom" and self.function is not None:
+            raise ValueError(
+                f"reward.function = {self.function!r}: has no effect with reward.rule = {self.rule!r}; "
+                "set reward.rule=custom, or reward.function=null"
+            )
+        if self.rule == "custom" and self.format_score:
+            raise ValueError(
+                f"reward.format_score = {self.format_score:g}: has no effect with reward.rule = 'custom'; "
+                "set it to 0 and add it in your function"
+            )
+        return self
 
 
 class EvaluationConfig(Section):

@@ -5,6 +5,11 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Protocol
 
+# Predictions of a response without an answer that can be judged.
+NO_ANSWER = "[INVALID]"  # it has no answer line
+TIMED_OUT = "[TIMEOUT]"  # judging it took longer than reward.timeout_s
+CRASHED = "[CRASHED]"  # judging it ended the process, e.g. by deep recursion
+
 
 @dataclass(frozen=True)
 class Verdict:

@@ -9,10 +9,9 @@ from __future__ import annotations
 
 import re
 
-from fipo_megatron.reward.base import Verdict
+from fipo_megatron.reward.base import NO_ANSWER, Verdict
 
 MAX_READ_CHARS = 300  # an answer stands at the end; what comes before is not read
-NO_ANSWER = "[INVALID]"
 ANSWER_LINE = re.compile(r"answer\s*:\s*([^\n]+)", re.IGNORECASE)
 
 REPLACED = (
