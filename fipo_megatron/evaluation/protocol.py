@@ -31,12 +31,9 @@ def evaluate(
     if samples_per_prompt == 0 or rest:
         raise RuntimeError(f"{len(generations)} responses for {len(prompts)} prompts: not the same number for each")
     judged_prompts = [prompt for prompt in prompts for _ in range(samples_per_prompt)]
-    correct = np.array(
-        [
-            judge(prompt, decode(generation.token_ids), len(generation.token_ids)).accuracy
-            for prompt, generation in zip(judged_prompts, generations, strict=True)
-        ]
-    )
+    texts = [decode(generation.token_ids) for generation in generations]
+    judgements = judge(judged_prompts, texts, [len(generation.token_ids) for generation in generations])
+    correct = np.array([judgement.accuracy for judgement in judgements])
     mean, standard_error = accuracy(correct.reshape(len(prompts), samples_per_prompt))
     return {
         "accuracy": mean,
