@@ -5,7 +5,7 @@ Names: `S` samples (one response each), `T` tokens of one response, `N` tokens o
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
@@ -63,7 +63,8 @@ class Judgement:
 
 
 # How rollout and evaluation reach reward and tokenizer without importing them; the trainer hands them over.
-Judge = Callable[[Prompt, str, int], Judgement]  # of a prompt, the response's text and its number of tokens
+# Of prompts, responses' texts and their numbers of tokens: one entry a response, all judged together.
+Judge = Callable[[Sequence[Prompt], Sequence[str], Sequence[int]], list[Judgement]]
 Encode = Callable[[str], tuple[int, ...]]  # token ids of a prompt's text
 Decode = Callable[[np.ndarray], str]  # text of token ids, special tokens left out
 

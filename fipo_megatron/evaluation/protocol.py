@@ -42,10 +42,15 @@ def judge_problems(
     samples_per_prompt, rest = divmod(len(generations), max(len(prompts), 1))
     if samples_per_prompt == 0 or rest:
         raise RuntimeError(f"{len(generations)} responses for {len(prompts)} prompts: not the same number for each")
+    judged = judge(
+        [prompt for prompt in prompts for _ in range(samples_per_prompt)],
+        [decode(generation.token_ids) for generation in generations],
+        [len(generation.token_ids) for generation in generations],
+    )
     results = []
     for i, prompt in enumerate(prompts):
-        samples = generations[i * samples_per_prompt : (i + 1) * samples_per_prompt]
-        judgements = [judge(prompt, decode(sample.token_ids), len(sample.token_ids)) for sample in samples]
+        rows = slice(i * samples_per_prompt, (i + 1) * samples_per_prompt)
+        samples, judgements = generations[rows], judged[rows]
         results.append(
             ProblemResult(
                 uid=prompt.uid,

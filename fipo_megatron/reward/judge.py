@@ -35,7 +35,7 @@ def make_reward(config: RewardConfig, max_response_tokens: int) -> Reward:
 
 
 class Reward:
-    """Judges responses: a `types.Judge` for one, `judge_many` for a batch, which the sandboxed rules judge in parallel.
+    """Judges one response, or by `judge_many` (a `types.Judge`) a batch, which the sandboxed rules judge in parallel.
 
     The reward is the rule's score plus the format score (of a wrong answer that can be read) plus the overlong penalty;
     the accuracy is the rule's own. A response whose judging hangs or ends its process is wrong: score -1, accuracy 0,

@@ -18,6 +18,7 @@ from fipo_megatron.types import (
     Generation,
     GenerationRequest,
     Judge,
+    Judgement,
     Prompt,
     Sample,
     SampleGroup,
@@ -74,22 +75,19 @@ def group_samples(
         raise RuntimeError(
             f"the engine returned {len(generations)} responses, not {len(prompts)} prompts x {samples_per_prompt}"
         )
+    sampled_prompts = [prompt for prompt in prompts for _ in range(samples_per_prompt)]
+    for prompt, generation in zip(sampled_prompts, generations, strict=True):
+        _check_generation(prompt, generation)
+    texts = [decode(generation.token_ids) for generation in generations]
+    judgements = judge(sampled_prompts, texts, [len(generation.token_ids) for generation in generations])
+    samples = tuple(_make_sample(*parts) for parts in zip(sampled_prompts, generations, texts, judgements, strict=True))
     return [
-        SampleGroup(
-            prompt,
-            tuple(
-                _judged_sample(prompt, generation, judge, decode)
-                for generation in generations[i * samples_per_prompt : (i + 1) * samples_per_prompt]
-            ),
-        )
+        SampleGroup(prompt, samples[i * samples_per_prompt : (i + 1) * samples_per_prompt])
         for i, prompt in enumerate(prompts)
     ]
 
 
-def _judged_sample(prompt: Prompt, generation: Generation, judge: Judge, decode: Decode) -> Sample:
-    _check_generation(prompt, generation)
-    text = decode(generation.token_ids)
-    judgement = judge(prompt, text, len(generation.token_ids))
+def _make_sample(prompt: Prompt, generation: Generation, text: str, judgement: Judgement) -> Sample:
     return Sample(
         prompt=prompt,
         response_ids=generation.token_ids,

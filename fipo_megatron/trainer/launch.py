@@ -29,6 +29,7 @@ from fipo_megatron.types import GenerationRequest, SamplingSettings
 def check_before_start(config: Config) -> None:
     """Raises ValueError for everything that would fail later and can be known before a process starts."""
     check_config(config)
+    make_reward(config.reward, config.rollout.max_response_tokens)  # refuses a function that does not exist
     if resolve_platform(config.platform).name == "cpu":
         check_cpu_versions()
     task = ArithmeticTask(config.task)
@@ -91,5 +92,5 @@ def evaluate_exported(run_folder: Path) -> dict[str, float]:
     engine = HfEngine(run_folder / "hf", config, load_weights=True)
     greedy = SamplingSettings(temperature=0.0, top_p=1.0, max_response_tokens=config.rollout.max_response_tokens)
     generations = engine.generate([GenerationRequest(prompt.token_ids, seed=0) for prompt in prompts], greedy)
-    judge = make_reward(config.reward, config.rollout.max_response_tokens)
-    return evaluate(prompts, generations, judge, decode)
+    reward = make_reward(config.reward, config.rollout.max_response_tokens)
+    return evaluate(prompts, generations, reward.judge_many, decode)

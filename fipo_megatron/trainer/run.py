@@ -57,7 +57,7 @@ class Run:
         self.progress = progress
         self.timers = PhaseTimers()
         encode, self.decode = load_tokenizer(model_folder)
-        self._judge = make_reward(config.reward, config.rollout.max_response_tokens)
+        self._judge = make_reward(config.reward, config.rollout.max_response_tokens).judge_many
         self._sampler = PromptSampler(task, encode, config.seed)
         self._held_out = held_out_prompts(task, encode, config.evaluation.num_problems)
         self._buffer = GroupBuffer(config.dynamic_sampling)

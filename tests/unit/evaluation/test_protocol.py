@@ -1,6 +1,7 @@
 """Estimators against enumeration of all draws, votes and resamples; judging on hand-made samples."""
 
 import math
+from collections.abc import Sequence
 from itertools import combinations, product
 
 import numpy as np
@@ -27,7 +28,11 @@ def generation(answer: int, num_tokens: int, finish_reason: str = "stop") -> Gen
     return Generation(ids, np.zeros(num_tokens, np.float32), finish_reason, weight_version=0)
 
 
-def judge(prompt: Prompt, text: str, num_tokens: int) -> Judgement:
+def judge(prompts: Sequence[Prompt], texts: Sequence[str], num_tokens: Sequence[int]) -> list[Judgement]:
+    return [judge_one(*response) for response in zip(prompts, texts, num_tokens, strict=True)]
+
+
+def judge_one(prompt: Prompt, text: str, num_tokens: int) -> Judgement:
     assert len(text) == num_tokens
     is_right = text[0] == prompt.ground_truth
     return Judgement(reward=is_right - 99.0, accuracy=float(is_right), prediction=text)

@@ -36,7 +36,11 @@ def generation(*token_ids: int, logprobs: Sequence[float] | None = None, version
     return Generation(np.array(token_ids, np.int32), np.array(values, np.float32), "stop", version)
 
 
-def judge(prompt: Prompt, text: str, num_tokens: int) -> Judgement:
+def judge(prompts: Sequence[Prompt], texts: Sequence[str], num_tokens: Sequence[int]) -> list[Judgement]:
+    return [judge_one(*response) for response in zip(prompts, texts, num_tokens, strict=True)]
+
+
+def judge_one(prompt: Prompt, text: str, num_tokens: int) -> Judgement:
     is_right = text == prompt.ground_truth
     return Judgement(reward=2.0 * is_right - 1 - 0.01 * num_tokens, accuracy=float(is_right), prediction=f"<{text}>")
 
