@@ -44,6 +44,7 @@ def check_before_start(config: Config) -> None:
 
 async def run_training(config: Config, folder: Path, progress: Progress) -> None:
     """Train into the run folder, in processes that are gone when this returns or raises."""
+    progress.note(f"algorithm: {config.algorithm.describe()}")
     task = ArithmeticTask(config.task)
     with Workers(config, folder) as workers:
         base = base_policy_folder(config) if config.model.path is None else Path(config.model.path).resolve()
