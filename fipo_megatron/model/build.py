@@ -53,7 +53,8 @@ def make_transformer_config(
         attention_softmax_in_fp32=True,
         init_method_std=INIT_STD,
         use_cpu_initialization=True,  # random weights that don't depend on tensor parallelism
-        perform_initialization=random_weights,
+        init_method=None if random_weights else _leave_unset,
+        output_layer_init_method=None if random_weights else _leave_unset,
         params_dtype=dtype,
         pipeline_dtype=dtype,
         autocast_dtype=dtype,
@@ -70,6 +71,12 @@ def make_transformer_config(
         recompute_num_layers=1 if config.training.recompute == "full" else None,
         **platform.fusion_flags(),
     )
+
+
+def _leave_unset(weight: torch.Tensor) -> torch.Tensor:
+    """Stands for an initialisation whose values would be loaded over. Switching `perform_initialization` off instead would
+    leave parameters unmarked as tensor-parallel, and the gradient norm would count the first rank's shards alone."""
+    return weight
 
 
 def build_model(
