@@ -74,8 +74,11 @@ def make_transformer_config(
 
 
 def _leave_unset(weight: torch.Tensor) -> torch.Tensor:
-    """Stands for an initialisation whose values would be loaded over. Switching `perform_initialization` off instead would
-    leave parameters unmarked as tensor-parallel, and the gradient norm would count the first rank's shards alone."""
+    """The weight as it is, to be loaded over.
+
+    With `perform_initialization` off instead, Megatron would not mark parameters as tensor-parallel, and the gradient
+    norm would count the first rank's shards alone.
+    """
     return weight
 
 
