@@ -29,7 +29,7 @@ def main() -> int:
     parser.add_argument("config", type=Path, help="YAML file, e.g. configs/quickstart_cpu.yaml")
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="settings that replace the file's")
     arguments = parser.parse_args()
-    for number in (signal.SIGTERM, signal.SIGHUP):
+    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
         signal.signal(number, _interrupt)
     folder: Path | None = None
     try:
