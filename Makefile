@@ -11,7 +11,7 @@ help: ## list the targets
 install: ## build .venv with all that a run on CPU and the tests need
 	@$(PYTHON) tools/install.py
 
-quickstart: install ## train a tiny policy with FIPO on CPU; overrides: make quickstart ARGS="seed=1 training.num_steps=5"
+quickstart: install ## train a tiny policy with FIPO on CPU; overrides: make quickstart ARGS="seed=1 trainer.steps=5"
 	.venv/bin/python tools/train.py configs/quickstart_cpu.yaml $(ARGS)
 
 test: install lint ## lint and run all tests; a selection: make test ARGS="-k loss -m 'not slow'"

@@ -12,7 +12,7 @@ from pathlib import Path
 EXAMPLES = """\
 examples:
   tools/train.py configs/quickstart_cpu.yaml
-  tools/train.py configs/quickstart_cpu.yaml seed=1 training.num_steps=5
+  tools/train.py configs/quickstart_cpu.yaml seed=1 trainer.steps=5
   tools/train.py configs/quickstart_cpu.yaml algorithm.objective=dapo run.name=dapo
   tools/train.py configs/quickstart_cpu.yaml parallel='{tensor: 1, data: 2}'
 

@@ -102,17 +102,17 @@ def _find_policy_problems(config: Config) -> Iterator[str]:
 
 
 def _find_batch_problems(config: Config) -> Iterator[str]:
-    rollout, training, parallel, sampling = config.rollout, config.training, config.parallel, config.dynamic_sampling
-    if rollout.prompts_per_step % training.mini_batch_prompts:
+    rollout, trainer, parallel, sampling = config.rollout, config.trainer, config.parallel, config.dynamic_sampling
+    if rollout.prompts_per_step % trainer.mini_batch_prompts:
         yield (
-            f"training.mini_batch_prompts = {training.mini_batch_prompts}: "
+            f"trainer.mini_batch_prompts = {trainer.mini_batch_prompts}: "
             f"must divide rollout.prompts_per_step = {rollout.prompts_per_step}"
         )
-    mini_batch_samples = training.mini_batch_prompts * rollout.samples_per_prompt
+    mini_batch_samples = trainer.mini_batch_prompts * rollout.samples_per_prompt
     if mini_batch_samples % parallel.data:
         yield (
             f"parallel.data = {parallel.data}: must divide the {mini_batch_samples} samples of a mini-batch "
-            f"(training.mini_batch_prompts * rollout.samples_per_prompt)"
+            f"(trainer.mini_batch_prompts * rollout.samples_per_prompt)"
         )
     most_prompts = sampling.generation_prompts * sampling.max_generation_batches
     if sampling.enabled and most_prompts < rollout.prompts_per_step:

@@ -74,7 +74,7 @@ class WarmStartConfig(Section):
     num_attention_heads: int = Field(4, gt=0)
     num_key_value_heads: int = Field(2, gt=0)
     tie_word_embeddings: bool = True
-    num_steps: int = Field(300, gt=0)
+    steps: int = Field(300, gt=0)
     batch_samples: int = Field(32, gt=0, description="traces per optimizer step, over all ranks")
     lr: float = Field(3e-3, gt=0)
     warmup_steps: int = Field(20, ge=0)
@@ -180,10 +180,10 @@ class DynamicSamplingConfig(Section):
     )
 
 
-class TrainingConfig(Section):
+class TrainerConfig(Section):
     """One step: a rollout batch, cut into mini-batches of whole groups, one optimizer update each."""
 
-    num_steps: int = Field(500, gt=0, description="rollout batches")
+    steps: int = Field(500, gt=0, description="rollout batches")
     mini_batch_prompts: int = Field(64, gt=0, description="groups per update")
     microbatch_samples: int = Field(1, gt=0, description="samples per forward and backward pass of one rank")
     max_policy_kl: float = Field(0.5, gt=0, description="stop before an update whose mini-batch KL is beyond this")
@@ -264,7 +264,7 @@ class Config(Section):
     dynamic_sampling: DynamicSamplingConfig = DynamicSamplingConfig()
     reward: RewardConfig = RewardConfig()
     algorithm: AlgorithmConfig = AlgorithmConfig()
-    training: TrainingConfig = TrainingConfig()
+    trainer: TrainerConfig = TrainerConfig()
     optimizer: OptimizerConfig = OptimizerConfig()
     parallel: ParallelConfig = ParallelConfig()
     evaluation: EvaluationConfig = EvaluationConfig()

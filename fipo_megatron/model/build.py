@@ -66,9 +66,9 @@ def make_transformer_config(
         calculate_per_token_loss=True,
         finalize_model_grads_func=finalize_model_grads,
         deallocate_pipeline_outputs=True,
-        recompute_granularity="full" if config.training.recompute == "full" else None,
-        recompute_method="uniform" if config.training.recompute == "full" else None,
-        recompute_num_layers=1 if config.training.recompute == "full" else None,
+        recompute_granularity="full" if config.trainer.recompute == "full" else None,
+        recompute_method="uniform" if config.trainer.recompute == "full" else None,
+        recompute_num_layers=1 if config.trainer.recompute == "full" else None,
         **platform.fusion_flags(),
     )
 

@@ -10,12 +10,12 @@ from fipo_megatron.trainer.run import Run
 
 
 async def train(run: Run) -> None:
-    """Train the policy of `run` to the end: `training.num_steps` rollout batches, several updates each."""
+    """Train the policy of `run` to the end: `trainer.steps` rollout batches, several updates each."""
     config, policy = run.config, run.workers.policy
     await run.workers.sync_weights(version=0)
     run.record(0, await run.evaluate(), groups=[])
 
-    for step in range(1, config.training.num_steps + 1):
+    for step in range(1, config.trainer.steps + 1):
         version = step - 1  # of the weights that sample this batch
         with run.timers.phase("rollout"):
             groups, metrics = await run.collect_groups(version)
@@ -41,7 +41,7 @@ async def train(run: Run) -> None:
 
         with run.timers.phase("sync"):
             await run.workers.sync_weights(version=step)
-        if step % config.evaluation.every_steps == 0 or step == config.training.num_steps:
+        if step % config.evaluation.every_steps == 0 or step == config.trainer.steps:
             metrics |= await run.evaluate()
         run.record(step, metrics, groups)
 

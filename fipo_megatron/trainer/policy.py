@@ -109,7 +109,7 @@ class MegatronPolicy:
         optimizer step of FIPO's loss over a mini-batch. Collective; equal on every rank.
 
         Raises:
-            PolicyDivergedError: the mini-batch's KL is beyond `training.max_policy_kl`, or the loss is not finite; the
+            PolicyDivergedError: the mini-batch's KL is beyond `trainer.max_policy_kl`, or the loss is not finite; the
                 weights are left as they were. Or the gradient is not finite.
         """
         from fipo_megatron.trainer.step import policy_loss
@@ -126,10 +126,10 @@ class MegatronPolicy:
         metrics = loss_metrics(vector, config.algorithm)
         if not math.isfinite(metrics["loss"]):
             raise PolicyDivergedError(f"the loss of a mini-batch is {metrics['loss']}; lower optimizer.lr ({lr:g})")
-        if abs(metrics["policy_kl"]) > config.training.max_policy_kl:
+        if abs(metrics["policy_kl"]) > config.trainer.max_policy_kl:
             raise PolicyDivergedError(
-                f"a mini-batch's policy KL is {metrics['policy_kl']:.4g}, beyond training.max_policy_kl = "
-                f"{config.training.max_policy_kl:g}; the update was not made: lower optimizer.lr ({lr:g}), raise "
+                f"a mini-batch's policy KL is {metrics['policy_kl']:.4g}, beyond trainer.max_policy_kl = "
+                f"{config.trainer.max_policy_kl:g}; the update was not made: lower optimizer.lr ({lr:g}), raise "
                 "optimizer.warmup_steps, or use larger mini-batches"
             )
         return vector.cpu().numpy(), self._optimizer_step(lr)
@@ -184,7 +184,7 @@ class MegatronPolicy:
             np.diff(batch.cu_seqlens),
             data_rank=self.groups.data.rank(),
             data_size=self.groups.data.size(),
-            microbatch_samples=config.training.microbatch_samples,
+            microbatch_samples=config.trainer.microbatch_samples,
             column_multiple=multiple,
         )
         return [

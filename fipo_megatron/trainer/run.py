@@ -121,14 +121,14 @@ class Run:
         Each update has checked the policy that it began with; this checks what the last one made, before it is pushed.
 
         Raises:
-            RuntimeError: beyond `training.max_policy_kl`.
+            RuntimeError: beyond `trainer.max_policy_kl`.
         """
         assert batch.old_logprobs is not None
         kl = float(np.mean(batch.old_logprobs.astype(np.float64) - logprobs))
-        limit = self.config.training.max_policy_kl
+        limit = self.config.trainer.max_policy_kl
         if not abs(kl) <= limit:
             raise RuntimeError(
-                f"the updates of a rollout batch moved the policy by a KL of {kl:.4g}, beyond training.max_policy_kl = "
+                f"the updates of a rollout batch moved the policy by a KL of {kl:.4g}, beyond trainer.max_policy_kl = "
                 f"{limit:g}; lower optimizer.lr, raise optimizer.warmup_steps, or use larger mini-batches"
             )
         return {"train/batch_kl": kl}
@@ -150,10 +150,10 @@ class Run:
         return [
             [
                 int(group) * size + i
-                for group in order[start : start + config.training.mini_batch_prompts]
+                for group in order[start : start + config.trainer.mini_batch_prompts]
                 for i in range(size)
             ]
-            for start in range(0, len(order), config.training.mini_batch_prompts)
+            for start in range(0, len(order), config.trainer.mini_batch_prompts)
         ]
 
     def learning_rate(self, step: int) -> float:
@@ -184,7 +184,7 @@ class Run:
             write_samples(self.folder / "samples" / f"step_{step:06d}.jsonl", groups, self.decode)
         if any(name.startswith("eval/") for name in metrics):
             plot_curves(self.folder / "metrics.jsonl", self.folder / "curves.png")
-        self.progress.step(step, self.config.training.num_steps, metrics)
+        self.progress.step(step, self.config.trainer.steps, metrics)
 
 
 def make_run_folder(config: Config, config_name: str) -> Path:

@@ -26,7 +26,7 @@ def base_policy_folder(config: Config) -> Path:
     settings = {
         "format": FORMAT,
         "platform": resolve_platform(config.platform).name,
-        "microbatch_samples": config.training.microbatch_samples,  # the order of sums
+        "microbatch_samples": config.trainer.microbatch_samples,  # the order of sums
         "warm_start": config.warm_start.model_dump(exclude={"cache_dir"}),
         "task": config.task.model_dump(),
         "parallel": config.parallel.model_dump(),  # sums round differently in another layout
@@ -71,8 +71,8 @@ async def make_base_policy(
     assert warm_start is not None
     optimizer = OptimizerConfig(lr=warm_start.lr, weight_decay=0.01, adam_beta2=0.95)
     await policy.load(skeleton, optimizer, random_seed=warm_start.seed)
-    with progress.task("base policy", warm_start.num_steps) as advance:
-        for step in range(warm_start.num_steps):
+    with progress.task("base policy", warm_start.steps) as advance:
+        for step in range(warm_start.steps):
             batch = make_trace_batch(
                 task, np.random.default_rng([TRACE_STREAM, warm_start.seed, step]), warm_start.batch_samples
             )
@@ -84,7 +84,7 @@ async def make_base_policy(
 def learning_rate(warm_start: WarmStartConfig, step: int) -> float:
     """Linear warm-up, then a cosine down to a tenth."""
     warmup = min(1.0, (step + 1) / max(warm_start.warmup_steps, 1))
-    return warm_start.lr * warmup * (0.55 + 0.45 * math.cos(math.pi * step / warm_start.num_steps))
+    return warm_start.lr * warmup * (0.55 + 0.45 * math.cos(math.pi * step / warm_start.steps))
 
 
 def make_trace_batch(task: ArithmeticTask, rng: np.random.Generator, num_samples: int) -> TrainingBatch:

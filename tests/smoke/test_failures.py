@@ -28,12 +28,12 @@ def cache(tmp_path_factory: pytest.TempPathFactory) -> str:
 @pytest.mark.parametrize(
     ("overrides", "cause"),
     [
-        (["warm_start.num_steps=1", "dynamic_sampling.max_generation_batches=2"], "max_generation_batches"),
+        (["warm_start.steps=1", "dynamic_sampling.max_generation_batches=2"], "max_generation_batches"),
         (
-            ["warm_start.num_steps=1", "dynamic_sampling.enabled=false", "dynamic_sampling.max_steps_without_spread=2"],
+            ["warm_start.steps=1", "dynamic_sampling.enabled=false", "dynamic_sampling.max_steps_without_spread=2"],
             "no group with spread for 2 steps",
         ),
-        (["optimizer.lr=0.5", "training.max_policy_kl=0.02"], "training.max_policy_kl"),
+        (["optimizer.lr=0.5", "trainer.max_policy_kl=0.02"], "trainer.max_policy_kl"),
         (["rollout.max_logprob_mismatch=1e-9"], "rollout.max_logprob_mismatch"),
     ],
     ids=["every_group_filtered", "no_spread", "kl_limit", "mismatch_limit"],
@@ -57,7 +57,7 @@ def test_a_run_without_hope_says_what_to_change(overrides: list[str], cause: str
     ids=["policy_killed", "engine_killed", "policy_stalled"],
 )
 def test_a_lost_worker_is_named(victim: str, number: int, cause: str, tmp_path: Path, cache: str) -> None:
-    run = TrainProcess(tmp_path, [*TWO_RANKS, cache, "training.num_steps=500"])
+    run = TrainProcess(tmp_path, [*TWO_RANKS, cache, "trainer.steps=500"])
     run.wait_for("step 1/")
     run.worker(victim).send_signal(number)
     finished = run.finish()
@@ -68,7 +68,7 @@ def test_a_lost_worker_is_named(victim: str, number: int, cause: str, tmp_path: 
 @pytest.mark.multiproc
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 def test_an_interrupt_ends_everything(number: int, tmp_path: Path, cache: str) -> None:
-    run = TrainProcess(tmp_path, [*FAST, cache, "training.num_steps=500"])
+    run = TrainProcess(tmp_path, [*FAST, cache, "trainer.steps=500"])
     run.wait_for("step 1/")
     run.send_signal(number)
     finished = run.finish()
@@ -109,7 +109,7 @@ def start(*overrides: str) -> subprocess.CompletedProcess[str]:
     ("overrides", "cause"),
     [
         (["optimiser.lr=1"], "optimizer"),
-        (["training.mini_batch_prompts=3"], "training.mini_batch_prompts"),
+        (["trainer.mini_batch_prompts=3"], "trainer.mini_batch_prompts"),
         (["model.path=/nowhere", "warm_start=null"], "model.path"),
         (["parallel.tensor=3"], "parallel.tensor"),
         (["platform=cuda"], "platform"),

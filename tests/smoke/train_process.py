@@ -14,7 +14,7 @@ import psutil
 
 REPO = Path(__file__).parents[2]
 SMALL = (
-    "warm_start.num_steps=120",
+    "warm_start.steps=120",
     "warm_start.lr=0.01",
     "warm_start.hidden_size=64",
     "warm_start.num_attention_heads=2",
@@ -26,9 +26,9 @@ SMALL = (
     "rollout.max_response_tokens=32",
     "dynamic_sampling.generation_prompts=8",
     "dynamic_sampling.max_generation_batches=20",
-    "training.mini_batch_prompts=2",
-    "training.microbatch_samples=8",
-    "training.num_steps=3",
+    "trainer.mini_batch_prompts=2",
+    "trainer.microbatch_samples=8",
+    "trainer.steps=3",
     "evaluation.num_problems=32",
     "optimizer.warmup_steps=0",
 )

@@ -14,7 +14,7 @@ SMALL_RUN = """
 warm_start: {}
 rollout: {prompts_per_step: 32, samples_per_prompt: 8, max_prompt_tokens: 16, max_response_tokens: 64}
 dynamic_sampling: {generation_prompts: 48, max_generation_batches: 6}
-training: {mini_batch_prompts: 8}
+trainer: {mini_batch_prompts: 8}
 parallel: {tensor: 2}
 """
 HF_CONFIG = {
@@ -80,10 +80,10 @@ def test_sound_configurations_pass_and_pass_again_when_saved(overrides, small_ru
         (["warm_start=null"], "model.path = None: no policy; "),
         (["model.path=here"], "model.path = 'here': warm_start makes another policy; "),
         (
-            ["training.mini_batch_prompts=5"],
-            "training.mini_batch_prompts = 5: must divide rollout.prompts_per_step = 32",
+            ["trainer.mini_batch_prompts=5"],
+            "trainer.mini_batch_prompts = 5: must divide rollout.prompts_per_step = 32",
         ),
-        (["training.mini_batch_prompts=64"], "training.mini_batch_prompts = 64: must divide "),
+        (["trainer.mini_batch_prompts=64"], "trainer.mini_batch_prompts = 64: must divide "),
         (["parallel.data=3", "warm_start.batch_samples=33"], "parallel.data = 3: must divide the 64 samples "),
         (["dynamic_sampling.generation_prompts=5"], "dynamic_sampling.generation_prompts = 5: times "),
         (["reward.overlong_buffer_tokens=65"], "reward.overlong_buffer_tokens = 65: must be at most "),
@@ -138,7 +138,7 @@ def test_a_contradiction_is_named(overrides, line, small_run):
 
 def test_all_contradictions_come_in_one_message(small_run):
     with pytest.raises(ValueError, match="configuration: 3 problem") as error:
-        check_config(small_run("training.mini_batch_prompts=5", "warm_start=null", "reward.overlong_buffer_tokens=99"))
+        check_config(small_run("trainer.mini_batch_prompts=5", "warm_start=null", "reward.overlong_buffer_tokens=99"))
     assert len(str(error.value).splitlines()) == 4
 
 

@@ -199,11 +199,11 @@ def test_a_missing_file_is_named(tmp_path):
 @pytest.mark.parametrize(
     ("text", "line"),
     [
-        ("training: {num_step: 5}", "training.num_step: unknown key; did you mean training.num_steps?"),
-        ("trainning: {num_steps: 5}", "trainning: unknown key; did you mean training?"),
+        ("trainer: {step: 5}", "trainer.step: unknown key; did you mean trainer.steps?"),
+        ("trainner: {steps: 5}", "trainner: unknown key; did you mean trainer?"),
         ("warm_start: {hiden_size: 5}", "warm_start.hiden_size: unknown key; did you mean warm_start.hidden_size?"),
         # the right name in the wrong section
-        ("optimizer: {num_steps: 5}", "optimizer.num_steps: unknown key; did you mean training.num_steps?"),
+        ("optimizer: {steps: 5}", "optimizer.steps: unknown key; did you mean trainer.steps?"),
         ("lr: 1.0", "lr: unknown key; did you mean optimizer.lr?"),
         ("learning_rate_of_it_all: 1", "learning_rate_of_it_all: unknown key; known sections: "),
     ],
@@ -221,9 +221,9 @@ def test_an_unknown_key_is_named_with_the_closest_known_one(write, text, line):
         ("optimizer: {lr: .inf}", "optimizer.lr = inf: must be a finite number"),
         ("optimizer: {lr: fast}", "optimizer.lr = 'fast': must be a valid number"),
         ("optimizer: {lr: yes}", "optimizer.lr = True: must be a valid number"),
-        ("training: {num_steps: 2.5}", "training.num_steps = 2.5: must be a valid integer"),
-        ("training: {num_steps: '2'}", "training.num_steps = '2': must be a valid integer"),
-        ("training: {num_steps: true}", "training.num_steps = True: must be a valid integer"),
+        ("trainer: {steps: 2.5}", "trainer.steps = 2.5: must be a valid integer"),
+        ("trainer: {steps: '2'}", "trainer.steps = '2': must be a valid integer"),
+        ("trainer: {steps: true}", "trainer.steps = True: must be a valid integer"),
         ("algorithm: {objective: [dapo]}", "algorithm.objective = ['dapo']: must be 'fipo', 'dapo' or 'grpo'"),
         ("algorithm: 5", "algorithm = 5: must be a section of `key: value` lines"),
         ("algorithm: {objective: ppo}", "algorithm.objective = 'ppo': must be 'fipo', 'dapo' or 'grpo'"),

@@ -19,7 +19,7 @@ def test_traces_are_prompts_then_responses_that_end() -> None:
 
 
 def test_learning_rate_rises_then_falls_to_a_tenth() -> None:
-    settings = WarmStartConfig(num_steps=300, warmup_steps=20, lr=1.0)
+    settings = WarmStartConfig(steps=300, warmup_steps=20, lr=1.0)
     assert learning_rate(settings, 0) == 0.05
     assert learning_rate(settings, 19) > 0.98
     assert 0.1 <= learning_rate(settings, 299) < 0.101
