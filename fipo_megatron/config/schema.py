@@ -232,8 +232,19 @@ class EvaluationConfig(Section):
 
     num_problems: int = Field(512, gt=0)
     every_steps: int = Field(10, gt=0, description="also before the first and after the last step")
+    samples_per_problem: int = Field(1, gt=0, description="k of avg@k, cons@k and pass@k")
     temperature: float = Field(1.0, ge=0)
     top_p: float = Field(1.0, gt=0, le=1)
+    greedy: bool = Field(True, description="measure the likeliest response of each problem, too")
+
+    @model_validator(mode="after")
+    def _check_samples(self) -> EvaluationConfig:
+        if self.samples_per_problem > 1 and self.temperature == 0:
+            raise ValueError(
+                f"evaluation.samples_per_problem = {self.samples_per_problem}: with evaluation.temperature = 0 all "
+                "samples of a problem are the same; set it to 1, or raise the temperature"
+            )
+        return self
 
 
 class TimeoutsConfig(Section):

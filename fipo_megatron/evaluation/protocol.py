@@ -6,13 +6,17 @@ not independent, problems are.
 
 from __future__ import annotations
 
+import dataclasses
+import json
 import math
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Collection, Iterable, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 
 import numpy as np
 
+from fipo_megatron.evaluation.reflection import Reflection, find_reflection, reflection_rates
 from fipo_megatron.types import Decode, Generation, Judge, Prompt
 
 CONFIDENCE = 0.95
@@ -30,6 +34,7 @@ class ProblemResult:
     correct: tuple[bool, ...]
     num_tokens: tuple[int, ...]  # of the responses
     truncated: tuple[bool, ...]  # the response hit the token limit
+    reflections: tuple[Reflection, ...]  # whether the response verifies, re-derives or corrects itself
 
 
 def judge_problems(
@@ -42,9 +47,10 @@ def judge_problems(
     samples_per_prompt, rest = divmod(len(generations), max(len(prompts), 1))
     if samples_per_prompt == 0 or rest:
         raise RuntimeError(f"{len(generations)} responses for {len(prompts)} prompts: not the same number for each")
+    texts = [decode(generation.token_ids) for generation in generations]
     judged = judge(
         [prompt for prompt in prompts for _ in range(samples_per_prompt)],
-        [decode(generation.token_ids) for generation in generations],
+        texts,
         [len(generation.token_ids) for generation in generations],
     )
     results = []
@@ -60,41 +66,60 @@ def judge_problems(
                 correct=tuple(judgement.accuracy == 1.0 for judgement in judgements),
                 num_tokens=tuple(len(sample.token_ids) for sample in samples),
                 truncated=tuple(sample.finish_reason == "length" for sample in samples),
+                reflections=tuple(map(find_reflection, texts[rows])),
             )
         )
     return results
 
 
-def evaluate(
-    prompts: Sequence[Prompt], generations: Sequence[Generation], judge: Judge, decode: Decode
-) -> dict[str, float]:
+def write_results(path: Path, results: Iterable[ProblemResult]) -> None:
+    """Writes one line of JSON for every problem, in order. The same results give the same bytes."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with path.open("w", encoding="utf-8", newline="\n") as file:
+        for result in results:
+            file.write(json.dumps(dataclasses.asdict(result)) + "\n")
+
+
+def run_metrics(results: Sequence[ProblemResult], unreadable: Collection[str], seed: int) -> dict[str, float]:
+    """What a run records of its sampled responses, k for each problem: `sampled_` and the names of `accuracy_metrics`,
+    the shares of `reflection_rates`, and where k > 1 the estimates of `metrics_at_k`."""
+    metrics = {f"sampled_{name}": value for name, value in accuracy_metrics(results).items()} | _reflections(results)
+    return metrics | metrics_at_k(results, unreadable, seed) if len(results[0].correct) > 1 else metrics
+
+
+def accuracy_metrics(results: Sequence[ProblemResult]) -> dict[str, float]:
     """`accuracy`, `accuracy_stderr`, `mean_response_tokens` and `truncated_frac` (share that hit the token limit).
 
-    `generations` holds the same number of samples for every prompt, in prompt order; another number is a RuntimeError.
+    No problem, or another number of samples in one, is a ValueError.
     """
-    results = judge_problems(prompts, generations, judge, decode)
     mean, standard_error = accuracy(_correct(results))
     return {"accuracy": mean, "accuracy_stderr": standard_error} | _lengths(results)
 
 
-def summarize(results: Sequence[ProblemResult], no_answer: str, seed: int) -> dict[str, float]:
-    """`avg@k`, `cons@k` and `pass@k` over all problems, k the number of samples of each, and lengths as in `evaluate`.
+def summarize(results: Sequence[ProblemResult], unreadable: Collection[str], seed: int) -> dict[str, float]:
+    """All that is said of a set: the estimates of `metrics_at_k`, lengths as in `accuracy_metrics`, and the shares of
+    `reflection_rates`."""
+    return metrics_at_k(results, unreadable, seed) | _lengths(results) | _reflections(results)
 
-    Each estimate comes with the ends of its bootstrap interval under `_low` and `_high`. `no_answer` is the prediction
-    of a response in which the rule found none. No problem, or another number of samples in one, is a ValueError.
+
+def metrics_at_k(results: Sequence[ProblemResult], unreadable: Collection[str], seed: int) -> dict[str, float]:
+    """`avg@k`, `cons@k` and `pass@k` over all problems, k the number of samples of each, written out (`avg@32`).
+
+    Each estimate comes with the ends of its bootstrap interval under `_low` and `_high`. `unreadable` are the
+    predictions that stand for no answer. No problem, or another number of samples in one, is a ValueError.
     """
     correct = _correct(results)
     k = correct.shape[1]
     estimates = {
         "avg": correct.mean(axis=1),
-        "cons": np.array([consensus_is_correct(result.predictions, result.correct, no_answer) for result in results]),
+        "cons": np.array([consensus_is_correct(result.predictions, result.correct, unreadable) for result in results]),
         "pass": pass_at_k(correct, k),
     }
-    summary: dict[str, float] = {}
+    metrics: dict[str, float] = {}
     for name, scores in estimates.items():
         low, high = bootstrap_interval(scores, seed)
-        summary |= {f"{name}@{k}": float(scores.mean()), f"{name}@{k}_low": low, f"{name}@{k}_high": high}
-    return summary | _lengths(results)
+        metrics |= {f"{name}@{k}": float(scores.mean()), f"{name}@{k}_low": low, f"{name}@{k}_high": high}
+    return metrics
 
 
 def accuracy(correct: np.ndarray) -> tuple[float, float]:
@@ -121,18 +146,19 @@ def pass_at_k(correct: np.ndarray, k: int) -> np.ndarray:
     return by_num_correct[correct.astype(np.int64).sum(axis=1)]
 
 
-def majority_vote(predictions: Sequence[str], no_answer: str) -> str:
+def majority_vote(predictions: Sequence[str], unreadable: Collection[str]) -> str | None:
     """The prediction that most samples agree on, equal as text; among equally many, the one that came first.
 
-    Samples without an answer do not vote: `no_answer` is returned only if no sample has one.
+    Samples without an answer, their prediction one of `unreadable`, do not vote: None if no sample has one.
     """
-    votes = Counter(prediction for prediction in predictions if prediction != no_answer)
-    return votes.most_common(1)[0][0] if votes else no_answer  # most_common keeps the order of equal counts
+    votes = Counter(prediction for prediction in predictions if prediction not in unreadable)
+    return votes.most_common(1)[0][0] if votes else None  # most_common keeps the order of equal counts
 
 
-def consensus_is_correct(predictions: Sequence[str], correct: Sequence[bool], no_answer: str) -> bool:
+def consensus_is_correct(predictions: Sequence[str], correct: Sequence[bool], unreadable: Collection[str]) -> bool:
     """Whether the majority's answer is right (cons@k), as judged at the first sample that gave it."""
-    return correct[predictions.index(majority_vote(predictions, no_answer))]
+    answer = majority_vote(predictions, unreadable)
+    return answer is not None and correct[predictions.index(answer)]
 
 
 def bootstrap_interval(scores: np.ndarray, seed: int) -> tuple[float, float]:
@@ -157,3 +183,7 @@ def _lengths(results: Sequence[ProblemResult]) -> dict[str, float]:
         "mean_response_tokens": float(np.mean([result.num_tokens for result in results])),
         "truncated_frac": float(np.mean([result.truncated for result in results])),
     }
+
+
+def _reflections(results: Sequence[ProblemResult]) -> dict[str, float]:
+    return reflection_rates([reflection for result in results for reflection in result.reflections])

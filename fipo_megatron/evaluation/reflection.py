@@ -74,18 +74,17 @@ def find_reflection(response: str) -> Reflection:
     )
 
 
-def reflection_rates(responses: Sequence[str]) -> dict[str, float]:
-    """`verifies_frac`, `rederives_frac`, `corrects_frac` and `reflects_frac` (any of the three) of the responses.
+def reflection_rates(reflections: Sequence[Reflection]) -> dict[str, float]:
+    """`verifies_frac`, `rederives_frac`, `corrects_frac` and `reflects_frac` (any of the three) of all responses.
 
     A response counts once however often it does so. No responses is a ValueError.
     """
-    if not responses:
-        raise ValueError("responses: there are none; a rate needs one or more")
-    found = [find_reflection(response) for response in responses]
+    if not reflections:
+        raise ValueError("reflections: there are none; a rate needs one response or more")
     flags = {
-        "verifies_frac": [reflection.verifies for reflection in found],
-        "rederives_frac": [reflection.rederives for reflection in found],
-        "corrects_frac": [reflection.corrects for reflection in found],
-        "reflects_frac": [reflection != Reflection(False, False, False) for reflection in found],
+        "verifies_frac": [reflection.verifies for reflection in reflections],
+        "rederives_frac": [reflection.rederives for reflection in reflections],
+        "corrects_frac": [reflection.corrects for reflection in reflections],
+        "reflects_frac": [reflection != Reflection(False, False, False) for reflection in reflections],
     }
-    return {name: sum(values) / len(found) for name, values in flags.items()}
+    return {name: sum(values) / len(reflections) for name, values in flags.items()}

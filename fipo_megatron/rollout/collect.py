@@ -25,6 +25,8 @@ from fipo_megatron.types import (
     TrainingBatch,
 )
 
+EVALUATION_BATCH = -1  # of the requests of evaluations, in place of a number of `generation_batch`
+
 # An engine's log-softmax may round a certain token to a hair above 0.
 LOGPROB_ROUNDING = 1e-6
 

@@ -33,18 +33,21 @@ def vllm_environment(config: Config, on_cpu: bool) -> dict[str, str]:
 
 
 class VllmEngine:
-    """vLLM on real or dummy weights; the trainer pushes the policy's before the first request."""
+    """vLLM in this process.
 
-    def __init__(self, model_folder: Path, config: Config) -> None:
+    It starts from dummy weights, for the trainer to push the policy's, or with `load_weights` from the folder's.
+    """
+
+    def __init__(self, model_folder: Path, config: Config, load_weights: bool = False) -> None:
         _initialize_without_listening()
         from vllm import LLM
 
         rollout = config.rollout
         self.timeout_s = config.timeouts.collective_s
-        self.version = -1
+        self.version = 0 if load_weights else -1
         self.llm = LLM(
             model=str(model_folder),
-            load_format="dummy",
+            load_format="auto" if load_weights else "dummy",
             dtype=config.model.dtype,
             max_model_len=rollout.max_prompt_tokens + rollout.max_response_tokens,
             max_num_seqs=rollout.max_concurrent_sequences,
@@ -58,12 +61,13 @@ class VllmEngine:
             worker_extension_cls="fipo_megatron.reshard.engine_worker.WorkerExtension",
             weight_transfer_config={"backend": "fipo_collective"},
         )
+        self.llm.update_weight_version(str(self.version))
 
     def generate(self, requests: Sequence[GenerationRequest], sampling: SamplingSettings) -> list[Generation]:
-        """One generation a request, in order, by the weights of the last update.
+        """One generation a request, in order, by the weights of the last update, or the folder's.
 
         Raises:
-            RuntimeError: no weights were pushed yet.
+            RuntimeError: the engine holds dummy weights.
         """
         from vllm import SamplingParams
 

@@ -13,7 +13,7 @@ from fipo_megatron.config.load import load_config
 from fipo_megatron.config.schema import Config
 from fipo_megatron.data.prompts import held_out_prompts
 from fipo_megatron.data.tasks.arithmetic import ArithmeticTask
-from fipo_megatron.evaluation.protocol import evaluate
+from fipo_megatron.evaluation.protocol import accuracy_metrics, judge_problems
 from fipo_megatron.model.hf_config import read_model_shape
 from fipo_megatron.model.platform import check_cpu_versions, resolve_platform
 from fipo_megatron.observability.progress import Progress
@@ -94,4 +94,4 @@ def evaluate_exported(run_folder: Path) -> dict[str, float]:
     greedy = SamplingSettings(temperature=0.0, top_p=1.0, max_response_tokens=config.rollout.max_response_tokens)
     generations = engine.generate([GenerationRequest(prompt.token_ids, seed=0) for prompt in prompts], greedy)
     reward = make_reward(config.reward, config.rollout.max_response_tokens)
-    return evaluate(prompts, generations, reward.judge_many, decode)
+    return accuracy_metrics(judge_problems(prompts, generations, reward.judge_many, decode))

@@ -13,7 +13,7 @@ async def train(run: Run) -> None:
     """Train the policy of `run` to the end: `trainer.steps` rollout batches, several updates each."""
     config, policy = run.config, run.workers.policy
     await run.workers.sync_weights(version=0)
-    run.record(0, await run.evaluate(), groups=[])
+    run.record(0, await run.evaluate(step=0), groups=[])
 
     for step in range(1, config.trainer.steps + 1):
         version = step - 1  # of the weights that sample this batch
@@ -42,7 +42,7 @@ async def train(run: Run) -> None:
         with run.timers.phase("sync"):
             await run.workers.sync_weights(version=step)
         if step % config.evaluation.every_steps == 0 or step == config.trainer.steps:
-            metrics |= await run.evaluate()
+            metrics |= await run.evaluate(step)
         run.record(step, metrics, groups)
 
     await policy.export(run.model_folder, run.folder / "hf")

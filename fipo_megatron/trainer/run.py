@@ -13,7 +13,6 @@ from fipo_megatron.config.load import save_config
 from fipo_megatron.config.schema import Config
 from fipo_megatron.data.prompts import PromptSampler, held_out_prompts
 from fipo_megatron.data.tasks.arithmetic import ArithmeticTask
-from fipo_megatron.evaluation.protocol import evaluate
 from fipo_megatron.observability.metrics import MetricsWriter
 from fipo_megatron.observability.plots import plot_curves
 from fipo_megatron.observability.progress import Progress
@@ -32,6 +31,7 @@ from fipo_megatron.rollout.collect import (
     make_requests,
     mismatch_metrics,
 )
+from fipo_megatron.trainer.held_out import HeldOutEvaluation
 from fipo_megatron.trainer.placement import Workers
 from fipo_megatron.types import Decode, Encode, SampleGroup, SamplingSettings, TrainingBatch
 
@@ -59,7 +59,8 @@ class Run:
         encode, self.decode = load_tokenizer(model_folder)
         self._judge = make_reward(config.reward, config.rollout.max_response_tokens).judge_many
         self._sampler = PromptSampler(task, encode, config.seed)
-        self._held_out = held_out_prompts(task, encode, config.evaluation.num_problems)
+        held_out = {"held_out": held_out_prompts(task, encode, config.evaluation.num_problems)}
+        self._evaluation = HeldOutEvaluation(config, held_out, self._judge, self.decode, folder / "evaluation")
         self._buffer = GroupBuffer(config.dynamic_sampling)
         self._spread = SpreadGuard(config.dynamic_sampling.max_steps_without_spread)
         self._num_generation_batches = 0
@@ -161,20 +162,10 @@ class Run:
         optimizer = self.config.optimizer
         return optimizer.lr * min(1.0, step / max(optimizer.warmup_steps, 1))
 
-    async def evaluate(self) -> dict[str, float]:
-        """Held-out accuracy, sampled as configured and greedy."""
-        settings, limit = self.config.evaluation, self.config.rollout.max_response_tokens
-        metrics: dict[str, float] = {}
+    async def evaluate(self, step: int) -> dict[str, float]:
+        """Held-out accuracy of the engine's policy, after step `step`."""
         with self.timers.phase("eval"):
-            for prefix, sampling in (
-                ("sampled_", SamplingSettings(settings.temperature, settings.top_p, limit)),
-                ("greedy_", SamplingSettings(0.0, 1.0, limit)),
-            ):
-                requests = make_requests(self._held_out, 1, self.config.seed, generation_batch=-1)
-                generations = await self.workers.engine.generate(requests, sampling)
-                result = evaluate(self._held_out, generations, self._judge, self.decode)
-                metrics |= {f"eval/{prefix}{name}": value for name, value in result.items()}
-        return metrics
+            return await self._evaluation.measure(self.workers.engine, step)
 
     def record(self, step: int, metrics: dict[str, float], groups: Sequence[SampleGroup]) -> None:
         """Write a step's metrics, samples and curves, and show the step."""

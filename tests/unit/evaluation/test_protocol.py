@@ -1,8 +1,10 @@
 """Estimators against enumeration of all draws, votes and resamples; judging on hand-made samples."""
 
+import json
 import math
 from collections.abc import Sequence
 from itertools import combinations, product
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -10,14 +12,18 @@ import pytest
 from fipo_megatron.evaluation.protocol import (
     ProblemResult,
     accuracy,
+    accuracy_metrics,
     bootstrap_interval,
     consensus_is_correct,
-    evaluate,
     judge_problems,
     majority_vote,
+    metrics_at_k,
     pass_at_k,
+    run_metrics,
     summarize,
+    write_results,
 )
+from fipo_megatron.evaluation.reflection import Reflection
 from fipo_megatron.types import Generation, Judgement, Prompt
 
 PROMPTS = [Prompt(f"held_out/{i}", (1,), str(i), "arithmetic") for i in range(4)]
@@ -55,9 +61,13 @@ def test_samples_of_one_problem_do_not_count_as_independent() -> None:
     assert accuracy(half_right_each) == (0.5, 0.0)
 
 
-def test_evaluate_counts_answers_lengths_and_truncations() -> None:
+def evaluate(generations: list[Generation]) -> dict[str, float]:
+    return accuracy_metrics(judge_problems(PROMPTS, generations, judge, decode))
+
+
+def test_metrics_count_answers_lengths_and_truncations() -> None:
     generations = [generation(0, 2), generation(1, 4), generation(9, 6, "length"), generation(3, 9)]
-    assert evaluate(PROMPTS, generations, judge, decode) == {
+    assert evaluate(generations) == {
         "accuracy": 0.75,
         "accuracy_stderr": pytest.approx(math.sqrt(0.75 * 0.25 / 4)),
         "mean_response_tokens": 5.25,
@@ -67,14 +77,14 @@ def test_evaluate_counts_answers_lengths_and_truncations() -> None:
 
 def test_samples_belong_to_their_prompt() -> None:
     right = [generation(i, 1) for i in range(4) for _ in range(3)]
-    assert evaluate(PROMPTS, right, judge, decode)["accuracy"] == 1.0
-    assert evaluate(PROMPTS, right[::-1], judge, decode)["accuracy"] == 0.0
+    assert evaluate(right)["accuracy"] == 1.0
+    assert evaluate(right[::-1])["accuracy"] == 0.0
 
 
 @pytest.mark.parametrize("num_generations", [0, 3, 5])
 def test_a_wrong_number_of_generations_is_refused(num_generations: int) -> None:
     with pytest.raises(RuntimeError, match=f"{num_generations} responses for 4 prompts"):
-        evaluate(PROMPTS, [generation(0, 1)] * num_generations, judge, decode)
+        evaluate([generation(0, 1)] * num_generations)
 
 
 @pytest.mark.parametrize("n", [1, 2, 5, 7])
@@ -97,23 +107,24 @@ def test_more_draws_than_samples_are_refused(k: int) -> None:
         pass_at_k(np.ones((2, 4)), k)
 
 
-NO_ANSWER = "[INVALID]"
+UNREADABLE = ("[INVALID]", "[TIMEOUT]")
+NO_ANSWER, TIMED_OUT = UNREADABLE
 
 
-def vote_by_enumeration(predictions: tuple[str, ...]) -> str:
+def vote_by_enumeration(predictions: tuple[str, ...]) -> str | None:
     """Of every candidate in the order of its first sample, the first that no other has more votes than."""
     candidates = [answer for i, answer in enumerate(predictions) if answer not in predictions[:i]]
-    valid = [answer for answer in candidates if answer != NO_ANSWER]
+    valid = [answer for answer in candidates if answer not in UNREADABLE]
     for answer in valid:
         if all(predictions.count(answer) >= predictions.count(other) for other in valid):
             return answer
-    return NO_ANSWER
+    return None
 
 
 @pytest.mark.parametrize("num_samples", [1, 2, 3, 4, 5])
 def test_the_majority_of_every_possible_vote(num_samples: int) -> None:
-    for predictions in product(["7", "12", "x", NO_ANSWER], repeat=num_samples):
-        assert majority_vote(predictions, NO_ANSWER) == vote_by_enumeration(predictions), predictions
+    for predictions in product(["7", "12", *UNREADABLE], repeat=num_samples):
+        assert majority_vote(predictions, UNREADABLE) == vote_by_enumeration(predictions), predictions
 
 
 @pytest.mark.parametrize(
@@ -124,12 +135,14 @@ def test_the_majority_of_every_possible_vote(num_samples: int) -> None:
         (["3", "4", "4", "3"], "3", True),  # a tie: the first seen
         (["4", "3", "4", "3"], "3", False),
         ([NO_ANSWER, NO_ANSWER, "3"], "3", True),
+        ([TIMED_OUT, NO_ANSWER, TIMED_OUT, "3"], "3", True),
         ([NO_ANSWER, NO_ANSWER], "3", False),
+        ([NO_ANSWER, TIMED_OUT], TIMED_OUT, False),
     ],
 )
 def test_consensus_is_right_when_its_answer_is(predictions: list[str], right: str, is_right: bool) -> None:
     correct = [prediction == right for prediction in predictions]
-    assert consensus_is_correct(predictions, correct, NO_ANSWER) is is_right
+    assert consensus_is_correct(predictions, correct, UNREADABLE) is is_right
 
 
 @pytest.mark.parametrize("scores", [[0.0, 1.0, 0.25, 0.5, 0.75], [0.0, 0.0, 1.0, 1.0, 0.3], [1.0, 0.0, 0.0, 0.0, 0.0]])
@@ -171,6 +184,7 @@ def test_a_row_of_the_table_holds_a_problem() -> None:
         correct=(True, False),
         num_tokens=(2, 3),
         truncated=(False, True),
+        reflections=(Reflection(False, False, False),) * 2,
     )
     assert rows[1].correct == (True, True)
 
@@ -184,24 +198,69 @@ def result(predictions: str, ground_truth: str) -> ProblemResult:
         correct=tuple(prediction == ground_truth for prediction in predictions),
         num_tokens=(10,) * len(predictions),
         truncated=(True, *(False,) * (len(predictions) - 1)),
+        reflections=tuple(Reflection(prediction in "12", False, prediction == "1") for prediction in predictions),
     )
 
 
+FOUR_PROBLEMS = [result("2211", "1"), result("3313", "3"), result("-44-", "4"), result("5678", "9")]
+ESTIMATES = {"avg@4": (2 + 3 + 2 + 0) / 16, "cons@4": 2 / 4, "pass@4": 3 / 4}
+REFLECTIONS = {"verifies_frac": 5 / 16, "rederives_frac": 0.0, "corrects_frac": 3 / 16, "reflects_frac": 5 / 16}
+
+
+def split_intervals(metrics: dict[str, float]) -> tuple[dict[str, float], dict[str, float]]:
+    ends = {name: value for name, value in metrics.items() if name.endswith(("_low", "_high"))}
+    return {name: value for name, value in metrics.items() if name not in ends}, ends
+
+
 def test_a_summary_by_hand() -> None:
-    summary = summarize([result("2211", "1"), result("3313", "3"), result("-44-", "4"), result("5678", "9")], "-", 0)
-    points = {name: value for name, value in summary.items() if not name.endswith(("_low", "_high"))}
-    assert points == {
-        "avg@4": (2 + 3 + 2 + 0) / 16,
-        "cons@4": 2 / 4,
-        "pass@4": 3 / 4,
-        "mean_response_tokens": 10.0,
-        "truncated_frac": 0.25,
+    points, ends = split_intervals(summarize(FOUR_PROBLEMS, "-", 0))
+    assert points == ESTIMATES | REFLECTIONS | {"mean_response_tokens": 10.0, "truncated_frac": 0.25}
+    for name in ESTIMATES:
+        assert 0 <= ends[f"{name}_low"] < points[name] < ends[f"{name}_high"] <= 1
+
+
+def test_a_run_records_the_estimates_where_there_are_several_samples() -> None:
+    points, ends = split_intervals(run_metrics(FOUR_PROBLEMS, "-", 0))
+    problem_means = np.array([0.5, 0.75, 0.5, 0.0])
+    sampled = {
+        "sampled_accuracy": ESTIMATES["avg@4"],
+        "sampled_accuracy_stderr": pytest.approx(problem_means.std() / 2),
+        "sampled_mean_response_tokens": 10.0,
+        "sampled_truncated_frac": 0.25,
     }
-    for name in ("avg@4", "cons@4", "pass@4"):
-        assert 0 <= summary[f"{name}_low"] < summary[name] < summary[f"{name}_high"] <= 1
+    assert points == sampled | ESTIMATES | REFLECTIONS
+    assert len(ends) == 6
+    one_sample = run_metrics([result("1", "1"), result("2", "1")], "-", 0)
+    assert one_sample.keys() == sampled.keys() | REFLECTIONS.keys()
+    assert one_sample["sampled_accuracy"] == 0.5
+
+
+def test_texts_are_counted_by_what_they_say() -> None:
+    texts = ["1. Wait, let me verify.", "1", "0. Another way: 0", "0"]
+    samples = [generation(i, 1) for i in range(4)]
+    always_right = [Judgement(1.0, 1.0, "1")] * 4
+    rows = judge_problems(PROMPTS[:2], samples, lambda *_: always_right, lambda ids: texts[ids[0]])
+    assert rows[0].reflections == (Reflection(True, False, True), Reflection(False, False, False))
+    assert rows[1].reflections == (Reflection(False, True, False), Reflection(False, False, False))
+
+
+def test_the_table_is_one_line_a_problem(tmp_path: Path) -> None:
+    write_results(tmp_path / "new" / "set.jsonl", FOUR_PROBLEMS)
+    lines = (tmp_path / "new" / "set.jsonl").read_text().splitlines()
+    assert len(lines) == 4
+    assert json.loads(lines[1]) == {
+        "uid": "3",
+        "data_source": "",
+        "ground_truth": "3",
+        "predictions": ["3", "3", "1", "3"],
+        "correct": [True, True, False, True],
+        "num_tokens": [10] * 4,
+        "truncated": [True, False, False, False],
+        "reflections": [{"verifies": c, "rederives": False, "corrects": c} for c in (False, False, True, False)],
+    }
 
 
 @pytest.mark.parametrize("predictions", [[], ["12", "123"], [""]])
 def test_a_summary_of_unequal_or_no_samples_is_refused(predictions: list[str]) -> None:
     with pytest.raises(ValueError, match="results: problems have .* samples; give each the same number"):
-        summarize([result(answers, "1") for answers in predictions], NO_ANSWER, seed=0)
+        metrics_at_k([result(answers, "1") for answers in predictions], UNREADABLE, seed=0)

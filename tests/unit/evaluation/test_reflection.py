@@ -108,7 +108,7 @@ def test_the_three_are_told_apart() -> None:
 
 def test_rates_count_a_response_once() -> None:
     responses = ["Wait, let me verify. Wait, let me verify it.", "Verify it.", "It is 4.", "Alternatively, 5."]
-    assert reflection_rates(responses) == {
+    assert reflection_rates([find_reflection(response) for response in responses]) == {
         "verifies_frac": 0.5,
         "rederives_frac": 0.25,
         "corrects_frac": 0.25,
@@ -117,5 +117,5 @@ def test_rates_count_a_response_once() -> None:
 
 
 def test_no_responses_are_refused() -> None:
-    with pytest.raises(ValueError, match="responses: there are none"):
+    with pytest.raises(ValueError, match="reflections: there are none"):
         reflection_rates([])
