@@ -26,9 +26,9 @@ class Published:
 
     @property
     def label(self) -> str:
-        """Whose avg@32 it is, in few words."""
-        size = "" if self.base_model is None else f" {self.base_model.rpartition('-')[2]}"
-        return f"{self.algorithm}{size} {self.avg_at_32:.2f}"
+        """Whose figures these are, in few words."""
+        size = "other" if self.base_model is None else self.base_model.rpartition("-")[2]
+        return f"{self.algorithm} {size}"
 
 
 @dataclass(frozen=True)

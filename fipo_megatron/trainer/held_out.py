@@ -70,6 +70,7 @@ class HeldOutEvaluation:
         for name, set_prompts in self._sets.items():
             of_set = results[start : start + len(set_prompts)]
             write_results(folder / f"{name}.jsonl", of_set)
-            by_prefix[f"eval/{name}/"] = of_set
+            if self._config.data.eval:
+                by_prefix[f"eval/{name}/"] = of_set
             start += len(set_prompts)
         return by_prefix
