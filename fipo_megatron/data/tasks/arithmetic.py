@@ -48,7 +48,8 @@ class ArithmeticTask:
     the first `held_out_frac` are held out.
     """
 
-    vocab_size = VOCAB_SIZE
+    name = "arithmetic"
+    size = VOCAB_SIZE
     eos_token_id = TOKEN_IDS[EOS]
     pad_token_id = TOKEN_IDS[PAD]
 
@@ -77,6 +78,17 @@ class ArithmeticTask:
     def max_trace_tokens(self) -> int:
         """Tokens of the longest worked trace: 9 a column, newline, `Answer: `, one more digit than an operand, end."""
         return 9 * self.config.num_digits + 2 + (self.config.num_digits + 1) + 1
+
+    @property
+    def vocabulary(self) -> ArithmeticTask:
+        """Tokens and their ids; the task is its own vocabulary."""
+        return self
+
+    def draw_trace(self, rng: np.random.Generator) -> tuple[tuple[int, ...], tuple[int, ...]]:
+        """Token ids of a training problem's prompt and of a noisy trace for it, which ends in end of sequence."""
+        problem = self.train_problem(rng)
+        trace = self.encode(self.noisy_trace(rng, *problem))
+        return self.encode(self.prompt_text(*problem)), (*trace, self.eos_token_id)
 
     def check_limits(self, max_prompt_tokens: int, max_response_tokens: int) -> None:
         """Returns nothing; a limit too small for the task is a ValueError."""

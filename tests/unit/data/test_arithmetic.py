@@ -158,13 +158,13 @@ def saved_tokenizer(request: pytest.FixtureRequest, tmp_path_factory: pytest.Tem
     folder: Path = tmp_path_factory.mktemp("tokenizer")
     make_task().write_tokenizer(folder)
     if request.param != "alone":
-        model = {"model_type": "qwen2", "architectures": ["Qwen2ForCausalLM"], "vocab_size": ArithmeticTask.vocab_size}
+        model = {"model_type": "qwen2", "architectures": ["Qwen2ForCausalLM"], "vocab_size": ArithmeticTask.size}
         (folder / "config.json").write_text(json.dumps(model))
     return transformers.AutoTokenizer.from_pretrained(folder)
 
 
 def test_saved_tokenizer_has_the_tasks_tokens(saved_tokenizer) -> None:
-    assert len(saved_tokenizer) == ArithmeticTask.vocab_size == len(VOCAB) == 32
+    assert len(saved_tokenizer) == ArithmeticTask.size == len(VOCAB) == 32
     assert saved_tokenizer.eos_token_id == ArithmeticTask.eos_token_id
     assert saved_tokenizer.pad_token_id == ArithmeticTask.pad_token_id
     for i, token in enumerate(VOCAB):
