@@ -11,7 +11,7 @@ from fipo_megatron.data.load import ProblemFiles
 from fipo_megatron.data.mixture import MixtureSampler
 from fipo_megatron.data.prompts import PromptSampler, held_out_prompts
 from fipo_megatron.data.readers import ReadResult
-from fipo_megatron.data.tasks.arithmetic import ArithmeticTask
+from fipo_megatron.data.tasks import make_task
 from fipo_megatron.types import Prompt
 
 TASK_SET = "held_out"  # name of the task's evaluation set
@@ -48,7 +48,7 @@ def make_run_prompts(config: Config, files: ProblemFiles, encoder: PromptEncoder
     sets = [f"evaluation set {name}: {len(prompts)} problems" for name, prompts in evaluation.items()]
     rejected = [result.describe_rejected() for result in files.results() if result.rejected]
     if not config.data.train:
-        train = PromptSampler(ArithmeticTask(config.task), encoder.encode, config.seed)
+        train = PromptSampler(make_task(config.task), encoder.encode, config.seed)
         return RunPrompts(train, evaluation, 0, (*sets, *rejected) if config.data.eval else ())
     within, lengths = [], list[str]()
     for result in files.train:
@@ -71,7 +71,7 @@ def evaluation_sets(config: Config, files: ProblemFiles, encoder: PromptEncoder)
     """
     num_problems, limit = config.evaluation.num_problems, config.rollout.max_prompt_tokens
     if not config.data.eval:
-        return {TASK_SET: held_out_prompts(ArithmeticTask(config.task), encoder.encode, num_problems)}
+        return {TASK_SET: held_out_prompts(make_task(config.task), encoder.encode, num_problems)}
     sets = {
         name: [encoder.prompt(problem, f"{name}/{problem.uid}") for problem in result.problems[:num_problems]]
         for name, result in files.evaluation.items()

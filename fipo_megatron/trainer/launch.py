@@ -15,7 +15,8 @@ from fipo_megatron.data.encoding import load_prompt_encoder
 from fipo_megatron.data.load import ProblemFiles, load_files
 from fipo_megatron.data.run_prompts import evaluation_sets, make_run_prompts
 from fipo_megatron.data.solution_traces import SolutionTraces
-from fipo_megatron.data.tasks.arithmetic import ArithmeticTask
+from fipo_megatron.data.tasks import make_task
+from fipo_megatron.data.tasks.base import Task
 from fipo_megatron.evaluation.protocol import evaluate
 from fipo_megatron.model.hf_config import read_model_shape
 from fipo_megatron.model.platform import check_cpu_versions, resolve_platform
@@ -37,10 +38,10 @@ def check_before_start(config: Config) -> None:
         check_cpu_versions()
     files = load_files(config.data)
     if not config.data.eval:
-        ArithmeticTask(config.task).held_out_problems(config.evaluation.num_problems)
+        make_task(config.task).held_out_problems(config.evaluation.num_problems)
     if config.model.path is None:
         source = trace_source(config, files)
-        if isinstance(source, ArithmeticTask):
+        if isinstance(source, Task):
             source.check_limits(config.rollout.max_prompt_tokens, config.rollout.max_response_tokens)
     else:
         check_model_folder(Path(config.model.path), config.parallel)
@@ -82,7 +83,7 @@ async def run_training(config: Config, folder: Path, progress: Progress) -> None
 
 def trace_source(config: Config, files: ProblemFiles) -> TraceSource:
     """What the base policy of a warm start imitates: solutions of the training problems, or traces of the task."""
-    return SolutionTraces(config, files.train) if config.data.train else ArithmeticTask(config.task)
+    return SolutionTraces(config, files.train) if config.data.train else make_task(config.task)
 
 
 async def _together(*parts: Coroutine[Any, Any, None]) -> None:

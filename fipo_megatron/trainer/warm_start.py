@@ -6,12 +6,13 @@ import hashlib
 import json
 import math
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
 from fipo_megatron.config.schema import Config, OptimizerConfig, WarmStartConfig
 from fipo_megatron.data.solution_traces import SolutionTraces
-from fipo_megatron.data.tasks.arithmetic import ArithmeticTask
+from fipo_megatron.data.tasks.base import Task
 from fipo_megatron.model.platform import resolve_platform
 from fipo_megatron.observability.progress import Progress
 from fipo_megatron.trainer.actor import PolicyClient
@@ -20,7 +21,7 @@ from fipo_megatron.types import TrainingBatch
 TRACE_STREAM = 3  # keeps the random numbers apart from those of other purposes with the same seed
 FORMAT = 1  # raise it when the same settings make another base policy
 
-TraceSource = ArithmeticTask | SolutionTraces  # offers a vocabulary and traces in it
+TraceSource = Task[Any] | SolutionTraces  # offers a vocabulary and traces in it
 
 
 def base_policy_folder(config: Config, source: TraceSource) -> Path:

@@ -8,6 +8,7 @@ import numpy as np
 from fipo_megatron.config.schema import Config, WarmStartConfig
 from fipo_megatron.data.load import load_files
 from fipo_megatron.data.solution_traces import SolutionTraces
+from fipo_megatron.data.tasks import make_task
 from fipo_megatron.data.tasks.arithmetic import ArithmeticTask
 from fipo_megatron.trainer.warm_start import base_policy_folder, learning_rate, make_trace_batch
 
@@ -17,8 +18,8 @@ def test_traces_are_prompts_then_responses_that_end() -> None:
     batch = make_trace_batch(task, np.random.default_rng(0), 5)
     for i in range(5):
         ids = batch.token_ids[batch.cu_seqlens[i] : batch.cu_seqlens[i + 1]]
-        assert ids[-1] == task.eos_token_id
-        text = task.decode(ids)
+        assert ids[-1] == task.vocabulary.eos_token_id
+        text = task.vocabulary.decode(ids)
         assert text[: batch.prompt_lens[i]].endswith("=")
         assert "\nAnswer: " in text
 
@@ -36,11 +37,12 @@ def test_the_cache_tells_apart_everything_the_weights_depend_on() -> None:
     other = [
         {**base, "warm_start": {"seed": 1}},
         {**base, "task": {"num_digits": 3}},
+        {**base, "task": {"name": "chain"}},
         {**base, "parallel": {"tensor": 2}},
         {**base, "model": {"dtype": "float32"}},
     ]
     configs = [Config.model_validate(values) for values in [*same, *other]]
-    folders = [base_policy_folder(config, ArithmeticTask(config.task)) for config in configs]
+    folders = [base_policy_folder(config, make_task(config.task)) for config in configs]
     assert len(set(folders[:3])) == 1
     assert len(set(folders)) == 1 + len(other)
 
