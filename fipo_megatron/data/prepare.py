@@ -161,7 +161,7 @@ def _describe_conflict(copies: Sequence[Question]) -> str:
 def write_problems(problems: Sequence[Problem], template: str, path: Path) -> None:
     """Writes parquet in DAPO's layout; a bare question is put into the template. The file appears whole or not at all.
 
-    Rows keep the place that they had: `extra_info.index` is the problem's uid.
+    `extra_info.index` is the problem's uid, which names the row that it was read from.
     """
     import pyarrow
     from pyarrow import parquet

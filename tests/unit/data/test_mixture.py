@@ -57,13 +57,14 @@ def test_after_every_draw_each_file_has_its_share_within_one(weights: list[float
 
 
 def test_shares_that_a_greedy_choice_would_miss():
-    """Many small shares that come due together: the largest deficit first would leave one behind by more than 1."""
-    weights = (1.0,) * 40 + (50.0,)
-    files = [[Prompt(str(i), (), "", str(i))] for i in range(41)]
+    """Large and small shares that come due together: the largest deficit first would leave one off by 1.4."""
+    weights = (3, 1, 5, 50, 3, 50, 50, 1, 1, 1, 1, 50)
+    files = [[Prompt(str(i), (), "", str(i))] for i in range(len(weights))]
     stream, counts = MixtureSampler(files, weights, 0), Counter[str]()
-    for num_draws in range(1, 181):
+    for num_draws in range(1, 2 * sum(weights)):
         counts[stream.next_prompts(1)[0].data_source] += 1
-        assert all(abs(counts[str(i)] - num_draws * Fraction(int(w), 90)) < 1 for i, w in enumerate(weights))
+        shares = [Fraction(num_draws * weight, sum(weights)) for weight in weights]
+        assert all(abs(counts[str(i)] - share) < 1 for i, share in enumerate(shares))
 
 
 def test_the_stream_depends_on_the_seed_alone_and_not_on_how_it_is_cut():
