@@ -18,6 +18,8 @@ BASE = [
     "packaging>=24",
     # Tokenizer, chat template and configuration of Hugging Face models. The range is vLLM 0.32's.
     "transformers>=5.16.1,<5.20",
+    # Fetches published sets of problems (tools/prepare_data.py). The range is transformers'.
+    "huggingface-hub>=1.31,<3",
     # Fast tokenizers; the quickstart makes its own vocabulary with it.
     "tokenizers>=0.23.1,<0.24",
     # Weights in Hugging Face format, read and written without pickle.

@@ -119,8 +119,13 @@ def _check_generation(prompt: Prompt, generation: Generation) -> None:
 
 
 def has_spread(group: SampleGroup) -> bool:
-    """Whether the group's accuracies differ: only then does it carry a signal (penalties alone do not count)."""
+    """Whether the group's accuracies differ: dynamic sampling keeps no other (penalties alone do not count)."""
     return len({sample.accuracy for sample in group.samples}) > 1
+
+
+def has_reward_spread(group: SampleGroup) -> bool:
+    """Whether the group's rewards differ: without the filter any such group has advantages other than 0."""
+    return len({sample.reward for sample in group.samples}) > 1
 
 
 class GroupBuffer:
@@ -209,13 +214,13 @@ class SpreadGuard:
         self._num_steps = 0
 
     def observe(self, groups: Iterable[SampleGroup]) -> None:
-        """Counts steps in a row in which no group has spread; at the limit a RuntimeError."""
-        self._num_steps = 0 if any(has_spread(group) for group in groups) else self._num_steps + 1
+        """Counts steps in a row in which the rewards of no group differ; at the limit a RuntimeError."""
+        self._num_steps = 0 if any(has_reward_spread(group) for group in groups) else self._num_steps + 1
         if self._num_steps >= self._max_steps:
             raise RuntimeError(
                 f"dynamic_sampling.max_steps_without_spread: no group with spread for {self._num_steps} steps: the "
-                "answers of each prompt are all right or all wrong, so there is nothing to learn from. Lower "
-                "optimizer.lr if accuracy collapsed, choose problems nearer to what the policy can do (task), or raise "
+                "rewards of each prompt are all the same, so there is nothing to learn from. Lower optimizer.lr if "
+                "accuracy collapsed, choose problems nearer to what the policy can do (task, data.train), or raise "
                 "rollout.samples_per_prompt or dynamic_sampling.max_steps_without_spread"
             )
 

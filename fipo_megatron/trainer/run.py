@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
@@ -12,8 +11,7 @@ import torch
 from fipo_megatron.algorithm.loss_metrics import loss_metrics, reduce_statistics
 from fipo_megatron.config.load import save_config
 from fipo_megatron.config.schema import Config
-from fipo_megatron.data.prompts import PromptSampler, held_out_prompts
-from fipo_megatron.data.tasks.base import Task
+from fipo_megatron.data.run_prompts import RunPrompts
 from fipo_megatron.evaluation.protocol import evaluate
 from fipo_megatron.observability.metrics import MetricsWriter
 from fipo_megatron.observability.plots import plot_curves
@@ -34,7 +32,7 @@ from fipo_megatron.rollout.collect import (
     mismatch_metrics,
 )
 from fipo_megatron.trainer.placement import Workers
-from fipo_megatron.types import Decode, Encode, SampleGroup, SamplingSettings, TrainingBatch
+from fipo_megatron.types import Decode, SampleGroup, SamplingSettings, TrainingBatch
 
 MINI_BATCH_STREAM = 2  # keeps the random numbers apart from those of other purposes with the same seed
 
@@ -48,7 +46,7 @@ class Run:
         folder: Path,
         workers: Workers,
         model_folder: Path,
-        task: Task[Any],
+        prompts: RunPrompts,
         progress: Progress,
     ) -> None:
         self.config = config
@@ -57,10 +55,10 @@ class Run:
         self.model_folder = model_folder
         self.progress = progress
         self.timers = PhaseTimers()
-        encode, self.decode = load_tokenizer(model_folder)
+        self.decode = load_decode(model_folder)
         self._judge = make_reward(config.reward, config.rollout.max_response_tokens).judge_many
-        self._sampler = PromptSampler(task, encode, config.seed)
-        self._held_out = held_out_prompts(task, encode, config.evaluation.num_problems)
+        self._prompts = prompts
+        self._held_out = [prompt for prompts in prompts.evaluation.values() for prompt in prompts]
         self._buffer = GroupBuffer(config.dynamic_sampling)
         self._spread = SpreadGuard(config.dynamic_sampling.max_steps_without_spread)
         self._num_generation_batches = 0
@@ -83,14 +81,14 @@ class Run:
         metrics = (
             generation_metrics(generated)
             | batch_metrics(groups, version)
-            | {"generation_batches": num_batches}
+            | {"generation_batches": num_batches, "prompts_over_limit": self._prompts.num_over_limit}
             | surplus
         )
         return groups, {f"rollout/{name}": value for name, value in metrics.items()}
 
     async def _generate_groups(self) -> list[SampleGroup]:
         rollout, dynamic = self.config.rollout, self.config.dynamic_sampling
-        prompts = self._sampler.next_prompts(
+        prompts = self._prompts.train.next_prompts(
             dynamic.generation_prompts if dynamic.enabled else rollout.prompts_per_step
         )
         check_prompt_lengths(prompts, rollout.max_prompt_tokens)
@@ -212,12 +210,9 @@ def make_run_folder(config: Config, config_name: str) -> Path:
     return folder.resolve()
 
 
-def load_tokenizer(model_folder: Path) -> tuple[Encode, Decode]:
-    """Both ways of the folder's tokenizer, special tokens neither added nor kept."""
+def load_decode(model_folder: Path) -> Decode:
+    """Text of token ids by the folder's tokenizer, special tokens left out."""
     from transformers import AutoTokenizer
 
     tokenizer = AutoTokenizer.from_pretrained(model_folder)
-    return (
-        lambda text: tuple(tokenizer.encode(text, add_special_tokens=False)),
-        lambda token_ids: tokenizer.decode(token_ids, skip_special_tokens=True),
-    )
+    return lambda token_ids: tokenizer.decode(token_ids, skip_special_tokens=True)

@@ -219,6 +219,15 @@ def test_spread_guard_counts_steps_in_a_row() -> None:
         guard.observe(flat)
 
 
+def test_spread_guard_takes_a_shaped_reward_for_a_signal() -> None:
+    all_wrong = make_group("a", 0, 0)
+    readable = dataclasses.replace(all_wrong.samples[0], reward=-0.5)
+    guard = SpreadGuard(max_steps=1)
+    guard.observe([dataclasses.replace(all_wrong, samples=(readable, all_wrong.samples[1]))])
+    with pytest.raises(RuntimeError, match="the rewards of each prompt are all the same"):
+        guard.observe([all_wrong])
+
+
 # Arrays
 
 
