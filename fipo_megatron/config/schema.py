@@ -43,6 +43,9 @@ class RunConfig(Section):
         description="name of the run folder; default: the config's name and the seed",
     )
     overwrite: bool = Field(False, description="replace a run folder of the same name")
+    sample_groups: int = Field(
+        32, ge=0, description="groups a step whose samples are written, about 100 bytes a token; 0: none"
+    )
 
 
 class ModelConfig(Section):
