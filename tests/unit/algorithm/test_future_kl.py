@@ -97,7 +97,7 @@ def test_weights_of_responses_are_those_of_equations_3_to_7(preset):
     found = response_influence_weights(new, old, advantages, lengths, config)
     assert found.dtype == np.float32
     np.testing.assert_allclose(found, expected, rtol=1e-6)
-    assert len({round(weight, 3) for weight in expected}) >= 5
+    assert len({round(weight, 3) for weight in expected}) > 6
 
 
 def test_objectives_without_influence_weigh_every_token_by_one():
