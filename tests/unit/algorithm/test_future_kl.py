@@ -78,7 +78,7 @@ def test_weights_of_responses_are_those_of_equations_3_to_7(preset):
     """Token by token in plain Python: no response hears of another, and the safety rule needs the response's sign."""
     rng = np.random.default_rng(0)
     config = AlgorithmConfig(preset=preset, half_life_tokens=2.0)
-    lengths, advantages = np.array([9, 1, 20, 12]), np.array([1.0, -1.0, -0.5, 0.0], np.float32)
+    lengths, advantages = np.array([30, 1, 60, 40]), np.array([1.0, -1.0, -0.5, 0.0], np.float32)
     old = -rng.random(lengths.sum()).astype(np.float32)
     drift = rng.standard_normal(lengths.sum()) * rng.choice(
         [0.05, 2.0], lengths.sum()
