@@ -93,6 +93,7 @@ setup(
     license="Apache-2.0",
     python_requires=">=3.11",
     packages=find_packages(include=["fipo_megatron", "fipo_megatron.*"]),
+    package_data={"fipo_megatron.observability": ["sample_page/*"]},
     install_requires=BASE,
     extras_require=EXTRAS,
 )
