@@ -81,8 +81,8 @@ def choose_steps(recorded: list[int], asked: list[int] | None) -> list[int]:
 
 def read_steps(run: Path, paths: dict[int, Path], steps: list[int]) -> list[StepSamples]:
     """The samples of the steps, each with its metrics in a line."""
+    from fipo_megatron.observability.live_panel import step_summary
     from fipo_megatron.observability.metrics import read_metrics
-    from fipo_megatron.observability.progress import step_summary
     from fipo_megatron.observability.sample_viewer import StepSamples
     from fipo_megatron.observability.samples import read_samples
 

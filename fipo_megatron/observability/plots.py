@@ -112,7 +112,8 @@ def _draw_step_time(ax: Any, lines: Sequence[dict[str, Any]]) -> None:
     steps, totals = _series(lines, "time/step_s")
     if steps:
         timed = [line for line in lines if "time/step_s" in line]
-        phases = sorted({key for line in timed for key in line if key.startswith("time/")} - {"time/step_s"})
+        timings = {key for line in timed for key in line if key.startswith("time/") and key.endswith("_s")}
+        phases = sorted(timings - {"time/step_s"})
         stacks = [[line.get(phase, 0.0) for line in timed] for phase in phases]
         labels = [phase.removeprefix("time/").removesuffix("_s") for phase in phases]
         colors = [PHASE_COLORS[i % len(PHASE_COLORS)] for i in range(len(phases))]

@@ -15,7 +15,7 @@ from fipo_megatron.config.schema import Config
 from fipo_megatron.data.prompts import PromptSampler, held_out_prompts
 from fipo_megatron.data.tasks.arithmetic import ArithmeticTask
 from fipo_megatron.evaluation.protocol import evaluate
-from fipo_megatron.observability.metrics import MetricsWriter
+from fipo_megatron.observability.metrics import MetricsWriter, throughput
 from fipo_megatron.observability.plots import plot_curves
 from fipo_megatron.observability.progress import Progress
 from fipo_megatron.observability.samples import TokenRecord, samples_path, write_samples
@@ -56,7 +56,7 @@ class Run:
         self.workers = workers
         self.model_folder = model_folder
         self.progress = progress
-        self.timers = PhaseTimers()
+        self.timers = PhaseTimers(progress.phase)
         encode, self.decode = load_tokenizer(model_folder)
         self._judge = make_reward(config.reward, config.rollout.max_response_tokens).judge_many
         self._sampler = PromptSampler(task, encode, config.seed)
@@ -207,6 +207,7 @@ class Run:
     def record(self, step: int, metrics: dict[str, float]) -> None:
         """Write a step's metrics and curves, and show the step."""
         metrics = metrics | self.timers.collect()
+        metrics |= throughput(metrics)
         self._metrics.write(step, metrics)
         if any(name.startswith("eval/") for name in metrics):
             plot_curves(self.folder / "metrics.jsonl", self.folder / "curves.png")

@@ -63,10 +63,10 @@ function color(offset, limit) {
   return strength < 0.01 ? "" : `rgb(var(${offset > 0 ? "--more" : "--less"}) / ${depth})`;
 }
 
-function paint() {
+function paint(spans) {
   const quantity = QUANTITIES[state.quantity];
   const { limit } = scaleOf(data.steps[state.step], quantity);
-  for (const span of document.querySelectorAll(".tokens > span"))
+  for (const span of spans)
     span.style.backgroundColor = color(quantity.of(span.sample, span.place) - quantity.neutral, limit);
 }
 
@@ -101,14 +101,23 @@ function shownGroups() {
   return data.steps[state.step].groups.map((group, i) => i).filter((i) => data.steps[state.step].groups[i].samples.some(holds));
 }
 
+// Where the prompts of a step begin to differ, at the start of a word: before lies the instruction that all share.
+function distinctStart(prompts) {
+  const [first, ...others] = prompts;
+  let length = others.length ? first.length : 0;
+  for (const prompt of others) while (!prompt.startsWith(first.slice(0, length))) length--;
+  return first.slice(0, length).search(/\S*$/);
+}
+
 function drawGroups() {
   const groups = data.steps[state.step].groups;
+  const start = distinctStart(groups.map((group) => group.prompt));
   $("groups").replaceChildren(...shownGroups().map((i) => {
     const group = groups[i];
     const right = group.samples.filter((s) => s.accuracy === 1).length;
     const button = make("button");
     button.setAttribute("aria-current", String(i === state.group));
-    button.append(make("span", "prompt", visible(group.prompt.slice(0, 200))));
+    button.append(make("span", "prompt", visible(group.prompt.slice(start, start + 200))));
     const outcome = make("span", "outcome");
     const marks = make("span", "marks");
     for (const s of group.samples) marks.append(make("span", s.accuracy === 1 ? "good" : "bad", s.accuracy === 1 ? "●" : "○"));
@@ -161,8 +170,8 @@ function response(sample, number, unfolded) {
   const body = make("div", "tokens");
   card.append(head, body);
   const unfold = () => {
-    if (!body.firstChild) body.append(...sample.ids.map((id, t) => token(sample, id, t)));
-    paint();
+    for (let t = 0; t < sample.ids.length; t++) body.append(token(sample, sample.ids[t], t));
+    paint(body.children);
   };
   card.open = unfolded;
   if (unfolded) unfold();
@@ -245,7 +254,7 @@ function recolor(quantity) {
   state.quantity = quantity;
   drawChoice("quantity", QUANTITIES, quantity, recolor);
   drawLegend();
-  paint();
+  paint(document.querySelectorAll(".tokens > span"));
   if (state.cursor) showTip(state.cursor);
 }
 
