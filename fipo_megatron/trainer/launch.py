@@ -17,6 +17,7 @@ from fipo_megatron.evaluation.protocol import evaluate
 from fipo_megatron.model.hf_config import read_model_shape
 from fipo_megatron.model.platform import check_cpu_versions, resolve_platform
 from fipo_megatron.observability.progress import Progress
+from fipo_megatron.observability.trackers import Trackers, check_trackers
 from fipo_megatron.reward.judge import make_reward
 from fipo_megatron.rollout.hf import HfEngine
 from fipo_megatron.trainer.loop import train
@@ -29,6 +30,7 @@ from fipo_megatron.types import GenerationRequest, SamplingSettings
 def check_before_start(config: Config) -> None:
     """Raises ValueError for everything that would fail later and can be known before a process starts."""
     check_config(config)
+    check_trackers(config.run.trackers)
     make_reward(config.reward, config.rollout.max_response_tokens)  # refuses a function that does not exist
     if resolve_platform(config.platform).name == "cpu":
         check_cpu_versions()
@@ -46,7 +48,7 @@ async def run_training(config: Config, folder: Path, progress: Progress) -> None
     """Train into the run folder, in processes that are gone when this returns or raises."""
     progress.note(f"algorithm: {config.algorithm.describe()}")
     task = ArithmeticTask(config.task)
-    with Workers(config, folder) as workers:
+    with Trackers(config, folder) as trackers, Workers(config, folder) as workers:
         base = base_policy_folder(config) if config.model.path is None else Path(config.model.path).resolve()
         model_folder = base
         if not (base / "config.json").exists():
@@ -64,7 +66,7 @@ async def run_training(config: Config, folder: Path, progress: Progress) -> None
         await _together(prepare_policy(), workers.engine.ready())
         workers.model_folder = base
         shutil.rmtree(folder / "skeleton", ignore_errors=True)
-        await train(Run(config, folder, workers, base, task, progress))
+        await train(Run(config, folder, workers, base, task, progress, trackers))
 
 
 async def _together(*parts: Coroutine[Any, Any, None]) -> None:

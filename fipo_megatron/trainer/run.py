@@ -20,6 +20,7 @@ from fipo_megatron.observability.plots import plot_curves
 from fipo_megatron.observability.progress import Progress
 from fipo_megatron.observability.samples import TokenRecord, samples_path, write_samples
 from fipo_megatron.observability.timers import PhaseTimers
+from fipo_megatron.observability.trackers import Trackers
 from fipo_megatron.reward.judge import make_reward
 from fipo_megatron.rollout.collect import (
     GroupBuffer,
@@ -50,12 +51,14 @@ class Run:
         model_folder: Path,
         task: ArithmeticTask,
         progress: Progress,
+        trackers: Trackers,
     ) -> None:
         self.config = config
         self.folder = folder
         self.workers = workers
         self.model_folder = model_folder
         self.progress = progress
+        self.trackers = trackers
         self.timers = PhaseTimers(progress.phase)
         encode, self.decode = load_tokenizer(model_folder)
         self._judge = make_reward(config.reward, config.rollout.max_response_tokens).judge_many
@@ -209,6 +212,7 @@ class Run:
         metrics = metrics | self.timers.collect()
         metrics |= throughput(metrics)
         self._metrics.write(step, metrics)
+        self.trackers.log(step, metrics)
         if any(name.startswith("eval/") for name in metrics):
             plot_curves(self.folder / "metrics.jsonl", self.folder / "curves.png")
         self.progress.step(step, self.config.trainer.steps, metrics)
