@@ -60,8 +60,11 @@ class WandbTracker:
         self._run.log(dict(metrics), step=step)
 
     def close(self) -> None:
-        """Waits until all is sent."""
+        """Waits until all is sent, and ends W&B's own process."""
+        import wandb
+
         self._run.finish()
+        wandb.teardown()
 
 
 TRACKERS: dict[TrackerName, type[TensorBoardTracker] | type[WandbTracker]] = {
