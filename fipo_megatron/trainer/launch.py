@@ -12,7 +12,7 @@ from fipo_megatron.config.checks import check_config, check_model_folder, check_
 from fipo_megatron.config.load import load_config
 from fipo_megatron.config.schema import Config
 from fipo_megatron.data.prompts import held_out_prompts
-from fipo_megatron.data.tasks.arithmetic import ArithmeticTask
+from fipo_megatron.data.tasks import make_task
 from fipo_megatron.evaluation.protocol import evaluate
 from fipo_megatron.model.hf_config import read_model_shape
 from fipo_megatron.model.platform import check_cpu_versions, resolve_platform
@@ -34,7 +34,7 @@ def check_before_start(config: Config) -> None:
     make_reward(config.reward, config.rollout.max_response_tokens)  # refuses a function that does not exist
     if resolve_platform(config.platform).name == "cpu":
         check_cpu_versions()
-    task = ArithmeticTask(config.task)
+    task = make_task(config.task)
     task.held_out_problems(config.evaluation.num_problems)
     if config.model.path is None:
         task.check_limits(config.rollout.max_prompt_tokens, config.rollout.max_response_tokens)
@@ -47,7 +47,7 @@ def check_before_start(config: Config) -> None:
 async def run_training(config: Config, folder: Path, progress: Progress) -> None:
     """Train into the run folder, in processes that are gone when this returns or raises."""
     progress.note(f"algorithm: {config.algorithm.describe()}")
-    task = ArithmeticTask(config.task)
+    task = make_task(config.task)
     with Trackers(config, folder) as trackers, Workers(config, folder) as workers:
         base = base_policy_folder(config) if config.model.path is None else Path(config.model.path).resolve()
         model_folder = base
@@ -91,7 +91,7 @@ def evaluate_exported(run_folder: Path) -> dict[str, float]:
         )
     config = load_config(run_folder / "config.yaml")
     encode, decode = load_tokenizer(run_folder / "hf")
-    prompts = held_out_prompts(ArithmeticTask(config.task), encode, config.evaluation.num_problems)
+    prompts = held_out_prompts(make_task(config.task), encode, config.evaluation.num_problems)
     engine = HfEngine(run_folder / "hf", config, load_weights=True)
     greedy = SamplingSettings(temperature=0.0, top_p=1.0, max_response_tokens=config.rollout.max_response_tokens)
     generations = engine.generate([GenerationRequest(prompt.token_ids, seed=0) for prompt in prompts], greedy)

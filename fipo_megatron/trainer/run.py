@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -13,7 +14,7 @@ from fipo_megatron.algorithm.loss_metrics import loss_metrics, reduce_statistics
 from fipo_megatron.config.load import save_config
 from fipo_megatron.config.schema import Config
 from fipo_megatron.data.prompts import PromptSampler, held_out_prompts
-from fipo_megatron.data.tasks.arithmetic import ArithmeticTask
+from fipo_megatron.data.tasks.base import Task
 from fipo_megatron.evaluation.protocol import evaluate
 from fipo_megatron.observability.metrics import MetricsWriter, throughput
 from fipo_megatron.observability.plots import plot_curves
@@ -49,7 +50,7 @@ class Run:
         folder: Path,
         workers: Workers,
         model_folder: Path,
-        task: ArithmeticTask,
+        task: Task[Any],
         progress: Progress,
         trackers: Trackers,
     ) -> None:

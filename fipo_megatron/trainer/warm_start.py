@@ -6,11 +6,12 @@ import hashlib
 import json
 import math
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
 from fipo_megatron.config.schema import Config, OptimizerConfig, WarmStartConfig
-from fipo_megatron.data.tasks.arithmetic import ArithmeticTask
+from fipo_megatron.data.tasks.base import Task
 from fipo_megatron.model.platform import resolve_platform
 from fipo_megatron.observability.progress import Progress
 from fipo_megatron.trainer.actor import PolicyClient
@@ -34,19 +35,19 @@ def base_policy_folder(config: Config) -> Path:
         "max_positions": _max_positions(config),
     }
     digest = hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()[:16]
-    return Path(config.warm_start.cache_dir).resolve() / f"arithmetic-{digest}"
+    return Path(config.warm_start.cache_dir).resolve() / f"{config.task.name}-{digest}"
 
 
-def write_skeleton(config: Config, task: ArithmeticTask, folder: Path) -> None:
+def write_skeleton(config: Config, task: Task[Any], folder: Path) -> None:
     """Write config and tokenizer of the base policy, without weights."""
     from transformers import Qwen2Config
 
-    warm_start = config.warm_start
+    warm_start, vocabulary = config.warm_start, task.vocabulary
     assert warm_start is not None
     folder.mkdir(parents=True, exist_ok=True)
     Qwen2Config(
         architectures=["Qwen2ForCausalLM"],
-        vocab_size=task.vocab_size,
+        vocab_size=vocabulary.size,
         hidden_size=warm_start.hidden_size,
         intermediate_size=warm_start.intermediate_size,
         num_hidden_layers=warm_start.num_layers,
@@ -55,16 +56,16 @@ def write_skeleton(config: Config, task: ArithmeticTask, folder: Path) -> None:
         max_position_embeddings=_max_positions(config),
         rms_norm_eps=1e-6,
         tie_word_embeddings=warm_start.tie_word_embeddings,
-        eos_token_id=task.eos_token_id,
-        pad_token_id=task.pad_token_id,
+        eos_token_id=vocabulary.eos_token_id,
+        pad_token_id=vocabulary.pad_token_id,
         bos_token_id=None,
         dtype=config.model.dtype,
     ).save_pretrained(folder)
-    task.write_tokenizer(folder)
+    vocabulary.write_tokenizer(folder)
 
 
 async def make_base_policy(
-    config: Config, task: ArithmeticTask, policy: PolicyClient, skeleton: Path, folder: Path, progress: Progress
+    config: Config, task: Task[Any], policy: PolicyClient, skeleton: Path, folder: Path, progress: Progress
 ) -> None:
     """Train a random policy of the skeleton's shape on noisy traces and write it to `folder`."""
     warm_start = config.warm_start
@@ -87,17 +88,14 @@ def learning_rate(warm_start: WarmStartConfig, step: int) -> float:
     return warm_start.lr * warmup * (0.55 + 0.45 * math.cos(math.pi * step / warm_start.steps))
 
 
-def make_trace_batch(task: ArithmeticTask, rng: np.random.Generator, num_samples: int) -> TrainingBatch:
+def make_trace_batch(task: Task[Any], rng: np.random.Generator, num_samples: int) -> TrainingBatch:
     """Prompts of the training split with noisy traces as their responses."""
-    prompts, sequences = [], []
-    for _ in range(num_samples):
-        problem = task.train_problem(rng)
-        prompts.append(task.encode(task.prompt_text(*problem)))
-        sequences.append([*prompts[-1], *task.encode(task.noisy_trace(rng, *problem)), task.eos_token_id])
+    traces = [task.draw_trace(rng) for _ in range(num_samples)]
+    sequences = [prompt + response for prompt, response in traces]
     return TrainingBatch(
         token_ids=np.concatenate(sequences).astype(np.int64),
         cu_seqlens=np.cumsum([0, *map(len, sequences)], dtype=np.int64),
-        prompt_lens=np.array([len(prompt) for prompt in prompts], np.int64),
+        prompt_lens=np.array([len(prompt) for prompt, _ in traces], np.int64),
         advantages=np.zeros(num_samples, np.float32),
     )
 

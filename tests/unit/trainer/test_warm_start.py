@@ -12,8 +12,8 @@ def test_traces_are_prompts_then_responses_that_end() -> None:
     batch = make_trace_batch(task, np.random.default_rng(0), 5)
     for i in range(5):
         ids = batch.token_ids[batch.cu_seqlens[i] : batch.cu_seqlens[i + 1]]
-        assert ids[-1] == task.eos_token_id
-        text = task.decode(ids)
+        assert ids[-1] == task.vocabulary.eos_token_id
+        text = task.vocabulary.decode(ids)
         assert text[: batch.prompt_lens[i]].endswith("=")
         assert "\nAnswer: " in text
 
@@ -31,6 +31,7 @@ def test_the_cache_tells_apart_everything_the_weights_depend_on() -> None:
     other = [
         {**base, "warm_start": {"seed": 1}},
         {**base, "task": {"num_digits": 3}},
+        {**base, "task": {"name": "chain"}},
         {**base, "parallel": {"tensor": 2}},
         {**base, "model": {"dtype": "float32"}},
     ]
