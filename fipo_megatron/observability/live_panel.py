@@ -22,7 +22,7 @@ SHOWN = (
     ("train/clip_frac", "clipped", ".4f"),
     ("train/grad_norm", "grad", ".2f"),
     ("rollout/mismatch_max", "mismatch", ".1e"),
-    ("time/tokens_per_second_generated", "generated/s", ".0f"),
+    ("time/tokens_per_second_generated", "tokens/s", ".0f"),
     ("time/tokens_per_second_trained", "trained/s", ".0f"),
     ("time/step_s", "seconds", ".2f"),
 )
@@ -93,7 +93,7 @@ class TrainingState:
         head.add_row(self._phase_line(), ProgressBar(total=max(self.num_steps, 1), completed=self.step))
         table = Table.grid(padding=(0, 2, 0, 0), expand=True)
         for _ in range(METRICS_A_ROW):
-            table.add_column(style="dim", ratio=1)
+            table.add_column(style="dim")
             table.add_column(justify="right", ratio=1)
         cells = [(name, f"{self.metrics[key]:{form}}") for key, name, form in SHOWN if key in self.metrics]
         for start in range(0, len(cells), METRICS_A_ROW):
