@@ -42,6 +42,8 @@ BASE = [
 
 RAY = "ray>=2.60,<2.61"  # Places trainer ranks, engine and judges in processes; tested with token authentication.
 
+TENSORBOARD = "tensorboard>=2.20,<3"  # Curves of runs beside each other, without an account: run.trackers.
+
 EXTRAS = {
     # A whole run on CPU, the quickstart among them. `make install` installs this extra and `dev`.
     "cpu": [
@@ -64,8 +66,15 @@ EXTRAS = {
     "sglang": ["sglang==0.5.23"],
     # Post-training quantisation of the policy for FP8 rollouts.
     "modelopt": ["nvidia-modelopt>=0.47,<0.48"],
+    # Where a run can send its metrics, by `run.trackers`.
+    "trackers": [
+        TENSORBOARD,
+        # Curves on a server, or offline.
+        "wandb>=0.31,<1",
+    ],
     # What `make test` needs beside the package.
     "dev": [
+        TENSORBOARD,
         "pytest>=9,<10",
         # No test hangs.
         "pytest-timeout>=2.4,<3",
@@ -95,6 +104,7 @@ setup(
     license="Apache-2.0",
     python_requires=">=3.11",
     packages=find_packages(include=["fipo_megatron", "fipo_megatron.*"]),
+    package_data={"fipo_megatron.observability": ["sample_page/*"]},
     install_requires=BASE,
     extras_require=EXTRAS,
 )

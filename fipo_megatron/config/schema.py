@@ -9,6 +9,7 @@ from pydantic import BaseModel, ConfigDict, Field, field_validator, model_valida
 
 LossAggregation = Literal["token-mean", "seq-mean-token-mean", "seq-mean-token-sum", "seq-mean-token-sum-norm"]
 Objective = Literal["fipo", "dapo", "grpo"]
+TrackerName = Literal["tensorboard", "wandb"]
 
 PresetName = Literal["fipo_32b", "fipo_7b", "dapo", "grpo"]
 
@@ -43,6 +44,13 @@ class RunConfig(Section):
         description="name of the run folder; default: the config's name and the seed",
     )
     overwrite: bool = Field(False, description="replace a run folder of the same name")
+    trackers: tuple[TrackerName, ...] = Field(
+        (), strict=False, description="where metrics go beside metrics.jsonl; a list, e.g. [tensorboard]"
+    )
+    wandb_project: str = Field("fipo", min_length=1, description="project of the wandb tracker")
+    sample_groups: int = Field(
+        32, ge=0, description="groups a step whose samples are written, about 100 bytes a token; 0: none"
+    )
 
 
 class ModelConfig(Section):

@@ -278,6 +278,7 @@ def generation_metrics(generated: Sequence[SampleGroup]) -> dict[str, float]:
     """
     metrics: dict[str, float] = {
         "generated_groups": len(generated),
+        "generated_tokens": sum(len(sample.response_ids) for sample in _samples(generated)),
         "generated_groups_with_spread": sum(map(has_spread, generated)),
     }
     if generated:
@@ -293,6 +294,7 @@ def batch_metrics(trained: Sequence[SampleGroup], weight_version: int) -> dict[s
     low, q25, q75, high = np.quantile(lengths, [0, 0.25, 0.75, 1]).tolist()
     return {
         "trained_groups": len(trained),
+        "trained_tokens": sum(lengths),
         "stale_samples": sum(sample.weight_version != weight_version for sample in samples),
         "response_tokens_min": low,
         "response_tokens_q25": q25,

@@ -21,6 +21,7 @@ from fipo_megatron.evaluation.protocol import evaluate
 from fipo_megatron.model.hf_config import read_model_shape
 from fipo_megatron.model.platform import check_cpu_versions, resolve_platform
 from fipo_megatron.observability.progress import Progress
+from fipo_megatron.observability.trackers import Trackers, check_trackers
 from fipo_megatron.reward.judge import make_reward
 from fipo_megatron.rollout.hf import HfEngine
 from fipo_megatron.trainer.loop import train
@@ -33,6 +34,7 @@ from fipo_megatron.types import GenerationRequest, SamplingSettings
 def check_before_start(config: Config) -> None:
     """Raises ValueError for everything that would fail later and can be known before a process starts."""
     check_config(config)
+    check_trackers(config.run.trackers)
     make_reward(config.reward, config.rollout.max_response_tokens)  # refuses a function that does not exist
     if resolve_platform(config.platform).name == "cpu":
         check_cpu_versions()
@@ -65,7 +67,7 @@ async def run_training(config: Config, folder: Path, progress: Progress) -> None
     prompts = make_run_prompts(config, files, load_prompt_encoder(model_folder, config.data))
     for note in prompts.notes:
         progress.note(note)
-    with Workers(config, folder) as workers:
+    with Trackers(config, folder) as trackers, Workers(config, folder) as workers:
         workers.start_engine(model_folder)
 
         async def prepare_policy() -> None:
@@ -78,7 +80,7 @@ async def run_training(config: Config, folder: Path, progress: Progress) -> None
         await _together(prepare_policy(), workers.engine.ready())
         workers.model_folder = base
         shutil.rmtree(folder / "skeleton", ignore_errors=True)
-        await train(Run(config, folder, workers, base, prompts, progress))
+        await train(Run(config, folder, workers, base, prompts, progress, trackers))
 
 
 def trace_source(config: Config, files: ProblemFiles) -> TraceSource:

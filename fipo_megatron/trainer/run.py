@@ -8,16 +8,18 @@ from pathlib import Path
 import numpy as np
 import torch
 
+from fipo_megatron.algorithm.future_kl import response_influence_weights
 from fipo_megatron.algorithm.loss_metrics import loss_metrics, reduce_statistics
 from fipo_megatron.config.load import save_config
 from fipo_megatron.config.schema import Config
 from fipo_megatron.data.run_prompts import RunPrompts
 from fipo_megatron.evaluation.protocol import evaluate
-from fipo_megatron.observability.metrics import MetricsWriter
+from fipo_megatron.observability.metrics import MetricsWriter, throughput
 from fipo_megatron.observability.plots import plot_curves
 from fipo_megatron.observability.progress import Progress
-from fipo_megatron.observability.samples import write_samples
+from fipo_megatron.observability.samples import TokenRecord, samples_path, write_samples
 from fipo_megatron.observability.timers import PhaseTimers
+from fipo_megatron.observability.trackers import Trackers
 from fipo_megatron.reward.judge import make_reward
 from fipo_megatron.rollout.collect import (
     GroupBuffer,
@@ -48,13 +50,15 @@ class Run:
         model_folder: Path,
         prompts: RunPrompts,
         progress: Progress,
+        trackers: Trackers,
     ) -> None:
         self.config = config
         self.folder = folder
         self.workers = workers
         self.model_folder = model_folder
         self.progress = progress
-        self.timers = PhaseTimers()
+        self.trackers = trackers
+        self.timers = PhaseTimers(progress.phase)
         self.decode = load_decode(model_folder)
         self._judge = make_reward(config.reward, config.rollout.max_response_tokens).judge_many
         self._prompts = prompts
@@ -175,12 +179,39 @@ class Run:
                 metrics |= {f"eval/{prefix}{name}": value for name, value in result.items()}
         return metrics
 
-    def record(self, step: int, metrics: dict[str, float], groups: Sequence[SampleGroup]) -> None:
-        """Write a step's metrics, samples and curves, and show the step."""
+    def record_samples(
+        self, step: int, groups: Sequence[SampleGroup], batch: TrainingBatch, logprobs: np.ndarray
+    ) -> None:
+        """Write the samples of the step's first `run.sample_groups` groups, with what the updates did to their tokens.
+
+        `logprobs` is float32 [R], by the policy after the updates.
+        """
+        recorded = groups[: self.config.run.sample_groups]
+        if not recorded:
+            return
+        assert batch.old_logprobs is not None
+        lengths = np.array([len(sample.response_ids) for group in recorded for sample in group.samples])
+        num_samples, num_tokens = len(lengths), lengths.sum()
+        tokens = TokenRecord(
+            advantages=batch.advantages[:num_samples],
+            old_logprobs=batch.old_logprobs[:num_tokens],
+            new_logprobs=logprobs[:num_tokens],
+            influence_weights=response_influence_weights(
+                logprobs[:num_tokens],
+                batch.old_logprobs[:num_tokens],
+                batch.advantages[:num_samples],
+                lengths,
+                self.config.algorithm,
+            ),
+        )
+        write_samples(samples_path(self.folder, step), recorded, tokens, self.decode)
+
+    def record(self, step: int, metrics: dict[str, float]) -> None:
+        """Write a step's metrics and curves, and show the step."""
         metrics = metrics | self.timers.collect()
+        metrics |= throughput(metrics)
         self._metrics.write(step, metrics)
-        if groups:
-            write_samples(self.folder / "samples" / f"step_{step:06d}.jsonl", groups, self.decode)
+        self.trackers.log(step, metrics)
         if any(name.startswith("eval/") for name in metrics):
             plot_curves(self.folder / "metrics.jsonl", self.folder / "curves.png")
         self.progress.step(step, self.config.trainer.steps, metrics)
