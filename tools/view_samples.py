@@ -92,12 +92,14 @@ def read_steps(run: Path, paths: dict[int, Path], steps: list[int]) -> list[Step
 
 def find_tokenizer(run: Path, config: Config) -> Path:
     """A folder with the run's tokenizer: its own hf/, or where its policy began."""
-    from fipo_megatron.trainer.warm_start import base_policy_folder
+    if (run / "hf" / "config.json").is_file():
+        return run / "hf"
+    from fipo_megatron.data.load import load_files
+    from fipo_megatron.trainer.launch import initial_policy
 
-    start = base_policy_folder(config) if config.model.path is None else Path(config.model.path)
-    for folder in (run / "hf", start):
-        if (folder / "config.json").is_file():
-            return folder
+    start, _ = initial_policy(config, load_files(config.data))
+    if (start / "config.json").is_file():
+        return start
     raise ValueError(f"{run}: no tokenizer in {run / 'hf'} or {start}; let the run finish, or restore its model.path")
 
 

@@ -54,7 +54,7 @@ class VllmEngine:
             block_size=32,
             enforce_eager=True,
             enable_prefix_caching=True,
-            # A prompt cut in two draws once too often from its random generator, and on a CPU vLLM can't take that back.
+            # A prompt cut in two draws once too often from its random generator, which vLLM can't take back on a CPU.
             enable_chunked_prefill=False,
             max_num_batched_tokens=max(MIN_BATCHED_TOKENS, max_model_len),
             logprobs_mode="processed_logprobs",  # after the temperature, as the trainer computes them

@@ -55,11 +55,7 @@ async def run_training(config: Config, folder: Path, progress: Progress) -> None
     """Train into the run folder, in processes that are gone when this returns or raises."""
     progress.note(f"algorithm: {config.algorithm.describe()}")
     files = load_files(config.data)
-    if config.model.path is not None:
-        source, base = None, Path(config.model.path).resolve()
-    else:
-        source = trace_source(config, files)
-        base = base_policy_folder(config, source)
+    base, source = initial_policy(config, files)
     model_folder = base
     if source is not None and not (base / "config.json").exists():
         model_folder = folder / "skeleton"
@@ -81,6 +77,14 @@ async def run_training(config: Config, folder: Path, progress: Progress) -> None
         workers.model_folder = base
         shutil.rmtree(folder / "skeleton", ignore_errors=True)
         await train(Run(config, folder, workers, base, prompts, progress, trackers))
+
+
+def initial_policy(config: Config, files: ProblemFiles) -> tuple[Path, TraceSource | None]:
+    """The folder of the policy that a run begins with, and what it is made of if it is the warm start's to make."""
+    if config.model.path is not None:
+        return Path(config.model.path).resolve(), None
+    source = trace_source(config, files)
+    return base_policy_folder(config, source), source
 
 
 def trace_source(config: Config, files: ProblemFiles) -> TraceSource:

@@ -110,4 +110,4 @@ def test_a_folder_without_samples_or_tokenizer_is_named(
     assert "no samples; give the folder of a run" in capsys.readouterr().err
     (run / "hf" / "config.json").unlink()
     assert call(tool, monkeypatch, str(run)) == 2
-    assert f"no tokenizer in {run / 'hf'} or gone" in capsys.readouterr().err
+    assert f"no tokenizer in {run / 'hf'} or {Path('gone').resolve()}" in capsys.readouterr().err
