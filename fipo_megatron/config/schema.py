@@ -9,6 +9,7 @@ from pydantic import BaseModel, ConfigDict, Field, field_validator, model_valida
 
 LossAggregation = Literal["token-mean", "seq-mean-token-mean", "seq-mean-token-sum", "seq-mean-token-sum-norm"]
 Objective = Literal["fipo", "dapo", "grpo"]
+TrackerName = Literal["tensorboard", "wandb"]
 
 PresetName = Literal["fipo_32b", "fipo_7b", "dapo", "grpo"]
 
@@ -43,6 +44,13 @@ class RunConfig(Section):
         description="name of the run folder; default: the config's name and the seed",
     )
     overwrite: bool = Field(False, description="replace a run folder of the same name")
+    trackers: tuple[TrackerName, ...] = Field(
+        (), strict=False, description="where metrics go beside metrics.jsonl; a list, e.g. [tensorboard]"
+    )
+    wandb_project: str = Field("fipo", min_length=1, description="project of the wandb tracker")
+    sample_groups: int = Field(
+        32, ge=0, description="groups a step whose samples are written, about 100 bytes a token; 0: none"
+    )
 
 
 class ModelConfig(Section):
@@ -55,12 +63,35 @@ class ModelConfig(Section):
 class ArithmeticTaskConfig(Section):
     """Multi-digit addition with worked traces (data/tasks/arithmetic.py)."""
 
+    name: Literal["arithmetic"] = "arithmetic"
     num_digits: int = Field(4, ge=2, le=12, description="digits of both operands: the difficulty")
     held_out_frac: float = Field(0.1, gt=0, lt=0.5, description="share of operand values that only evaluation uses")
     carry_error_prob: float = Field(
         0.6, ge=0, le=1, description="warm-start traces: chance that a column forgets to carry"
     )
     digit_error_prob: float = Field(0.02, ge=0, le=1, description="warm-start traces: chance of a random column sum")
+
+
+class ChainTaskConfig(Section):
+    """Chains of operations in which every group worked on paper raises accuracy and length (data/tasks/chain.py)."""
+
+    name: Literal["chain"] = "chain"
+    num_groups: int = Field(5, ge=1, le=12, description="groups of operations: with the next, the difficulty")
+    operations_per_group: int = Field(2, ge=1, le=4)
+    held_out_frac: float = Field(0.1, gt=0, lt=0.5, description="share of problems that only evaluation uses")
+    paper_prob: float = Field(0.4, ge=0, le=1, description="warm-start traces: chance that a group is worked on paper")
+
+
+class KnightsTaskConfig(Section):
+    """Knights and knaves, a logic puzzle (data/tasks/knights.py)."""
+
+    name: Literal["knights"] = "knights"
+    num_people: int = Field(4, ge=3, le=5, description="the difficulty; two can never tell who is who")
+    held_out_frac: float = Field(0.1, gt=0, lt=0.5, description="share of puzzles that only evaluation uses")
+    slip_prob: float = Field(0.15, ge=0, le=1, description="warm-start traces: chance to overlook a contradiction")
+
+
+TaskConfig = Annotated[ArithmeticTaskConfig | ChainTaskConfig | KnightsTaskConfig, Field(discriminator="name")]
 
 
 # In our own words what DAPO's instruction says: the `dapo` rule reads the last `Answer:` line.
@@ -341,7 +372,7 @@ class Config(Section):
     run: RunConfig = RunConfig()
     model: ModelConfig = ModelConfig()
     warm_start: WarmStartConfig | None = None
-    task: ArithmeticTaskConfig = ArithmeticTaskConfig()
+    task: TaskConfig = ArithmeticTaskConfig()
     data: DataConfig = DataConfig()
     rollout: RolloutConfig = RolloutConfig()
     dynamic_sampling: DynamicSamplingConfig = DynamicSamplingConfig()
@@ -353,3 +384,11 @@ class Config(Section):
     evaluation: EvaluationConfig = EvaluationConfig()
     timeouts: TimeoutsConfig = TimeoutsConfig()
     cluster: ClusterConfig = ClusterConfig()
+
+    @model_validator(mode="before")
+    @classmethod
+    def _name_task(cls, values: Any) -> Any:
+        """A task without a name is arithmetic."""
+        if isinstance(values, dict) and isinstance(values.get("task"), dict):
+            return {**values, "task": {"name": "arithmetic", **values["task"]}}
+        return values

@@ -37,9 +37,11 @@ class PromptEncoder:
 
     def prompt(self, problem: Problem, uid: str) -> Prompt:
         """The problem, ready to be sent to an engine."""
-        # A chat template writes the special tokens that it wants; none are added to them.
-        token_ids = self._tokenizer.encode(self.text(problem), add_special_tokens=False)
-        return Prompt(uid, tuple(token_ids), problem.ground_truth, problem.data_source)
+        return Prompt(uid, self.encode(self.text(problem)), problem.ground_truth, problem.data_source)
+
+    def encode(self, text: str) -> tuple[int, ...]:
+        """Token ids of a text; special tokens are those that it holds, as a chat template writes them."""
+        return tuple(self._tokenizer.encode(text, add_special_tokens=False))
 
     def text(self, problem: Problem) -> str:
         """What the policy is given."""

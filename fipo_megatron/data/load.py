@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
 
-from fipo_megatron.config.schema import DataFileConfig
+from fipo_megatron.config.schema import DataConfig, DataFileConfig
 from fipo_megatron.data.readers import (
     QuestionFields,
     ReadResult,
@@ -14,6 +16,38 @@ from fipo_megatron.data.readers import (
     read_parquet,
     read_questions,
 )
+
+
+@dataclass(frozen=True)
+class ProblemFiles:
+    """What the files of a configuration hold."""
+
+    train: tuple[ReadResult, ...]  # in the order of data.train
+    evaluation: dict[str, ReadResult]  # by name of the set
+
+    def results(self) -> Iterator[ReadResult]:
+        """All of them."""
+        yield from self.train
+        yield from self.evaluation.values()
+
+
+def load_files(data: DataConfig) -> ProblemFiles:
+    """The problems of all files of a configuration.
+
+    Raises:
+        ValueError: a file can't be used, or two training files name a problem alike.
+    """
+    train = tuple(load_problems(file, data.max_corrupt_frac) for file in data.train)
+    paths: dict[str, Path] = {}
+    for result in train:
+        for problem in result.problems:
+            if problem.uid in paths:
+                raise ValueError(
+                    f"data.train: {paths[problem.uid]} and {result.path} both have a problem {problem.uid!r}; "
+                    "give one of them another data_source"
+                )
+        paths |= dict.fromkeys((problem.uid for problem in result.problems), result.path)
+    return ProblemFiles(train, {name: load_problems(file, data.max_corrupt_frac) for name, file in data.eval.items()})
 
 
 def load_problems(file: DataFileConfig, max_corrupt_frac: float) -> ReadResult:

@@ -168,6 +168,23 @@ def iterate_json_lines(path: Path) -> Iterator[Row]:
                 yield Row(place, None, f"holds {fields!r:.80}, not an object")
 
 
+def parquet_columns(path: Path) -> list[str]:
+    """Names of the columns of a parquet file; a ValueError if it is none."""
+    with _open_parquet(path) as file:
+        return list(file.schema_arrow.names)
+
+
+def _open_parquet(path: Path) -> Any:
+    from pyarrow import ArrowException
+    from pyarrow.parquet import ParquetFile
+
+    _check_file(path)
+    try:
+        return ParquetFile(path, page_checksum_verification=True)
+    except (ArrowException, OSError) as error:
+        raise ValueError(f"{path}: is not parquet, or damaged ({error}); copy the file again") from None
+
+
 def iterate_parquet(path: Path, columns: Iterable[str]) -> Iterator[Row]:
     """One row a row; what is left of a damaged row group is one rejected stretch.
 
@@ -175,14 +192,8 @@ def iterate_parquet(path: Path, columns: Iterable[str]) -> Iterator[Row]:
         ValueError: the file is not parquet, or lacks a column.
     """
     from pyarrow import ArrowException
-    from pyarrow.parquet import ParquetFile
 
-    _check_file(path)
-    try:
-        file = ParquetFile(path, page_checksum_verification=True)
-    except (ArrowException, OSError) as error:
-        raise ValueError(f"{path}: is not parquet, or damaged ({error}); copy the file again") from None
-    with file:
+    with _open_parquet(path) as file:
         names = file.schema_arrow.names
         missing = [name for name in columns if name not in names]
         if missing:

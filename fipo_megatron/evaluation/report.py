@@ -35,4 +35,6 @@ def summary_table(name: str, k: int, summary: Mapping[str, float]) -> tuple[list
 
 def _figure(entry: Published, metric: str) -> str:
     value = {"avg": entry.avg_at_32, "cons": entry.cons_at_32, "pass": entry.pass_at_32}[metric]
-    return "" if value is None else f"{value:.3g}"
+    if value is None:
+        return ""
+    return f"{value:.2f}" if value == round(value, 2) else f"{value:.3f}"  # as precise as it was published

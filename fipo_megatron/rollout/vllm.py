@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -13,6 +12,7 @@ from fipo_megatron.config.schema import Config
 from fipo_megatron.types import Generation, GenerationRequest, SamplingSettings
 
 NUM_WORKERS = 1
+MIN_BATCHED_TOKENS = 4096  # per forward pass
 
 
 def vllm_environment(config: Config, on_cpu: bool) -> dict[str, str]:
@@ -43,18 +43,22 @@ class VllmEngine:
         from vllm import LLM
 
         rollout = config.rollout
+        max_model_len = rollout.max_prompt_tokens + rollout.max_response_tokens
         self.timeout_s = config.timeouts.collective_s
         self.version = 0 if load_weights else -1
         self.llm = LLM(
             model=str(model_folder),
             load_format="auto" if load_weights else "dummy",
             dtype=config.model.dtype,
-            max_model_len=rollout.max_prompt_tokens + rollout.max_response_tokens,
+            max_model_len=max_model_len,
             max_num_seqs=rollout.max_concurrent_sequences,
             gpu_memory_utilization=rollout.gpu_memory_utilization,
             block_size=32,
             enforce_eager=True,
             enable_prefix_caching=True,
+            # A prompt cut in two draws once too often from its random generator, which vLLM can't take back on a CPU.
+            enable_chunked_prefill=False,
+            max_num_batched_tokens=max(MIN_BATCHED_TOKENS, max_model_len),
             logprobs_mode="processed_logprobs",  # after the temperature, as the trainer computes them
             disable_log_stats=True,
             seed=config.seed,
@@ -127,7 +131,8 @@ def _generation(completion: Any, version: int) -> Generation:
 
 def _initialize_without_listening() -> None:
     """vLLM makes torch.distributed's default group over TCP, listening on every interface, unless there is one."""
+    import torch
     import torch.distributed as dist
 
-    if os.environ.get("CUDA_VISIBLE_DEVICES", "") == "" and not dist.is_initialized():
+    if not torch.cuda.is_available() and not dist.is_initialized():
         dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)

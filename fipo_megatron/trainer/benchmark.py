@@ -1,31 +1,36 @@
-"""Finished models on sets of problems, outside of a run: each problem sampled k times, judged, tabled and summed up."""
+"""Finished models, outside of a run: on named sets of problems, or on the held-out problems of their run."""
 
 from __future__ import annotations
 
 import dataclasses
+import gc
 import json
 import math
 import os
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
+from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from types import TracebackType
+from typing import Any, Literal, Self
 
 from fipo_megatron.config.load import load_config
 from fipo_megatron.config.schema import Config, DataFileConfig, RewardConfig
 from fipo_megatron.data.encoding import PromptEncoder, load_prompt_encoder
-from fipo_megatron.data.load import load_problems
-from fipo_megatron.evaluation.protocol import ProblemResult, judge_problems, summarize, write_results
+from fipo_megatron.data.load import load_files, load_problems
+from fipo_megatron.data.run_prompts import evaluation_sets
+from fipo_megatron.evaluation.protocol import ProblemResult, accuracy_metrics, judge_problems, summarize, write_results
 from fipo_megatron.evaluation.sets import published_figures
 from fipo_megatron.model.platform import resolve_platform
+from fipo_megatron.observability.live_panel import format_duration
 from fipo_megatron.observability.progress import Progress
-from fipo_megatron.reward.judge import UNREADABLE, Reward, make_reward
+from fipo_megatron.reward.judge import UNREADABLE, make_reward
 from fipo_megatron.rollout.collect import EVALUATION_BATCH, make_requests
 from fipo_megatron.rollout.hf import HfEngine
 from fipo_megatron.rollout.vllm import VllmEngine, vllm_environment
-from fipo_megatron.trainer.run import load_tokenizer
-from fipo_megatron.types import Decode, Prompt, SamplingSettings
+from fipo_megatron.trainer.run import load_decode
+from fipo_megatron.types import Judge, Prompt, SamplingSettings
 
 DEFAULT_RESPONSE_TOKENS = 20480  # of a model that has the positions, as in the paper
 
@@ -38,7 +43,7 @@ class FinishedModel:
     folder: Path
     config: Config
     out: Path  # where results go unless another folder is given
-    is_run: bool
+    max_response_tokens: int | None  # the run's limit
 
 
 @dataclass(frozen=True)
@@ -54,84 +59,194 @@ class BenchmarkSettings:
     max_response_tokens: int | None = None  # None: the run's, or as many as the model has positions for
     num_problems: int | None = None  # the first of each set; None: all
 
-    def __post_init__(self) -> None:
-        if self.temperature == 0 and self.samples_per_problem > 1:
-            raise ValueError(
-                f"--k {self.samples_per_problem}: at temperature 0 all samples of a problem are the same; use --greedy"
-            )
-
 
 def find_model(path: Path) -> FinishedModel:
-    """The model of a run folder, or that of a Hugging Face folder, in the type that its weights have (16 bits: bfloat16).
+    """The model of a run folder or of a Hugging Face folder, this in float32 if its config.json says so, else bfloat16.
 
     Raises:
         ValueError: the folder is neither, or its run did not end.
     """
     if (path / "config.yaml").is_file():
-        if not (path / "hf" / "config.json").is_file():
-            raise ValueError(f"{path} has no hf/ folder: give the folder of a run that ended")
-        config = load_config(path / "config.yaml")
-        return FinishedModel(path.resolve().name, path / "hf", config, path / "evaluation", is_run=True)
+        config = load_run_config(path)
+        limit = config.rollout.max_response_tokens
+        return FinishedModel(path.resolve().name, path / "hf", config, path / "evaluation", limit)
     if (path / "config.json").is_file():
         values = _read_hf_config(path)
         is_float32 = "float32" in (values.get("dtype"), values.get("torch_dtype"))
-        config = Config.model_validate(
-            {"model": {"path": str(path), "dtype": "float32" if is_float32 else "bfloat16"}}
-        )
-        return FinishedModel(path.resolve().name, path, config, path / "evaluation", is_run=False)
+        config = Config.model_validate({"model": {"path": str(path), "dtype": "float32" if is_float32 else "bfloat16"}})
+        return FinishedModel(path.resolve().name, path, config, path / "evaluation", None)
     raise ValueError(f"{path} is neither a run folder (config.yaml) nor a Hugging Face folder (config.json)")
 
 
-def load_sets(
-    model: FinishedModel, files: Mapping[str, Path], num_problems: int | None, encoder: PromptEncoder, progress: Progress
-) -> dict[str, list[Prompt]]:
-    """The prompts of each set; rows that can't be read are noted.
+def load_run_config(run_folder: Path) -> Config:
+    """The configuration of a run that ended.
 
     Raises:
-        ValueError: a file can't be used.
+        ValueError: the folder is not that of one.
     """
-    sets = {}
-    for name, path in files.items():
-        found = load_problems(DataFileConfig(path=str(path)), model.config.data.max_corrupt_frac)
-        if found.rejected:
-            progress.note(found.describe_rejected())
-        # named as in a run's evaluation: the same seeds
-        sets[name] = [encoder.prompt(problem, f"{name}/{problem.uid}") for problem in found.problems[:num_problems]]
-    return sets
+    if not (run_folder / "config.yaml").is_file():
+        raise ValueError(f"{run_folder} is no run folder (config.yaml); a model of no run is evaluated with --sets")
+    if not (run_folder / "hf" / "config.json").is_file():
+        raise ValueError(
+            f"{run_folder} has no hf/ folder: give the folder of a run that ended, e.g. runs/quickstart_cpu-seed0"
+        )
+    return load_config(run_folder / "config.yaml")
 
 
-def benchmark(
-    model: FinishedModel, files: Mapping[str, Path], settings: BenchmarkSettings, out: Path, progress: Progress
-) -> dict[str, dict[str, Any]]:
-    """The summary of each set: problems, settings, metrics of `protocol.summarize` and published figures.
-
-    Writes `<set>.jsonl`, one problem a line, and `<set>.json`, the summary, when a set is done.
+def evaluate_held_out(run_folder: Path) -> dict[str, float]:
+    """Greedy accuracy of a run's `hf/` folder on its held-out problems, by transformers alone: `accuracy_metrics`.
 
     Raises:
-        ValueError: a file can't be used, or responses as long as asked don't fit the model.
+        ValueError: the folder is not that of a run that ended.
     """
-    encoder = load_prompt_encoder(model.folder, model.config.data)
-    sets = load_sets(model, files, settings.num_problems, encoder, progress)
-    config = _engine_config(model, sets, settings)
-    reward = make_reward(_reward_config(model.config.reward, settings.rule), config.rollout.max_response_tokens)
-    out.mkdir(parents=True, exist_ok=True)
-    with progress.status(f"loading {model.name}"):
-        engine = _make_engine(model.folder, config, settings.engine)
-    how = _describe(model, config, settings, encoder)
-    summaries = {}
+    config = load_run_config(run_folder)
+    encoder = load_prompt_encoder(run_folder / "hf", config.data)
+    sets = evaluation_sets(config, load_files(config.data), encoder)
+    prompts = [prompt for prompts in sets.values() for prompt in prompts]
+    engine = HfEngine(run_folder / "hf", config, load_weights=True)
+    greedy = SamplingSettings(temperature=0.0, top_p=1.0, max_response_tokens=config.rollout.max_response_tokens)
+    generations = engine.generate(make_requests(prompts, 1, config.seed, EVALUATION_BATCH), greedy)
+    with closing(make_reward(config.reward, config.rollout.max_response_tokens)) as reward:
+        results = judge_problems(prompts, generations, reward.judge_many, load_decode(run_folder / "hf"))
+    return accuracy_metrics(results)
+
+
+class Benchmark:
+    """A model to be measured on sets of problems; a context manager, inside of which the model is in memory."""
+
+    _engine: VllmEngine | HfEngine
+
+    def __init__(
+        self, model: FinishedModel, files: Mapping[str, Path], settings: BenchmarkSettings, progress: Progress
+    ) -> None:
+        """Reads the sets.
+
+        Raises:
+            ValueError: a file can't be used, or responses as long as asked don't fit the model.
+        """
+        self._model, self._files, self._settings, self._progress = model, files, settings, progress
+        encoder = load_prompt_encoder(model.folder, model.config.data)
+        self._is_chat = encoder.is_chat
+        self._sets = self._load_sets(encoder)
+        longest = max(len(prompt.token_ids) for prompts in self._sets.values() for prompt in prompts)
+        self._config = fit_config(model, longest, settings)
+        self._decode = load_decode(model.folder)
+
+    def __enter__(self) -> Self:
+        with self._progress.status(f"loading {self._model.name}"):
+            self._engine = _make_engine(self._model.folder, self._config, self._settings.engine)
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        del self._engine
+        gc.collect()
+
+    def measure(self, name: str, out: Path) -> dict[str, Any]:
+        """The summary of a set: what was measured how, the metrics of `protocol.summarize`, and published figures.
+
+        Writes `<set>.jsonl` to the folder, one line a problem, and `<set>.json`, the summary.
+        """
+        with closing(make_reward(self._config.reward, self._config.rollout.max_response_tokens)) as reward:
+            results = self._sample(name, reward.judge_many)
+        summary = {
+            "set": name,
+            "file": str(self._files[name]),
+            "num_problems": len(results),
+            "settings": self._describe_settings(),
+            "metrics": summarize(results, UNREADABLE, self._settings.seed),
+            "published": [dataclasses.asdict(figures) for figures in published_figures(name)],
+        }
+        write_results(out / f"{name}.jsonl", results)
+        (out / f"{name}.json").write_text(json.dumps(summary, indent=2) + "\n", encoding="utf-8")
+        return summary
+
+    def _load_sets(self, encoder: PromptEncoder) -> dict[str, list[Prompt]]:
+        sets = {}
+        for name, path in self._files.items():
+            found = load_problems(DataFileConfig(path=str(path)), self._model.config.data.max_corrupt_frac)
+            if found.rejected:
+                self._progress.note(found.describe_rejected())
+            problems = found.problems[: self._settings.num_problems]
+            # named as in the evaluation of a run: so both sample with the same seeds
+            sets[name] = [encoder.prompt(problem, f"{name}/{problem.uid}") for problem in problems]
+        return sets
+
+    def _sample(self, name: str, judge: Judge) -> list[ProblemResult]:
+        """Judged samples of every problem, some problems at a time, so that progress shows."""
+        settings, config, prompts = self._settings, self._config, self._sets[name]
+        sampling = SamplingSettings(settings.temperature, settings.top_p, config.rollout.max_response_tokens)
+        size = math.ceil(config.rollout.max_concurrent_sequences / settings.samples_per_problem)
+        results: list[ProblemResult] = []
+        start = time.perf_counter()
+        with self._progress.task(name, math.ceil(len(prompts) / size)) as advance:
+            for first in range(0, len(prompts), size):
+                part = prompts[first : first + size]
+                requests = make_requests(part, settings.samples_per_problem, settings.seed, EVALUATION_BATCH)
+                generations = self._engine.generate(requests, sampling)
+                results += judge_problems(part, generations, judge, self._decode)
+                left_s = (time.perf_counter() - start) * (len(prompts) / len(results) - 1)
+                left = f", about {format_duration(left_s)} left" if left_s else ""
+                advance(f"{len(results)} of {len(prompts)} problems{left}")
+        return results
+
+    def _describe_settings(self) -> dict[str, Any]:
+        settings, config = self._settings, self._config
+        return {
+            "model": self._model.name,
+            "samples_per_problem": settings.samples_per_problem,
+            "temperature": settings.temperature,
+            "top_p": settings.top_p,
+            "max_response_tokens": config.rollout.max_response_tokens,
+            "engine": settings.engine,
+            "dtype": config.model.dtype,
+            "prompt": "chat" if self._is_chat else "plain",
+            "rule": config.reward.rule,
+            "seed": settings.seed,
+        }
+
+
+def fit_config(model: FinishedModel, max_prompt_tokens: int, settings: BenchmarkSettings) -> Config:
+    """The model's configuration with the limits of this benchmark: room for its longest prompt and for the responses.
+
+    Length penalties and the score of form are left out: they change rewards, not accuracies.
+
+    Raises:
+        ValueError: the model has too few positions for them.
+    """
+    positions = _read_hf_config(model.folder).get("max_position_embeddings")
+    if not isinstance(positions, int):
+        raise ValueError(f"{model.folder}/config.json has no max_position_embeddings; copy it from the model again")
+    room = positions - max_prompt_tokens
+    limit = settings.max_response_tokens or model.max_response_tokens or min(DEFAULT_RESPONSE_TOKENS, room)
+    if not 0 < limit <= room:
+        raise ValueError(
+            f"--max-response-tokens {limit}: {model.name} has {positions} positions, the longest prompt takes "
+            f"{max_prompt_tokens} of them; give at most {room}"
+        )
+    rollout = model.config.rollout.model_copy(
+        update={"max_prompt_tokens": max_prompt_tokens, "max_response_tokens": limit}
+    )
+    if settings.rule is not None:
+        reward = RewardConfig(rule=settings.rule)
+    else:
+        reward = model.config.reward.model_copy(update={"overlong_buffer_tokens": 0, "format_score": 0.0})
+    return model.config.model_copy(update={"rollout": rollout, "reward": reward, "seed": settings.seed})
+
+
+def _make_engine(folder: Path, config: Config, engine: Literal["vllm", "hf"]) -> VllmEngine | HfEngine:
+    if engine == "hf":
+        return HfEngine(folder, config, load_weights=True)
+    os.environ.update(vllm_environment(config, on_cpu=resolve_platform(config.platform).name == "cpu"))
+    return VllmEngine(folder, config, load_weights=True)
+
+
+def _read_hf_config(folder: Path) -> dict[str, Any]:
     try:
-        for name, prompts in sets.items():
-            results = _sample_set(name, prompts, engine, config, settings, reward, _decode(model), progress)
-            write_results(out / f"{name}.jsonl", results)
-            summaries[name] = {
-                "set": name,
-                "file": str(files[name]),
-                "num_problems": len(results),
-                "settings": how,
-                "metrics": summarize(results, UNREADABLE, settings.seed),
-                "published": [dataclasses.asdict(entry) for entry in published_figures(name)],
-            }
-            (out / f"{name}.json").write_text(json.dumps(summaries[name], indent=2) + "\n", encoding="utf-8")
-    finally:
-        reward.close()
-    return summaries
+        values = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    except ValueError:
+        values = None
+    if not isinstance(values, dict):
+        raise ValueError(f"{folder}/config.json is not a JSON object; copy it from the model again")
+    return values
