@@ -20,7 +20,7 @@ from fipo_megatron.evaluation.reflection import Reflection, find_reflection, ref
 from fipo_megatron.types import Decode, Generation, Judge, Prompt
 
 CONFIDENCE = 0.95
-NUM_RESAMPLES = 10_000
+NUM_RESAMPLES, RESAMPLES_AT_ONCE = 10_000, 1_000
 
 
 @dataclass(frozen=True)
@@ -164,8 +164,10 @@ def consensus_is_correct(predictions: Sequence[str], correct: Sequence[bool], un
 def bootstrap_interval(scores: np.ndarray, seed: int) -> tuple[float, float]:
     """Both ends of the 95 % percentile interval of the mean of `scores` [problems], problems drawn with replacement."""
     rng = np.random.default_rng(seed)
-    num_problems = len(scores)
-    means = [scores[rng.integers(num_problems, size=num_problems)].mean() for _ in range(NUM_RESAMPLES)]
+    shape = (RESAMPLES_AT_ONCE, len(scores))
+    means = [
+        scores[rng.integers(len(scores), size=shape)].mean(axis=1) for _ in range(NUM_RESAMPLES // RESAMPLES_AT_ONCE)
+    ]
     low, high = np.quantile(means, [(1 - CONFIDENCE) / 2, (1 + CONFIDENCE) / 2])
     return float(low), float(high)
 

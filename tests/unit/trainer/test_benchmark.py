@@ -1,0 +1,75 @@
+"""What is evaluated, and within which limits; sampling itself is in tests/parity/test_benchmark.py."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from fipo_megatron.config.load import save_config
+from fipo_megatron.config.schema import Config
+from fipo_megatron.trainer.benchmark import BenchmarkSettings, find_model, fit_config, load_run_config
+
+
+def settings(**changed: Any) -> BenchmarkSettings:
+    return BenchmarkSettings(
+        **({"samples_per_problem": 2, "temperature": 1, "top_p": 0.7, "engine": "hf", "seed": 3} | changed)
+    )
+
+
+def make_model(folder: Path, **values: Any) -> Path:
+    folder.mkdir(parents=True)
+    (folder / "config.json").write_text(json.dumps({"max_position_embeddings": 4096} | values))
+    return folder
+
+
+def make_run(folder: Path, **sections: Any) -> Path:
+    make_model(folder / "hf")
+    save_config(Config.model_validate(sections), folder / "config.yaml")
+    return folder
+
+
+def test_a_run_keeps_its_settings_and_a_model_gets_defaults(tmp_path: Path) -> None:
+    run = find_model(make_run(tmp_path / "run", rollout={"max_response_tokens": 77}, model={"dtype": "float32"}))
+    assert (run.name, run.folder, run.out) == ("run", tmp_path / "run" / "hf", tmp_path / "run" / "evaluation")
+    assert (run.max_response_tokens, run.config.model.dtype) == (77, "float32")
+    model = find_model(make_model(tmp_path / "model", torch_dtype="float16"))
+    assert (model.name, model.folder, model.out) == ("model", tmp_path / "model", tmp_path / "model" / "evaluation")
+    assert (model.max_response_tokens, model.config.model.dtype) == (None, "bfloat16")
+    assert find_model(make_model(tmp_path / "other", dtype="float32")).config.model.dtype == "float32"
+
+
+def test_other_folders_are_refused(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match=r"neither a run folder \(config.yaml\) nor a Hugging Face folder"):
+        find_model(tmp_path)
+    save_config(Config(), tmp_path / "config.yaml")
+    with pytest.raises(ValueError, match="has no hf/ folder"):
+        find_model(tmp_path)
+    with pytest.raises(ValueError, match="is no run folder .* evaluated with --sets"):
+        load_run_config(make_model(tmp_path / "model"))
+    (tmp_path / "model" / "config.json").write_text("[")
+    with pytest.raises(ValueError, match="config.json is not a JSON object"):
+        find_model(tmp_path / "model")
+
+
+def test_responses_get_the_room_that_is_left(tmp_path: Path) -> None:
+    model, run = find_model(make_model(tmp_path / "model")), find_model(make_run(tmp_path / "run"))
+    limits = fit_config(model, 96, settings()).rollout
+    assert (limits.max_prompt_tokens, limits.max_response_tokens) == (96, 4000)
+    assert fit_config(model, 96, settings(max_response_tokens=10)).rollout.max_response_tokens == 10
+    large = find_model(make_model(tmp_path / "large", max_position_embeddings=131072))
+    assert fit_config(large, 96, settings()).rollout.max_response_tokens == 20480
+    for subject, limit, options in ((model, 4001, {"max_response_tokens": 4001}), (run, 20480, {}), (model, 0, {})):
+        with pytest.raises(ValueError, match=f"--max-response-tokens {limit}: .* has 4096 positions"):
+            fit_config(subject, 96 if limit else 4096, settings(**options))
+
+
+def test_accuracy_is_judged_without_what_only_changes_rewards(tmp_path: Path) -> None:
+    reward = {"rule": "math_verify", "overlong_buffer_tokens": 500, "format_score": 0.5, "timeout_s": 9.0}
+    run = find_model(make_run(tmp_path / "run", reward=reward, rollout={"max_response_tokens": 600}))
+    judged = fit_config(run, 10, settings(max_response_tokens=100)).reward
+    assert (judged.rule, judged.timeout_s) == ("math_verify", 9.0)
+    assert (judged.overlong_buffer_tokens, judged.format_score) == (0, 0.0)
+    assert fit_config(run, 10, settings(rule="dapo")).reward.rule == "dapo"
