@@ -72,14 +72,14 @@ class ArithmeticTaskConfig(Section):
     digit_error_prob: float = Field(0.02, ge=0, le=1, description="warm-start traces: chance of a random column sum")
 
 
-class ChainTaskConfig(Section):
-    """Chains of operations in which every group worked on paper raises accuracy and length (data/tasks/chain.py)."""
+class CheckedSumsTaskConfig(Section):
+    """Sums with a check that raises accuracy and length, and is the policy's choice (data/tasks/checked_sums.py)."""
 
-    name: Literal["chain"] = "chain"
-    num_groups: int = Field(5, ge=1, le=12, description="groups of operations: with the next, the difficulty")
-    operations_per_group: int = Field(2, ge=1, le=4)
-    held_out_frac: float = Field(0.1, gt=0, lt=0.5, description="share of problems that only evaluation uses")
-    paper_prob: float = Field(0.4, ge=0, le=1, description="warm-start traces: chance that a group is worked on paper")
+    name: Literal["checked_sums"] = "checked_sums"
+    num_digits: int = Field(4, ge=2, le=12, description="digits of both operands: the difficulty")
+    held_out_frac: float = Field(0.1, gt=0, lt=0.5, description="share of operand values that only evaluation uses")
+    check_prob: float = Field(0.15, ge=0, le=1, description="warm-start traces: chance of a check")
+    digit_error_prob: float = Field(0.02, ge=0, le=1, description="warm-start traces: chance of a random column sum")
 
 
 class KnightsTaskConfig(Section):
@@ -91,7 +91,7 @@ class KnightsTaskConfig(Section):
     slip_prob: float = Field(0.15, ge=0, le=1, description="warm-start traces: chance to overlook a contradiction")
 
 
-TaskConfig = Annotated[ArithmeticTaskConfig | ChainTaskConfig | KnightsTaskConfig, Field(discriminator="name")]
+TaskConfig = Annotated[ArithmeticTaskConfig | CheckedSumsTaskConfig | KnightsTaskConfig, Field(discriminator="name")]
 
 
 # In our own words what DAPO's instruction says: the `dapo` rule reads the last `Answer:` line.

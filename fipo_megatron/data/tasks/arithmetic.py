@@ -28,28 +28,17 @@ class Addition(NamedTuple):
     b: int
 
 
-class ArithmeticTask(Task[Addition]):
-    """Problems, worked traces and tokens of `num_digits`-digit addition.
+class OperandSplit:
+    """Train and held-out operands, disjoint as values: of the values in a fixed order the first are held out."""
 
-    Train and held-out operands are disjoint as values, in a split that no seed moves: of the values in a fixed order
-    the first `held_out_frac` are held out.
-    """
-
-    name = "arithmetic"
-    vocabulary = Vocabulary("0123456789+=;\n")
-
-    def __init__(self, config: ArithmeticTaskConfig) -> None:
-        self.config = config
-        self.max_prompt_tokens = 2 * config.num_digits + 2  # the operands, `+` and `=`
-        # 9 a column, newline, `Answer: `, one more digit than an operand, end of sequence.
-        self.max_trace_tokens = 9 * config.num_digits + 2 + (config.num_digits + 1) + 1
-        self._smallest: int = 10 ** (config.num_digits - 1)
+    def __init__(self, num_digits: int, held_out_frac: float) -> None:
+        self._smallest: int = 10 ** (num_digits - 1)
         self._num_values: int = 9 * self._smallest
-        self._num_held_out = round(self._num_values * config.held_out_frac)
+        self._num_held_out = round(self._num_values * held_out_frac)
         if self._num_held_out == 0:
             raise ValueError(
-                f"task.held_out_frac: {config.held_out_frac} of {self._num_values} operands leaves none to "
-                f"evaluate on; use {1 / self._num_values:.2g} or more, or raise task.num_digits ({config.num_digits})"
+                f"task.held_out_frac: {held_out_frac} of {self._num_values} operands leaves none to "
+                f"evaluate on; use {1 / self._num_values:.2g} or more, or raise task.num_digits ({num_digits})"
             )
         # The order is that of multiples of the golden ratio modulo the number of values: every stretch of it is spread
         # evenly over magnitudes and last digits, so held-out operands are as hard as those of training.
@@ -73,6 +62,32 @@ class ArithmeticTask(Task[Addition]):
             a, b = rng.integers(0, self._num_held_out, size=2).tolist()
             problems[Addition(self._operand(a), self._operand(b))] = None
         return list(problems)
+
+    def _operand(self, rank: int) -> int:
+        """The operand at a place of the fixed order: held out below `_num_held_out`, else of training."""
+        return self._smallest + rank * self._stride % self._num_values
+
+
+class ArithmeticTask(Task[Addition]):
+    """Problems, worked traces and tokens of `num_digits`-digit addition; no operand is in training and held out."""
+
+    name = "arithmetic"
+    vocabulary = Vocabulary("0123456789+=;\n")
+
+    def __init__(self, config: ArithmeticTaskConfig) -> None:
+        self.config = config
+        self.max_prompt_tokens = 2 * config.num_digits + 2  # the operands, `+` and `=`
+        # 9 a column, newline, `Answer: `, one more digit than an operand, end of sequence.
+        self.max_trace_tokens = 9 * config.num_digits + 2 + (config.num_digits + 1) + 1
+        self._split = OperandSplit(config.num_digits, config.held_out_frac)
+
+    def train_problem(self, rng: np.random.Generator) -> Addition:
+        """Two operands of the training split."""
+        return self._split.train_problem(rng)
+
+    def held_out_problems(self, n: int) -> list[Addition]:
+        """The first `n` of one fixed sequence of distinct problems, both operands held out."""
+        return self._split.held_out_problems(n)
 
     def prompt_text(self, problem: Addition) -> str:
         """`a+b=`."""
@@ -99,10 +114,6 @@ class ArithmeticTask(Task[Addition]):
         wrong_sums = [int(total) if wrong else None for total, wrong in zip(random_sums, is_wrong, strict=True)]
         forgets_carry = (rng.random(num_columns) < self.config.carry_error_prob).tolist()
         return _trace(*problem, wrong_sums, forgets_carry)
-
-    def _operand(self, rank: int) -> int:
-        """The operand at a place of the fixed order: held out below `_num_held_out`, else of training."""
-        return self._smallest + rank * self._stride % self._num_values
 
 
 def _trace(a: int, b: int, wrong_sums: Sequence[int | None], forgets_carry: Sequence[bool]) -> str:

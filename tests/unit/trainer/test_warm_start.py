@@ -37,7 +37,7 @@ def test_the_cache_tells_apart_everything_the_weights_depend_on() -> None:
     other = [
         {**base, "warm_start": {"seed": 1}},
         {**base, "task": {"num_digits": 3}},
-        {**base, "task": {"name": "chain"}},
+        {**base, "task": {"name": "checked_sums"}},
         {**base, "parallel": {"tensor": 2}},
         {**base, "model": {"dtype": "float32"}},
     ]
