@@ -30,6 +30,7 @@ class ProblemResult:
     correct: tuple[bool, ...]
     num_tokens: tuple[int, ...]  # of the responses
     truncated: tuple[bool, ...]  # the response hit the token limit
+    unjudged: tuple[bool, ...]  # the reward failed on the response, which counts as wrong
 
 
 def judge_problems(
@@ -60,6 +61,7 @@ def judge_problems(
                 correct=tuple(judgement.accuracy == 1.0 for judgement in judgements),
                 num_tokens=tuple(len(sample.token_ids) for sample in samples),
                 truncated=tuple(sample.finish_reason == "length" for sample in samples),
+                unjudged=tuple(judgement.failure is not None for judgement in judgements),
             )
         )
     return results
@@ -68,13 +70,15 @@ def judge_problems(
 def evaluate(
     prompts: Sequence[Prompt], generations: Sequence[Generation], judge: Judge, decode: Decode
 ) -> dict[str, float]:
-    """`accuracy`, `accuracy_stderr`, `mean_response_tokens` and `truncated_frac` (share that hit the token limit).
+    """`accuracy`, `accuracy_stderr`, `mean_response_tokens`, `truncated_frac` (share that hit the token limit) and
+    `unjudged` (number of responses that the reward failed on: they count as wrong).
 
     `generations` holds the same number of samples for every prompt, in prompt order; another number is a RuntimeError.
     """
     results = judge_problems(prompts, generations, judge, decode)
     mean, standard_error = accuracy(_correct(results))
-    return {"accuracy": mean, "accuracy_stderr": standard_error} | _lengths(results)
+    unjudged = sum(sum(result.unjudged) for result in results)
+    return {"accuracy": mean, "accuracy_stderr": standard_error, "unjudged": unjudged} | _lengths(results)
 
 
 def summarize(results: Sequence[ProblemResult], no_answer: str, seed: int) -> dict[str, float]:

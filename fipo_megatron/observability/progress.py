@@ -18,6 +18,7 @@ SHOWN = (
     ("eval/sampled_accuracy", "held-out", ".3f"),
     ("eval/greedy_accuracy", "greedy", ".3f"),
     ("rollout/response_tokens_mean", "tokens", ".1f"),
+    ("rollout/generated_groups", "groups", "d"),  # 0: the step trains on surplus, so there is no accuracy
     ("train/policy_kl", "kl", ".1e"),
     ("train/clip_frac", "clipped", ".4f"),
     ("train/grad_norm", "grad", ".2f"),

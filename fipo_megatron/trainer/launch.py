@@ -5,6 +5,8 @@ from __future__ import annotations
 import asyncio
 import shutil
 from collections.abc import Coroutine
+from contextlib import closing
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -14,11 +16,11 @@ from fipo_megatron.config.schema import Config
 from fipo_megatron.data.prompts import held_out_prompts
 from fipo_megatron.data.tasks.arithmetic import ArithmeticTask
 from fipo_megatron.evaluation.protocol import evaluate
-from fipo_megatron.model.hf_config import read_model_shape
 from fipo_megatron.model.platform import check_cpu_versions, resolve_platform
 from fipo_megatron.observability.progress import Progress
 from fipo_megatron.reward.judge import make_reward
 from fipo_megatron.rollout.hf import HfEngine
+from fipo_megatron.rollout.stream import in_request_order
 from fipo_megatron.trainer.loop import train
 from fipo_megatron.trainer.placement import Workers
 from fipo_megatron.trainer.run import Run, load_tokenizer
@@ -37,8 +39,7 @@ def check_before_start(config: Config) -> None:
     if config.model.path is None:
         task.check_limits(config.rollout.max_prompt_tokens, config.rollout.max_response_tokens)
     else:
-        check_model_folder(Path(config.model.path), config.parallel)
-        check_positions(read_model_shape(Path(config.model.path)), config.rollout)
+        check_positions(check_model_folder(Path(config.model.path), config.parallel), config.rollout)
     check_port(config.cluster.address, config.cluster.master_port)
 
 
@@ -64,7 +65,8 @@ async def run_training(config: Config, folder: Path, progress: Progress) -> None
         await _together(prepare_policy(), workers.engine.ready())
         workers.model_folder = base
         shutil.rmtree(folder / "skeleton", ignore_errors=True)
-        await train(Run(config, folder, workers, base, task, progress))
+        with closing(Run(config, folder, workers, base, task, progress)) as run:
+            await train(run)
 
 
 async def _together(*parts: Coroutine[Any, Any, None]) -> None:
@@ -92,6 +94,7 @@ def evaluate_exported(run_folder: Path) -> dict[str, float]:
     prompts = held_out_prompts(ArithmeticTask(config.task), encode, config.evaluation.num_problems)
     engine = HfEngine(run_folder / "hf", config, load_weights=True)
     greedy = SamplingSettings(temperature=0.0, top_p=1.0, max_response_tokens=config.rollout.max_response_tokens)
-    generations = engine.generate([GenerationRequest(prompt.token_ids, seed=0) for prompt in prompts], greedy)
-    reward = make_reward(config.reward, config.rollout.max_response_tokens)
-    return evaluate(prompts, generations, reward.judge_many, decode)
+    requests = [GenerationRequest(prompt.token_ids, seed=0) for prompt in prompts]
+    generations = in_request_order(chain.from_iterable(engine.generate(requests, greedy)), len(requests))
+    with closing(make_reward(config.reward, config.rollout.max_response_tokens)) as reward:
+        return evaluate(prompts, generations, reward.with_limit(len(requests)), decode)
