@@ -77,7 +77,9 @@ def test_an_interrupt_ends_everything(number: int, tmp_path: Path, cache: str) -
 
 
 @pytest.mark.multiproc
-@pytest.mark.parametrize(("fault", "cause"), [("reward_raises", "no such rule"), ("reward_is_nan", "must be finite")])
+@pytest.mark.parametrize(
+    ("fault", "cause"), [("reward_raises", "no such rule"), ("reward_is_nan", "be a finite number")]
+)
 def test_a_broken_reward_is_named(
     fault: str, cause: str, tmp_path: Path, cache: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
