@@ -87,7 +87,7 @@ def make_run(folder: Path, order: int, failing: int, **sections: dict[str, Any])
         {
             "rollout": {"prompts_per_step": PROMPTS, "samples_per_prompt": GROUP, "max_response_tokens": 64},
             "dynamic_sampling": {"generation_prompts": 10},
-            "evaluation": {"num_problems": 8},
+            "evaluation": {"num_problems": 24},
             "warm_start": {},
             **sections,
             "reward": {"rule": "custom", "function": f"{folder / 'reward.py'}:reward", **sections.get("reward", {})},
@@ -174,7 +174,7 @@ def test_an_evaluation_counts_what_cannot_be_judged_as_wrong(tmp_path: Path) -> 
     assert metrics["eval/sampled_accuracy"] == np.mean(~failed[0] & (lengths[0] % 2 == 1))
     with (
         make_run(tmp_path / "failing", 0, 1, reward={"max_unjudged_frac": 0.5}) as (run, _),
-        pytest.raises(RuntimeError, match="max_unjudged_frac = 0.5: 8 or more of 8 responses"),
+        pytest.raises(RuntimeError, match="max_unjudged_frac = 0.5: 24 or more of 24 responses"),
     ):
         asyncio.run(run.evaluate())
 
