@@ -18,6 +18,8 @@ BASE = [
     "packaging>=24",
     # Tokenizer, chat template and configuration of Hugging Face models. The range is vLLM 0.32's.
     "transformers>=5.16.1,<5.20",
+    # Fetches published sets of problems (tools/prepare_data.py). The range is transformers'.
+    "huggingface-hub>=1.31,<3",
     # Fast tokenizers; the quickstart makes its own vocabulary with it.
     "tokenizers>=0.23.1,<0.24",
     # Weights in Hugging Face format, read and written without pickle.
@@ -39,6 +41,8 @@ BASE = [
 ]
 
 RAY = "ray>=2.60,<2.61"  # Places trainer ranks, engine and judges in processes; tested with token authentication.
+
+TENSORBOARD = "tensorboard>=2.20,<3"  # Curves of runs beside each other, without an account: run.trackers.
 
 EXTRAS = {
     # A whole run on CPU, the quickstart among them. `make install` installs this extra and `dev`.
@@ -62,8 +66,15 @@ EXTRAS = {
     "sglang": ["sglang==0.5.23"],
     # Post-training quantisation of the policy for FP8 rollouts.
     "modelopt": ["nvidia-modelopt>=0.47,<0.48"],
+    # Where a run can send its metrics, by `run.trackers`.
+    "trackers": [
+        TENSORBOARD,
+        # Curves on a server, or offline.
+        "wandb>=0.31,<1",
+    ],
     # What `make test` needs beside the package.
     "dev": [
+        TENSORBOARD,
         "pytest>=9,<10",
         # No test hangs.
         "pytest-timeout>=2.4,<3",
@@ -93,6 +104,7 @@ setup(
     license="Apache-2.0",
     python_requires=">=3.11",
     packages=find_packages(include=["fipo_megatron", "fipo_megatron.*"]),
+    package_data={"fipo_megatron.observability": ["sample_page/*"]},
     install_requires=BASE,
     extras_require=EXTRAS,
 )

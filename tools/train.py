@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import asyncio
+import shlex
 import signal
 import sys
 import traceback
@@ -17,7 +18,8 @@ examples:
   tools/train.py configs/quickstart_cpu.yaml parallel='{tensor: 1, data: 2}'
 
 The run folder (runs/<config>-seed<seed>/) gets config.yaml, metrics.jsonl, curves.png, samples/ and hf/, a Hugging Face
-folder of the trained policy. A failed run also leaves error.log, and the cause is the last line printed.
+folder of the trained policy. A failed run also leaves error.log, and the cause is the last line printed. A finished one
+says how to look at its samples and how to compare it.
 """
 
 
@@ -70,7 +72,24 @@ def _print_summary(folder: Path) -> None:
         for name in ("sampled", "greedy")
     ]
     print_table("held-out accuracy", ("", "before", "after"), rows)
-    print(f"curves: {folder / 'curves.png'}\npolicy: {folder / 'hf'}")
+    shown = _short(folder)
+    print(f"curves: {shown / 'curves.png'}\nmetrics: {shown / 'metrics.jsonl'}\npolicy: {shown / 'hf'}")
+    if (folder / "samples").is_dir():
+        print(f"samples: {_command('view_samples.py', str(shown))}")
+    if (folder / "tensorboard").is_dir():
+        print(f"tensorboard: tensorboard --logdir {shlex.quote(str(shown.parent))}")
+    print(f"compare: {_command('compare_runs.py', str(shown))} OTHER_RUN ...")
+
+
+def _command(tool: str, *arguments: str) -> str:
+    """A command line for another tool, as it can be pasted here."""
+    return shlex.join([str(_short(Path(sys.executable))), str(_short(Path(__file__).with_name(tool))), *arguments])
+
+
+def _short(path: Path) -> Path:
+    """The path from the working directory, where it leads below."""
+    absolute = path.absolute()
+    return absolute.relative_to(Path.cwd()) if absolute.is_relative_to(Path.cwd()) else absolute
 
 
 def _interrupt(signum: int, frame: object) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 
+import numpy as np
 import torch
 from torch.distributed import ProcessGroup
 
@@ -60,3 +61,24 @@ def influence_weights(
     unsafe = (advantages < 0) & (ratios.detach() > config.safety_threshold)
     safe_weights = weights.clamp(*SAFE_WEIGHTS) if config.safety_rule == "clamp" else torch.ones_like(weights)
     return torch.where(unsafe, safe_weights, weights)
+
+
+def response_influence_weights(
+    logprobs: np.ndarray,
+    old_logprobs: np.ndarray,
+    advantages: np.ndarray,
+    response_lens: np.ndarray,
+    config: AlgorithmConfig,
+) -> np.ndarray:
+    """The weights that the loss would give a batch's response tokens, float32 [R]; all 1 for dapo and grpo.
+
+    Log-probs are float32 [R], responses one after the other; advantages and lengths [S], one value a response.
+    """
+    if config.objective != "fipo":
+        return np.ones(len(logprobs), np.float32)
+    segments = SegmentTable(torch.from_numpy(np.cumsum([0, *response_lens], dtype=np.int64)))
+    mask = torch.ones(len(logprobs), dtype=torch.bool)
+    log_ratios = log_ratio(torch.from_numpy(logprobs), torch.from_numpy(old_logprobs), mask)
+    token_advantages = torch.from_numpy(np.repeat(advantages, response_lens))
+    future_kls = future_kl(log_ratios, mask, config, segments)
+    return influence_weights(future_kls, log_ratios.exp(), token_advantages, config).numpy()

@@ -41,6 +41,7 @@ SUMS = (
     "influence",
     "influence_at_upper",
     "influence_at_lower",
+    "influence_active",
     "influence_raw",
     "negative_tokens",
     "negative_ratio_2_3",
@@ -141,6 +142,7 @@ def loss_statistics(
             "influence": weights.sum(),
             "influence_at_upper": (weights >= upper - BOUND_TOLERANCE).sum(),
             "influence_at_lower": (weights <= lower + BOUND_TOLERANCE).sum(),
+            "influence_active": ((weights - 1).abs() > BOUND_TOLERANCE).sum(),
             "influence_raw": raw.sum(),
         }
         minima = {"influence": weights, "influence_raw": raw}
@@ -215,6 +217,7 @@ def _influence_metrics(statistics: LossStatistics) -> dict[str, float]:
         "influence_clip_frac": upper + lower,
         "influence_clip_frac_upper": upper,
         "influence_clip_frac_lower": lower,
+        "influence_active_frac": statistics.mean("influence_active", "tokens"),  # weights other than 1
     }
     for name in ("influence", "influence_raw"):
         metrics[f"{name}_mean"] = statistics.mean(name, "tokens")

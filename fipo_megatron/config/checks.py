@@ -19,6 +19,7 @@ def check_config(config: Config) -> None:
     """Raises ValueError with one line for each contradiction between values; touches no file, no port and no device."""
     problems = [
         *_find_policy_problems(config),
+        *_find_data_problems(config),
         *_find_batch_problems(config),
         *_find_sampling_problems(config),
         *_find_length_problems(config),
@@ -91,6 +92,16 @@ def _find_policy_problems(config: Config) -> Iterator[str]:
         yield "model.path = None: no policy; give a Hugging Face folder, or `warm_start: {}` for a small new one"
     if config.model.path is not None and config.warm_start is not None:
         yield f"model.path = {config.model.path!r}: warm_start makes another policy; keep one, set the other to null"
+
+
+def _find_data_problems(config: Config) -> Iterator[str]:
+    if config.data.train and not config.data.eval:
+        yield (
+            "data.eval = {}: the task's held-out problems say nothing about data.train; name a set of its kind, "
+            "e.g. data.eval.gsm8k=path/to/test.jsonl"
+        )
+    if config.data.eval and not config.data.train and config.warm_start is not None:
+        yield "data.eval: the base policy of warm_start can't read text when data.train is null; set both, or neither"
 
 
 def _find_batch_problems(config: Config) -> Iterator[str]:

@@ -137,7 +137,12 @@ def _expand_preset(values: dict[str, Any]) -> None:
 
 
 def _describe(problem: ErrorDetails) -> str:
-    key = ".".join(str(part) for part in problem["loc"])
+    place = problem["loc"]
+    if place[0] == "task":
+        place = (place[0], *place[2:])  # without the task's name, which pydantic puts into the path
+    key = ".".join(str(part) for part in place)
+    if problem["type"] == "union_tag_invalid":
+        return f"task.name = {problem['input']['name']!r}: must be one of {problem['ctx']['expected_tags']}"
     if problem["type"] == "extra_forbidden":
         return f"{key}: unknown key{_suggest(key)}"
     if problem["type"] == "model_type":

@@ -3,12 +3,13 @@ other values is judged in checks.py. Defaults are those of the 32B recipe where 
 
 from __future__ import annotations
 
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 
 LossAggregation = Literal["token-mean", "seq-mean-token-mean", "seq-mean-token-sum", "seq-mean-token-sum-norm"]
 Objective = Literal["fipo", "dapo", "grpo"]
+TrackerName = Literal["tensorboard", "wandb"]
 
 PresetName = Literal["fipo_32b", "fipo_7b", "dapo", "grpo"]
 
@@ -43,6 +44,13 @@ class RunConfig(Section):
         description="name of the run folder; default: the config's name and the seed",
     )
     overwrite: bool = Field(False, description="replace a run folder of the same name")
+    trackers: tuple[TrackerName, ...] = Field(
+        (), strict=False, description="where metrics go beside metrics.jsonl; a list, e.g. [tensorboard]"
+    )
+    wandb_project: str = Field("fipo", min_length=1, description="project of the wandb tracker")
+    sample_groups: int = Field(
+        32, ge=0, description="groups a step whose samples are written, about 100 bytes a token; 0: none"
+    )
 
 
 class ModelConfig(Section):
@@ -55,12 +63,106 @@ class ModelConfig(Section):
 class ArithmeticTaskConfig(Section):
     """Multi-digit addition with worked traces (data/tasks/arithmetic.py)."""
 
+    name: Literal["arithmetic"] = "arithmetic"
     num_digits: int = Field(4, ge=2, le=12, description="digits of both operands: the difficulty")
     held_out_frac: float = Field(0.1, gt=0, lt=0.5, description="share of operand values that only evaluation uses")
     carry_error_prob: float = Field(
         0.6, ge=0, le=1, description="warm-start traces: chance that a column forgets to carry"
     )
     digit_error_prob: float = Field(0.02, ge=0, le=1, description="warm-start traces: chance of a random column sum")
+
+
+class CheckedSumsTaskConfig(Section):
+    """Sums with a check that raises accuracy and length, and is the policy's choice (data/tasks/checked_sums.py)."""
+
+    name: Literal["checked_sums"] = "checked_sums"
+    num_digits: int = Field(4, ge=2, le=12, description="digits of both operands: the difficulty")
+    held_out_frac: float = Field(0.1, gt=0, lt=0.5, description="share of operand values that only evaluation uses")
+    check_prob: float = Field(0.15, ge=0, le=1, description="warm-start traces: chance of a check")
+    digit_error_prob: float = Field(0.02, ge=0, le=1, description="warm-start traces: chance of a random column sum")
+
+
+class KnightsTaskConfig(Section):
+    """Knights and knaves, a logic puzzle (data/tasks/knights.py)."""
+
+    name: Literal["knights"] = "knights"
+    num_people: int = Field(4, ge=3, le=5, description="the difficulty; two can never tell who is who")
+    held_out_frac: float = Field(0.1, gt=0, lt=0.5, description="share of puzzles that only evaluation uses")
+    slip_prob: float = Field(0.15, ge=0, le=1, description="warm-start traces: chance to overlook a contradiction")
+
+
+TaskConfig = Annotated[ArithmeticTaskConfig | CheckedSumsTaskConfig | KnightsTaskConfig, Field(discriminator="name")]
+
+
+# In our own words what DAPO's instruction says: the `dapo` rule reads the last `Answer:` line.
+ANSWER_TEMPLATE = (
+    "Work through this problem step by step. The last line of your response must be of the form `Answer: $Answer`, "
+    "with the final answer in the place of $Answer.\n\n{question}"
+)
+
+
+class DataFileConfig(Section):
+    """One file of problems (data/load.py); its path alone stands for it."""
+
+    path: str = Field(min_length=1, description="relative to the working directory")
+    format: Literal["auto", "gsm8k", "aime", "jsonl", "parquet"] = Field(
+        "auto", description="parquet: DAPO's layout; auto: by suffix and by the fields of the first line"
+    )
+    question: str | None = Field(None, min_length=1, description="jsonl: name of the field with the question")
+    answer: str | None = Field(None, min_length=1, description="jsonl: name of the field with the answer")
+    uid: str | None = Field(None, min_length=1, description="jsonl: name of a field unique in the file; null: the line")
+    data_source: str | None = Field(None, min_length=1, description="name; null: the format's or rows' own, or stem")
+    weight: float = Field(1.0, gt=0, description="share in the mixture of training files")
+
+    @model_validator(mode="before")
+    @classmethod
+    def _from_path(cls, values: Any) -> Any:
+        return {"path": values} if isinstance(values, str) else values
+
+    @model_validator(mode="after")
+    def _check_fields(self) -> DataFileConfig:
+        for key, field in (("question", self.question), ("answer", self.answer), ("uid", self.uid)):
+            if self.format != "jsonl" and field is not None:
+                raise ValueError(f"{key} = {field!r}: read with format = 'jsonl' only; set that, or remove {key}")
+            if self.format == "jsonl" and field is None and key != "uid":
+                raise ValueError(f"{key} = null: format = 'jsonl' needs the name of the field with the {key}")
+        return self
+
+
+class DataConfig(Section):
+    """Problems from files, and how they are put to the policy."""
+
+    train: tuple[DataFileConfig, ...] = Field((), description="a path, a file, or a list; null: prompts of the task")
+    eval: dict[Annotated[str, Field(pattern=r"^[A-Za-z0-9][\w-]*$")], DataFileConfig] = Field(
+        {}, description="held-out sets by name, of each the first evaluation.num_problems; empty: the task's"
+    )
+    prompt: Literal["auto", "chat", "plain"] = Field(
+        "auto", description="chat: the tokenizer's chat template; plain: the text alone; auto: chat where there is one"
+    )
+    template: str = Field(ANSWER_TEMPLATE, description="around {question}; rows in DAPO's layout have their own")
+    max_corrupt_frac: float = Field(0.5, ge=0, lt=1, description="share of unreadable rows that refuses a file")
+
+    @field_validator("train", mode="before")
+    @classmethod
+    def _as_files(cls, value: Any) -> Any:
+        if value is None:
+            return ()
+        return (value,) if isinstance(value, str | dict) else tuple(value) if isinstance(value, list) else value
+
+    @field_validator("eval")
+    @classmethod
+    def _check_weights(cls, files: dict[str, DataFileConfig]) -> dict[str, DataFileConfig]:
+        weighted = [name for name, file in files.items() if file.weight != 1]
+        if weighted:
+            raise ValueError(f"{weighted[0]}.weight: has no effect on an evaluation set; remove it")
+        return files
+
+    @field_validator("template")
+    @classmethod
+    def _check_template(cls, template: str) -> str:
+        if template.count("{question}") != 1:
+            raise ValueError("must hold {question} once")
+        return template
 
 
 class WarmStartConfig(Section):
@@ -262,7 +364,8 @@ class Config(Section):
     run: RunConfig = RunConfig()
     model: ModelConfig = ModelConfig()
     warm_start: WarmStartConfig | None = None
-    task: ArithmeticTaskConfig = ArithmeticTaskConfig()
+    task: TaskConfig = ArithmeticTaskConfig()
+    data: DataConfig = DataConfig()
     rollout: RolloutConfig = RolloutConfig()
     dynamic_sampling: DynamicSamplingConfig = DynamicSamplingConfig()
     reward: RewardConfig = RewardConfig()
@@ -273,3 +376,11 @@ class Config(Section):
     evaluation: EvaluationConfig = EvaluationConfig()
     timeouts: TimeoutsConfig = TimeoutsConfig()
     cluster: ClusterConfig = ClusterConfig()
+
+    @model_validator(mode="before")
+    @classmethod
+    def _name_task(cls, values: Any) -> Any:
+        """A task without a name is arithmetic."""
+        if isinstance(values, dict) and isinstance(values.get("task"), dict):
+            return {**values, "task": {"name": "arithmetic", **values["task"]}}
+        return values

@@ -1,1 +1,1 @@
-"""Problems to train and evaluate on: seeded task generators and a resumable prompt sampler."""
+"""Problems to train and evaluate on: from files and seeded task generators, through a resumable prompt sampler."""

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import numpy as np
 
-from fipo_megatron.data.tasks.arithmetic import DATA_SOURCE, ArithmeticTask, Problem
+from fipo_megatron.data.tasks.base import Task
 from fipo_megatron.types import Encode, Prompt
 
 PROMPT_STREAM = 1  # keeps the random numbers apart from those of other purposes with the same seed
@@ -13,7 +15,7 @@ PROMPT_STREAM = 1  # keeps the random numbers apart from those of other purposes
 class PromptSampler:
     """An endless stream of training prompts. Prompt i depends on seed and i alone: the whole state is the next i."""
 
-    def __init__(self, task: ArithmeticTask, encode: Encode, seed: int) -> None:
+    def __init__(self, task: Task[Any], encode: Encode, seed: int) -> None:
         self._task = task
         self._encode = encode
         self._seed = seed
@@ -23,10 +25,11 @@ class PromptSampler:
         """The next `n` prompts, with uids unique within the run."""
         indices = range(self._next_index, self._next_index + n)
         self._next_index = indices.stop
-        return [_make_prompt(self._task, self._encode, f"train/{i:06d}", self._problem(i)) for i in indices]
+        return [self._prompt(i) for i in indices]
 
-    def _problem(self, index: int) -> Problem:
-        return self._task.train_problem(np.random.default_rng([PROMPT_STREAM, self._seed, index]))
+    def _prompt(self, index: int) -> Prompt:
+        problem = self._task.train_problem(np.random.default_rng([PROMPT_STREAM, self._seed, index]))
+        return _make_prompt(self._task, self._encode, f"train/{index:06d}", problem)
 
     def state_dict(self) -> dict[str, int]:
         """The position in the stream, as plain values."""
@@ -42,16 +45,16 @@ class PromptSampler:
         self._next_index = state["next_index"]
 
 
-def held_out_prompts(task: ArithmeticTask, encode: Encode, n: int) -> list[Prompt]:
+def held_out_prompts(task: Task[Any], encode: Encode, n: int) -> list[Prompt]:
     """The same `n` evaluation prompts in every run."""
     problems = task.held_out_problems(n)
     return [_make_prompt(task, encode, f"held_out/{i:06d}", problem) for i, problem in enumerate(problems)]
 
 
-def _make_prompt(task: ArithmeticTask, encode: Encode, uid: str, problem: Problem) -> Prompt:
+def _make_prompt(task: Task[Any], encode: Encode, uid: str, problem: Any) -> Prompt:
     return Prompt(
         uid=uid,
-        token_ids=encode(task.prompt_text(*problem)),
-        ground_truth=task.answer(*problem),
-        data_source=DATA_SOURCE,
+        token_ids=encode(task.prompt_text(problem)),
+        ground_truth=task.answer(problem),
+        data_source=task.name,
     )

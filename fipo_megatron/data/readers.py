@@ -1,7 +1,7 @@
 """Problems from files: GSM8K, AIME, any JSON lines with a question and an answer, and parquet in DAPO's layout.
 
-A row that can't be read is an error that names file and line: a problem silently left out would change what is trained
-on or measured.
+Rows that can't be read are left out, and named in what the readers return: whoever asked decides how many are too many.
+A file without a problem, or of another format altogether, is an error.
 """
 
 from __future__ import annotations
@@ -11,13 +11,13 @@ import re
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NamedTuple, TypeVar
+from typing import Any, NamedTuple
 
 GSM8K_ANSWER = re.compile(r"^####[ \t]*(-?[\d,]*\d(?:\.\d+)?)\s*\Z", re.MULTILINE)
-PARQUET_COLUMNS = ("prompt", "reward_model", "data_source")
+GSM8K_CALCULATION = re.compile(r"<<[^<>\n]*>>")  # a calculator's note inside a solution
+DAPO_COLUMNS = ("prompt", "reward_model", "data_source")
 ROLES = ("system", "user", "assistant")
-
-Row = TypeVar("Row")
+NUM_NAMED = 3  # rejected rows that a summary names; all are counted
 
 
 class Message(NamedTuple):
@@ -29,117 +29,210 @@ class Message(NamedTuple):
 
 @dataclass(frozen=True)
 class Problem:
-    """One problem as its file states it; how it is put to the policy is the chat template's matter."""
+    """One problem as its file states it; how it is put to the policy is data/encoding.py's matter."""
 
     uid: str  # data source, file and line, or the file's own number; unique within a file
     messages: tuple[Message, ...]  # the last is the user's
     ground_truth: str
     data_source: str
+    has_instruction: bool = False  # the messages say already how to answer, as rows in DAPO's layout do
+    solution: str | None = None  # worked steps that lead to the answer, without the answer's line
+
+
+class RejectedRows(NamedTuple):
+    """Rows that could not be read."""
+
+    place: str  # e.g. "line 12", "rows 1001 to 2000"
+    num_rows: int
+    reason: str
 
 
 @dataclass(frozen=True)
-class JsonlFields:
-    """Names of the fields in which a line holds what a problem needs."""
+class ReadResult:
+    """What a file holds: its problems in order, and what was left out."""
+
+    path: Path
+    problems: tuple[Problem, ...]
+    rejected: tuple[RejectedRows, ...]
+
+    @property
+    def num_rejected(self) -> int:
+        return sum(rows.num_rows for rows in self.rejected)
+
+    @property
+    def num_rows(self) -> int:
+        return len(self.problems) + self.num_rejected
+
+    def describe_rejected(self) -> str:
+        """One line: how many rows were left out, and place and reason of the first."""
+        named = "; ".join(f"{rows.place} {rows.reason}" for rows in self.rejected[:NUM_NAMED])
+        rest = "; ..." if len(self.rejected) > NUM_NAMED else ""
+        return f"{self.path}: {self.num_rejected} of {self.num_rows} rows can't be read: {named}{rest}"
+
+
+class Row(NamedTuple):
+    """One row before it is understood: a mapping of fields to values, or the reason why it is none."""
+
+    place: str
+    fields: dict[str, Any] | None
+    reason: str = ""
+    num_rows: int = 1  # more than one where a stretch of a file is damaged
+
+
+@dataclass(frozen=True)
+class QuestionFields:
+    """Where a row of a question and an answer holds what a problem needs."""
 
     question: str
     answer: str
-    uid: str | None = None  # None: the line's number
+    uid: str | None = None  # None: the row's number
+    parse_answer: Callable[[str], str] = str  # ground truth of the answer field; a ValueError if it holds none
+    parse_solution: Callable[[str], str | None] = lambda answer: None  # worked steps of the answer field
 
 
-def read_gsm8k(path: Path) -> list[Problem]:
+def read_gsm8k(path: Path, data_source: str = "gsm8k") -> ReadResult:
     """The problems of a GSM8K file; the ground truth is the number after `####`, without commas."""
-    return read_jsonl(path, JsonlFields("question", "answer"), "gsm8k", _parse_gsm8k_answer)
+    return read_questions(path, GSM8K_FIELDS, data_source)
 
 
-def read_aime(path: Path, data_source: str) -> list[Problem]:
+def read_aime(path: Path, data_source: str) -> ReadResult:
     """The problems of an AIME file (`id`, `problem`, `answer`); the ground truth has no leading zeros.
 
     AIME writes answers with three digits (`025`), policies write 25, and DAPO's rule compares them as text.
     """
-    return read_jsonl(path, JsonlFields("problem", "answer", uid="id"), data_source, _parse_aime_answer)
+    return read_questions(path, AIME_FIELDS, data_source)
 
 
-def read_jsonl(
-    path: Path, fields: JsonlFields, data_source: str, parse_answer: Callable[[str], str] = str
-) -> list[Problem]:
-    """The problems of a file with one JSON object a line, each question a single message of the user.
+def read_questions(path: Path, fields: QuestionFields, data_source: str) -> ReadResult:
+    """The problems of a file of questions with answers, each question a single message of the user.
 
-    `parse_answer` makes the ground truth of the answer field; whole numbers count as text. No problems, a repeated uid
-    or a line that can't be read is a ValueError with its place.
-    """
+    The file is parquet, or has one JSON object a line; whole numbers count as text.
 
-    def parse(number: int, line: bytes) -> Problem:
-        try:
-            row = json.loads(line)
-        except ValueError as error:
-            raise ValueError(f"is not JSON ({error})") from None
-        if not isinstance(row, dict):
-            raise ValueError(f"holds {row!r}, not an object")
-        return Problem(
-            uid=_make_uid(path, data_source, number if fields.uid is None else _read_text(row, fields.uid)),
-            messages=(Message("user", _read_text(row, fields.question)),),
-            ground_truth=parse_answer(_read_text(row, fields.answer)),
-            data_source=data_source,
-        )
-
-    _check_file(path)
-    with path.open("rb") as lines:
-        return _collect(path, "line", lines, parse)
-
-
-def read_parquet(path: Path) -> list[Problem]:
-    """The problems of a parquet file in DAPO's layout: a chat in `prompt`, `reward_model.ground_truth`, `data_source`.
-
-    A missing column, no problems, or a row that can't be read is a ValueError with its place.
+    Raises:
+        ValueError: the file can't be read, or no row of it.
     """
 
     def parse(number: int, row: dict[str, Any]) -> Problem:
-        data_source = _read_text(row, "data_source")
+        answer = _read_text(row, fields.answer)
+        return Problem(
+            uid=_make_uid(path, data_source, number if fields.uid is None else _read_text(row, fields.uid)),
+            messages=(Message("user", _read_text(row, fields.question)),),
+            ground_truth=fields.parse_answer(answer),
+            data_source=data_source,
+            solution=fields.parse_solution(answer),
+        )
+
+    columns = tuple(name for name in (fields.question, fields.answer, fields.uid) if name is not None)
+    rows = iterate_parquet(path, columns) if path.suffix == ".parquet" else iterate_json_lines(path)
+    return _collect(path, rows, parse)
+
+
+def read_parquet(path: Path, data_source: str | None = None) -> ReadResult:
+    """The problems of a parquet file in DAPO's layout: a chat in `prompt`, `reward_model.ground_truth`, `data_source`.
+
+    `data_source` replaces the rows' own.
+
+    Raises:
+        ValueError: the file is not parquet, lacks a column, or no row can be read.
+    """
+
+    def parse(number: int, row: dict[str, Any]) -> Problem:
+        source = _read_text(row, "data_source") if data_source is None else data_source
         if not isinstance(row["reward_model"], dict):
             raise ValueError(f"reward_model = {row['reward_model']!r}: must hold a ground_truth")
         return Problem(
-            uid=_make_uid(path, data_source, number),
+            uid=_make_uid(path, source, number),
             messages=_read_chat(row["prompt"]),
             ground_truth=_read_text(row["reward_model"], "ground_truth"),
-            data_source=data_source,
+            data_source=source,
+            has_instruction=True,
         )
 
+    return _collect(path, iterate_parquet(path, DAPO_COLUMNS), parse)
+
+
+def iterate_json_lines(path: Path) -> Iterator[Row]:
+    """One row a line."""
     _check_file(path)
-    return _collect(path, "row", _iterate_parquet(path), parse)
+    with path.open("rb") as lines:
+        for number, line in enumerate(lines, start=1):
+            place = f"line {number}"
+            try:
+                fields = json.loads(line)
+            except (ValueError, RecursionError) as error:
+                yield Row(place, None, f"is not JSON ({error})")
+                continue
+            if isinstance(fields, dict):
+                yield Row(place, fields)
+            else:
+                yield Row(place, None, f"holds {fields!r:.80}, not an object")
 
 
-def _iterate_parquet(path: Path) -> Iterator[dict[str, Any]]:
+def parquet_columns(path: Path) -> list[str]:
+    """Names of the columns of a parquet file; a ValueError if it is none."""
+    with _open_parquet(path) as file:
+        return list(file.schema_arrow.names)
+
+
+def _open_parquet(path: Path) -> Any:
     from pyarrow import ArrowException
     from pyarrow.parquet import ParquetFile
 
+    _check_file(path)
     try:
-        with ParquetFile(path) as file:
-            missing = [name for name in PARQUET_COLUMNS if name not in file.schema_arrow.names]
-            if missing:
-                raise ValueError(
-                    f"{path}: has no column {', '.join(missing)}, only {', '.join(file.schema_arrow.names)}; "
-                    "rename its columns"
-                )
-            for batch in file.iter_batches(columns=list(PARQUET_COLUMNS)):
-                yield from batch.to_pylist()
+        return ParquetFile(path, page_checksum_verification=True)
     except (ArrowException, OSError) as error:
         raise ValueError(f"{path}: is not parquet, or damaged ({error}); copy the file again") from None
 
 
-def _collect(path: Path, unit: str, rows: Iterable[Row], parse: Callable[[int, Row], Problem]) -> list[Problem]:
-    """The problems of all rows, counted from 1; a ValueError of `parse` gets the row's place."""
+def iterate_parquet(path: Path, columns: Iterable[str]) -> Iterator[Row]:
+    """One row a row; what is left of a damaged row group is one rejected stretch.
+
+    Raises:
+        ValueError: the file is not parquet, or lacks a column.
+    """
+    from pyarrow import ArrowException
+
+    with _open_parquet(path) as file:
+        names = file.schema_arrow.names
+        missing = [name for name in columns if name not in names]
+        if missing:
+            raise ValueError(f"{path}: has no column {', '.join(missing)}, only {', '.join(names)}; rename its columns")
+        end = 0
+        for group in range(file.num_row_groups):
+            number, end = end, end + file.metadata.row_group(group).num_rows
+            try:
+                for batch in file.iter_batches(row_groups=[group], columns=list(columns)):
+                    for fields in batch.to_pylist():
+                        number += 1
+                        yield Row(f"row {number}", fields)
+            except (ArrowException, OSError, UnicodeDecodeError) as error:
+                yield Row(f"rows {number + 1} to {end}", None, f"are damaged ({error})", num_rows=end - number)
+
+
+def _collect(path: Path, rows: Iterable[Row], parse: Callable[[int, dict[str, Any]], Problem]) -> ReadResult:
+    """The problems of all rows that `parse` makes one of; it is given the row's number, from 1."""
     problems: dict[str, Problem] = {}
-    for number, row in enumerate(rows, start=1):
+    rejected, number = [], 0
+    for row in rows:
+        number += row.num_rows
+        if row.fields is None:
+            rejected.append(RejectedRows(row.place, row.num_rows, row.reason))
+            continue
         try:
-            problem = parse(number, row)
+            problem = parse(number, row.fields)
             if problem.uid in problems:
-                raise ValueError(f"uid {problem.uid!r} is that of an earlier {unit}")
+                raise ValueError(f"has the uid {problem.uid!r} of an earlier row")
         except ValueError as error:
-            raise ValueError(f"{path}, {unit} {number}: {error}; correct or remove the {unit}") from None
+            rejected.append(RejectedRows(row.place, 1, str(error)))
+            continue
         problems[problem.uid] = problem
-    if not problems:
+    result = ReadResult(path, tuple(problems.values()), tuple(rejected))
+    if not rejected and not problems:
         raise ValueError(f"{path}: holds no problems; give a file with at least one")
-    return list(problems.values())
+    if not problems:
+        raise ValueError(f"{result.describe_rejected()}; correct the file")
+    return result
 
 
 def _check_file(path: Path) -> None:
@@ -159,13 +252,13 @@ def _read_text(row: dict[str, Any], field: str) -> str:
     if isinstance(value, int) and not isinstance(value, bool):
         return str(value)
     if not isinstance(value, str) or not value.strip():
-        raise ValueError(f"{field} = {value!r}: must be text that is not empty, or a whole number")
+        raise ValueError(f"{field} = {value!r:.80}: must be text that is not empty, or a whole number")
     return value
 
 
 def _read_chat(prompt: Any) -> tuple[Message, ...]:
     if not isinstance(prompt, list) or not all(isinstance(turn, dict) for turn in prompt):
-        raise ValueError(f"prompt = {prompt!r}: must be a list of messages")
+        raise ValueError(f"prompt = {prompt!r:.80}: must be a list of messages")
     messages = tuple(Message(_read_text(turn, "role"), _read_text(turn, "content")) for turn in prompt)
     unknown = [message.role for message in messages if message.role not in ROLES]
     if unknown:
@@ -175,14 +268,27 @@ def _read_chat(prompt: Any) -> tuple[Message, ...]:
     return messages
 
 
-def _parse_gsm8k_answer(answer: str) -> str:
+def parse_gsm8k_answer(answer: str) -> str:
+    """The number after `####` in the last line, without commas."""
     match = GSM8K_ANSWER.search(answer)
     if match is None:
         raise ValueError(f"answer ends in {answer[-30:]!r}: its last line must be `#### ` and a number")
     return match[1].replace(",", "")
 
 
-def _parse_aime_answer(answer: str) -> str:
+def parse_gsm8k_solution(answer: str) -> str | None:
+    """The worked steps before `####`, without a calculator's notes (`<<48/2=24>>`); None if there are none."""
+    return GSM8K_CALCULATION.sub("", GSM8K_ANSWER.sub("", answer)).strip() or None
+
+
+def parse_aime_answer(answer: str) -> str:
+    """A whole number from 0 to 999, without leading zeros."""
     if re.fullmatch(r"\d{1,3}", answer, re.ASCII) is None:
-        raise ValueError(f"answer = {answer!r}: must be a whole number from 0 to 999")
+        raise ValueError(f"answer = {answer!r:.80}: must be a whole number from 0 to 999")
     return str(int(answer))
+
+
+GSM8K_FIELDS = QuestionFields(
+    "question", "answer", parse_answer=parse_gsm8k_answer, parse_solution=parse_gsm8k_solution
+)
+AIME_FIELDS = QuestionFields("problem", "answer", uid="id", parse_answer=parse_aime_answer)

@@ -56,6 +56,16 @@ def read_metrics(path: Path) -> list[dict[str, Any]]:
     return lines
 
 
+def throughput(metrics: Mapping[str, float]) -> dict[str, float]:
+    """Response tokens generated and trained on per second of a step without its evaluation; what it has of the two."""
+    seconds = metrics["time/step_s"] - metrics.get("time/eval_s", 0.0)
+    return {
+        f"time/tokens_per_second_{name}": metrics[f"rollout/{name}_tokens"] / seconds
+        for name in ("generated", "trained")
+        if f"rollout/{name}_tokens" in metrics
+    }
+
+
 def _plain(value: float) -> int | float:
     """NumPy scalars as Python's; counts stay whole numbers."""
     return value.item() if isinstance(value, np.generic) else value

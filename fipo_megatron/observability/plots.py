@@ -104,7 +104,7 @@ def _draw_panel(ax: Any, panel: Panel, lines: Sequence[dict[str, Any]]) -> None:
     if panel.is_log and ax.lines:
         ax.set_yscale("log")
     ax.set_ylim(*panel.bounds)
-    _finish(ax, panel.title)
+    finish_axes(ax, panel.title)
 
 
 def _draw_step_time(ax: Any, lines: Sequence[dict[str, Any]]) -> None:
@@ -112,17 +112,19 @@ def _draw_step_time(ax: Any, lines: Sequence[dict[str, Any]]) -> None:
     steps, totals = _series(lines, "time/step_s")
     if steps:
         timed = [line for line in lines if "time/step_s" in line]
-        phases = sorted({key for line in timed for key in line if key.startswith("time/")} - {"time/step_s"})
+        timings = {key for line in timed for key in line if key.startswith("time/") and key.endswith("_s")}
+        phases = sorted(timings - {"time/step_s"})
         stacks = [[line.get(phase, 0.0) for line in timed] for phase in phases]
         labels = [phase.removeprefix("time/").removesuffix("_s") for phase in phases]
         colors = [PHASE_COLORS[i % len(PHASE_COLORS)] for i in range(len(phases))]
         ax.stackplot(steps, *stacks, labels=labels, colors=colors, alpha=0.7)
         ax.plot(steps, totals, color="black", linewidth=1, label="whole step")
         ax.set_ylim(0, 1.4 * max(totals))  # room for the legend
-    _finish(ax, "Step time [s]", legend_columns=3)
+    finish_axes(ax, "Step time [s]", legend_columns=3)
 
 
-def _finish(ax: Any, title: str, legend_columns: int = 1) -> None:
+def finish_axes(ax: Any, title: str, legend_columns: int = 1) -> None:
+    """Gives drawn axes their title and look; without a curve they say that nothing is recorded."""
     ax.set_title(title, loc="left", fontsize=11)
     ax.set_xlabel("step")
     ax.grid(alpha=0.25)

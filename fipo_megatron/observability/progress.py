@@ -1,4 +1,4 @@
-"""What a person sees of a run: live bars in a terminal, plain lines elsewhere, and a table at the end."""
+"""What a person sees of a run: a live display in a terminal, plain lines elsewhere, and a table at the end."""
 
 from __future__ import annotations
 
@@ -9,42 +9,25 @@ from contextlib import contextmanager
 from types import TracebackType
 from typing import TYPE_CHECKING, TextIO
 
+from fipo_megatron.observability.live_panel import TrainingState, format_duration, step_summary
+
 if TYPE_CHECKING:
-    from rich.progress import TaskID
+    from rich.console import RenderableType
 
-# Metric, name on screen, format; the first are seen in a narrow terminal, too.
-SHOWN = (
-    ("rollout/accuracy", "accuracy", ".3f"),
-    ("eval/sampled_accuracy", "held-out", ".3f"),
-    ("eval/greedy_accuracy", "greedy", ".3f"),
-    ("rollout/response_tokens_mean", "tokens", ".1f"),
-    ("rollout/generated_groups", "groups", "d"),  # 0: the step trains on surplus, so there is no accuracy
-    ("train/policy_kl", "kl", ".1e"),
-    ("train/clip_frac", "clipped", ".4f"),
-    ("train/grad_norm", "grad", ".2f"),
-    ("rollout/mismatch_max", "mismatch", ".1e"),
-    ("time/step_s", "seconds", ".2f"),
-)
 NUM_TASK_LINES = 10  # how often a task reports where there is no terminal
-
-
 PLAIN_WIDTH = 120  # of a table that goes to a file or a pipe
-
-
-def step_summary(metrics: Mapping[str, float]) -> str:
-    """The shown metrics that a step has, on one line."""
-    return "  ".join(f"{name} {metrics[key]:{form}}" for key, name, form in SHOWN if key in metrics)
 
 
 class Progress:
     """Progress of a run, as a context manager around all of it.
 
-    In a terminal every phase is a live bar, and notes scroll above. Elsewhere (a pipe, a file, a batch job) notes and
-    steps are plain lines, flushed at once.
+    In a terminal tasks are live bars, training is a live panel, and notes scroll above. Elsewhere (a pipe, a file, a
+    batch job) notes and steps are plain lines, flushed at once.
     """
 
     def __init__(self, stream: TextIO | None = None) -> None:
         from rich.console import Console
+        from rich.live import Live
         from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeElapsedColumn
         from rich.progress import Progress as Bars
         from rich.table import Column
@@ -57,14 +40,15 @@ class Progress:
             TextColumn("{task.fields[text]}", markup=False, table_column=Column(ratio=1, no_wrap=True)),
         )
         self._bars = Bars(*columns, console=console, expand=True) if console.is_terminal else None
-        self._training_bar: TaskID | None = None
+        self._training: TrainingState | None = None  # from the first phase on
+        self._live = Live(console=console, get_renderable=self._draw) if console.is_terminal else None
 
     def note(self, text: str) -> None:
         """Prints one line."""
-        if self._bars is None:
+        if self._live is None:
             print(text, file=self._stream, flush=True)
         else:
-            self._bars.console.print(text, markup=False)
+            self._live.console.print(text, markup=False)
 
     @contextmanager
     def status(self, text: str) -> Iterator[None]:
@@ -104,26 +88,38 @@ class Progress:
 
     def step(self, step: int, num_steps: int, metrics: Mapping[str, float]) -> None:
         """Shows a finished step; in a terminal only steps with an evaluation stay on screen."""
-        line = f"step {step}/{num_steps}  {step_summary(metrics)}"
-        if self._bars is None:
-            self.note(line)
-            return
-        if any(key.startswith("eval/") for key in metrics):
-            self.note(line)
-        if self._training_bar is None:
-            self._training_bar = self._bars.add_task("training", total=num_steps, text="")
-        self._bars.update(self._training_bar, completed=step, text=step_summary(metrics))
+        training = self._begin_training()
+        training.finish_step(step, num_steps, metrics)
+        if self._live is None or any(key.startswith("eval/") for key in metrics):
+            left = training.seconds_left
+            eta = "" if left is None else f"  ETA {format_duration(left)}"
+            self.note(f"step {step}/{num_steps}  {step_summary(metrics)}{eta}")
+
+    def phase(self, name: str | None) -> None:
+        """Shows which phase of a step is at work; None: none."""
+        self._begin_training().begin_phase(name)
+
+    def _begin_training(self) -> TrainingState:
+        if self._training is None:
+            self._training = TrainingState()
+        return self._training
+
+    def _draw(self) -> RenderableType:
+        from rich.console import Group
+
+        assert self._bars is not None
+        return self._bars if self._training is None else Group(self._bars, self._training.panel())
 
     def __enter__(self) -> Progress:
-        if self._bars is not None:
-            self._bars.start()
+        if self._live is not None:
+            self._live.start()
         return self
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
     ) -> None:
-        if self._bars is not None:
-            self._bars.stop()
+        if self._live is not None:
+            self._live.stop()
 
 
 def print_table(title: str, header: Sequence[str], rows: Sequence[Sequence[str]], stream: TextIO | None = None) -> None:

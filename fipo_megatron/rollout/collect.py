@@ -122,8 +122,13 @@ def _check_generation(prompt: Prompt, generation: Generation) -> None:
 
 
 def has_spread(group: SampleGroup) -> bool:
-    """Whether the group's accuracies differ: only then does it carry a signal (penalties alone do not count)."""
+    """Whether the group's accuracies differ: dynamic sampling keeps no other (penalties alone do not count)."""
     return len({sample.accuracy for sample in group.samples}) > 1
+
+
+def has_reward_spread(group: SampleGroup) -> bool:
+    """Whether the group's rewards differ: without the filter any such group has advantages other than 0."""
+    return len({sample.reward for sample in group.samples}) > 1
 
 
 class GroupBuffer:
@@ -217,13 +222,13 @@ class SpreadGuard:
         self._num_steps = 0
 
     def observe(self, groups: Iterable[SampleGroup]) -> None:
-        """Counts steps in a row in which no group has spread; at the limit a RuntimeError."""
-        self._num_steps = 0 if any(has_spread(group) for group in groups) else self._num_steps + 1
+        """Counts steps in a row in which the rewards of no group differ; at the limit a RuntimeError."""
+        self._num_steps = 0 if any(has_reward_spread(group) for group in groups) else self._num_steps + 1
         if self._num_steps >= self._max_steps:
             raise RuntimeError(
                 f"dynamic_sampling.max_steps_without_spread: no group with spread for {self._num_steps} steps: the "
-                "answers of each prompt are all right or all wrong, so there is nothing to learn from. Lower "
-                "optimizer.lr if accuracy collapsed, choose problems nearer to what the policy can do (task), or raise "
+                "rewards of each prompt are all the same, so there is nothing to learn from. Lower optimizer.lr if "
+                "accuracy collapsed, choose problems nearer to what the policy can do (task, data.train), or raise "
                 "rollout.samples_per_prompt or dynamic_sampling.max_steps_without_spread"
             )
 
@@ -283,6 +288,7 @@ def generation_metrics(generated: Sequence[SampleGroup | None]) -> dict[str, flo
     judged = [group for group in generated if group is not None]
     metrics: dict[str, float] = {
         "generated_groups": len(generated),
+        "generated_tokens": sum(len(sample.response_ids) for sample in _samples(judged)),
         "generated_groups_with_spread": sum(map(has_spread, judged)),
         "unjudged_groups": len(generated) - len(judged),
     }
@@ -299,6 +305,7 @@ def batch_metrics(trained: Sequence[SampleGroup], weight_version: int) -> dict[s
     low, q25, q75, high = np.quantile(lengths, [0, 0.25, 0.75, 1]).tolist()
     return {
         "trained_groups": len(trained),
+        "trained_tokens": sum(lengths),
         "stale_samples": sum(sample.weight_version != weight_version for sample in samples),
         "response_tokens_min": low,
         "response_tokens_q25": q25,

@@ -13,6 +13,7 @@ from fipo_megatron.config.schema import Config
 from fipo_megatron.types import FinishedResponse, Generation, GenerationRequest, SamplingSettings
 
 NUM_WORKERS = 1
+MIN_BATCHED_TOKENS = 4096  # per forward pass
 
 
 def vllm_environment(config: Config, on_cpu: bool) -> dict[str, str]:
@@ -40,18 +41,22 @@ class VllmEngine:
         from vllm import LLM
 
         rollout = config.rollout
+        max_model_len = rollout.max_prompt_tokens + rollout.max_response_tokens
         self.timeout_s = config.timeouts.collective_s
         self.version = -1
         self.llm = LLM(
             model=str(model_folder),
             load_format="dummy",
             dtype=config.model.dtype,
-            max_model_len=rollout.max_prompt_tokens + rollout.max_response_tokens,
+            max_model_len=max_model_len,
             max_num_seqs=rollout.max_concurrent_sequences,
             gpu_memory_utilization=rollout.gpu_memory_utilization,
             block_size=32,
             enforce_eager=True,
             enable_prefix_caching=True,
+            # A prompt cut in two draws once too often from its random generator, which vLLM can't take back on a CPU.
+            enable_chunked_prefill=False,
+            max_num_batched_tokens=max(MIN_BATCHED_TOKENS, max_model_len),
             logprobs_mode="processed_logprobs",  # after the temperature, as the trainer computes them
             disable_log_stats=True,
             seed=config.seed,

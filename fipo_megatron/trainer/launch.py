@@ -13,31 +13,40 @@ from typing import Any
 from fipo_megatron.config.checks import check_config, check_model_folder, check_port, check_positions
 from fipo_megatron.config.load import load_config
 from fipo_megatron.config.schema import Config
-from fipo_megatron.data.prompts import held_out_prompts
-from fipo_megatron.data.tasks.arithmetic import ArithmeticTask
+from fipo_megatron.data.encoding import load_prompt_encoder
+from fipo_megatron.data.load import ProblemFiles, load_files
+from fipo_megatron.data.run_prompts import evaluation_sets, make_run_prompts
+from fipo_megatron.data.solution_traces import SolutionTraces
+from fipo_megatron.data.tasks import make_task
+from fipo_megatron.data.tasks.base import Task
 from fipo_megatron.evaluation.protocol import evaluate
 from fipo_megatron.model.platform import check_cpu_versions, resolve_platform
 from fipo_megatron.observability.progress import Progress
+from fipo_megatron.observability.trackers import Trackers, check_trackers
 from fipo_megatron.reward.judge import make_reward
 from fipo_megatron.rollout.hf import HfEngine
 from fipo_megatron.rollout.stream import in_request_order
 from fipo_megatron.trainer.loop import train
 from fipo_megatron.trainer.placement import Workers
-from fipo_megatron.trainer.run import Run, load_tokenizer
-from fipo_megatron.trainer.warm_start import base_policy_folder, make_base_policy, write_skeleton
+from fipo_megatron.trainer.run import Run, load_decode
+from fipo_megatron.trainer.warm_start import TraceSource, base_policy_folder, make_base_policy, write_skeleton
 from fipo_megatron.types import GenerationRequest, SamplingSettings
 
 
 def check_before_start(config: Config) -> None:
     """Raises ValueError for everything that would fail later and can be known before a process starts."""
     check_config(config)
+    check_trackers(config.run.trackers)
     make_reward(config.reward, config.rollout.max_response_tokens)  # refuses a function that does not exist
     if resolve_platform(config.platform).name == "cpu":
         check_cpu_versions()
-    task = ArithmeticTask(config.task)
-    task.held_out_problems(config.evaluation.num_problems)
+    files = load_files(config.data)
+    if not config.data.eval:
+        make_task(config.task).held_out_problems(config.evaluation.num_problems)
     if config.model.path is None:
-        task.check_limits(config.rollout.max_prompt_tokens, config.rollout.max_response_tokens)
+        source = trace_source(config, files)
+        if isinstance(source, Task):
+            source.check_limits(config.rollout.max_prompt_tokens, config.rollout.max_response_tokens)
     else:
         check_positions(check_model_folder(Path(config.model.path), config.parallel), config.rollout)
     check_port(config.cluster.address, config.cluster.master_port)
@@ -46,27 +55,43 @@ def check_before_start(config: Config) -> None:
 async def run_training(config: Config, folder: Path, progress: Progress) -> None:
     """Train into the run folder, in processes that are gone when this returns or raises."""
     progress.note(f"algorithm: {config.algorithm.describe()}")
-    task = ArithmeticTask(config.task)
-    with Workers(config, folder) as workers:
-        base = base_policy_folder(config) if config.model.path is None else Path(config.model.path).resolve()
-        model_folder = base
-        if not (base / "config.json").exists():
-            model_folder = folder / "skeleton"
-            write_skeleton(config, task, model_folder)
+    files = load_files(config.data)
+    base, source = initial_policy(config, files)
+    model_folder = base
+    if source is not None and not (base / "config.json").exists():
+        model_folder = folder / "skeleton"
+        write_skeleton(config, source, model_folder)
+    prompts = make_run_prompts(config, files, load_prompt_encoder(model_folder, config.data))
+    for note in prompts.notes:
+        progress.note(note)
+    with Trackers(config, folder) as trackers, Workers(config, folder) as workers:
         workers.start_engine(model_folder)
 
         async def prepare_policy() -> None:
             with progress.status("starting the policy"):
                 await workers.start_policy()
-            if model_folder != base:
-                await make_base_policy(config, task, workers.policy, model_folder, base, progress)
+            if source is not None and model_folder != base:
+                await make_base_policy(config, source, workers.policy, model_folder, base, progress)
             await workers.policy.load(base, config.optimizer)
 
         await _together(prepare_policy(), workers.engine.ready())
         workers.model_folder = base
         shutil.rmtree(folder / "skeleton", ignore_errors=True)
-        with closing(Run(config, folder, workers, base, task, progress)) as run:
+        with closing(Run(config, folder, workers, base, prompts, progress, trackers)) as run:
             await train(run)
+
+
+def initial_policy(config: Config, files: ProblemFiles) -> tuple[Path, TraceSource | None]:
+    """The folder of the policy that a run begins with, and what it is made of if it is the warm start's to make."""
+    if config.model.path is not None:
+        return Path(config.model.path).resolve(), None
+    source = trace_source(config, files)
+    return base_policy_folder(config, source), source
+
+
+def trace_source(config: Config, files: ProblemFiles) -> TraceSource:
+    """What the base policy of a warm start imitates: solutions of the training problems, or traces of the task."""
+    return SolutionTraces(config, files.train) if config.data.train else make_task(config.task)
 
 
 async def _together(*parts: Coroutine[Any, Any, None]) -> None:
@@ -90,8 +115,9 @@ def evaluate_exported(run_folder: Path) -> dict[str, float]:
             f"{run_folder} has no hf/ folder: give the folder of a run that ended, e.g. runs/quickstart_cpu-seed0"
         )
     config = load_config(run_folder / "config.yaml")
-    encode, decode = load_tokenizer(run_folder / "hf")
-    prompts = held_out_prompts(ArithmeticTask(config.task), encode, config.evaluation.num_problems)
+    encoder, decode = load_prompt_encoder(run_folder / "hf", config.data), load_decode(run_folder / "hf")
+    sets = evaluation_sets(config, load_files(config.data), encoder)
+    prompts = [prompt for prompts in sets.values() for prompt in prompts]
     engine = HfEngine(run_folder / "hf", config, load_weights=True)
     greedy = SamplingSettings(temperature=0.0, top_p=1.0, max_response_tokens=config.rollout.max_response_tokens)
     requests = [GenerationRequest(prompt.token_ids, seed=0) for prompt in prompts]

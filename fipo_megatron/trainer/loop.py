@@ -13,7 +13,7 @@ async def train(run: Run) -> None:
     """Train the policy of `run` to the end: `trainer.steps` rollout batches, several updates each."""
     config, policy = run.config, run.workers.policy
     await run.workers.sync_weights(version=0)
-    run.record(0, await run.evaluate(), groups=[])
+    run.record(0, await run.evaluate())
 
     for step in range(1, config.trainer.steps + 1):
         version = step - 1  # of the weights that sample this batch
@@ -37,13 +37,15 @@ async def train(run: Run) -> None:
             handle = policy.put(batch)  # with the log-probs that the loss compares with
             lr = run.learning_rate(step)
             updates = [await policy.update(handle, samples, lr) for samples in run.mini_batches(step)]
-            metrics |= run.check_kl(batch, await policy.logprobs(handle))
+            logprobs = await policy.logprobs(handle)
+        metrics |= run.check_kl(batch, logprobs)
         metrics |= run.update_metrics(updates, lr)
 
         with run.timers.phase("sync"):
             await run.workers.sync_weights(version=step)
         if step % config.evaluation.every_steps == 0 or step == config.trainer.steps:
             metrics |= await run.evaluate()
-        run.record(step, metrics, groups)
+        run.record_samples(step, groups, batch, logprobs)
+        run.record(step, metrics)
 
     await policy.export(run.model_folder, run.folder / "hf")

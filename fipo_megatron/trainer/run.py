@@ -8,17 +8,18 @@ from pathlib import Path
 import numpy as np
 import torch
 
+from fipo_megatron.algorithm.future_kl import response_influence_weights
 from fipo_megatron.algorithm.loss_metrics import loss_metrics, reduce_statistics
 from fipo_megatron.config.load import save_config
 from fipo_megatron.config.schema import Config
-from fipo_megatron.data.prompts import PromptSampler, held_out_prompts
-from fipo_megatron.data.tasks.arithmetic import ArithmeticTask
+from fipo_megatron.data.run_prompts import RunPrompts
 from fipo_megatron.evaluation.protocol import evaluate
-from fipo_megatron.observability.metrics import MetricsWriter
+from fipo_megatron.observability.metrics import MetricsWriter, throughput
 from fipo_megatron.observability.plots import plot_curves
 from fipo_megatron.observability.progress import Progress
-from fipo_megatron.observability.samples import write_samples
+from fipo_megatron.observability.samples import TokenRecord, samples_path, write_samples
 from fipo_megatron.observability.timers import PhaseTimers
+from fipo_megatron.observability.trackers import Trackers
 from fipo_megatron.reward.judge import JudgeWithLimit, make_reward
 from fipo_megatron.rollout.collect import (
     GroupBuffer,
@@ -33,7 +34,7 @@ from fipo_megatron.rollout.collect import (
 )
 from fipo_megatron.rollout.stream import gather_responses, judge_while_sampling
 from fipo_megatron.trainer.placement import Workers
-from fipo_megatron.types import Decode, Encode, SampleGroup, SamplingSettings, TrainingBatch
+from fipo_megatron.types import Decode, SampleGroup, SamplingSettings, TrainingBatch
 
 MINI_BATCH_STREAM = 2  # keeps the random numbers apart from those of other purposes with the same seed
 
@@ -47,19 +48,21 @@ class Run:
         folder: Path,
         workers: Workers,
         model_folder: Path,
-        task: ArithmeticTask,
+        prompts: RunPrompts,
         progress: Progress,
+        trackers: Trackers,
     ) -> None:
         self.config = config
         self.folder = folder
         self.workers = workers
         self.model_folder = model_folder
         self.progress = progress
-        self.timers = PhaseTimers()
-        encode, self.decode = load_tokenizer(model_folder)
+        self.trackers = trackers
+        self.timers = PhaseTimers(progress.phase)
+        self.decode = load_decode(model_folder)
         self._reward = make_reward(config.reward, config.rollout.max_response_tokens)
-        self._sampler = PromptSampler(task, encode, config.seed)
-        self._held_out = held_out_prompts(task, encode, config.evaluation.num_problems)
+        self._prompts = prompts
+        self._held_out = [prompt for prompts in prompts.evaluation.values() for prompt in prompts]
         self._buffer = GroupBuffer(config.dynamic_sampling)
         self._spread = SpreadGuard(config.dynamic_sampling.max_steps_without_spread)
         self._num_generation_batches = 0
@@ -89,6 +92,7 @@ class Run:
             generation_metrics(generated)
             | batch_metrics(groups, version)
             | {"generation_batches": num_batches, "unjudged_samples": len(judge.failures)}
+            | {"prompts_over_limit": self._prompts.num_over_limit}
             | surplus
         )
         return groups, {f"rollout/{name}": value for name, value in metrics.items()}
@@ -96,7 +100,7 @@ class Run:
     async def _generate_groups(self, judge: JudgeWithLimit, num_missing: int) -> list[SampleGroup | None]:
         """A generation batch of prompts; without dynamic sampling only the `num_missing`, since all can be used."""
         rollout, dynamic = self.config.rollout, self.config.dynamic_sampling
-        prompts = self._sampler.next_prompts(dynamic.generation_prompts if dynamic.enabled else num_missing)
+        prompts = self._prompts.train.next_prompts(dynamic.generation_prompts if dynamic.enabled else num_missing)
         check_prompt_lengths(prompts, rollout.max_prompt_tokens)
         requests = make_requests(prompts, rollout.samples_per_prompt, self.config.seed, self._num_generation_batches)
         self._num_generation_batches += 1
@@ -183,12 +187,39 @@ class Run:
                 metrics |= {f"eval/{prefix}{name}": value for name, value in result.items()}
         return metrics
 
-    def record(self, step: int, metrics: dict[str, float], groups: Sequence[SampleGroup]) -> None:
-        """Write a step's metrics, samples and curves, and show the step."""
+    def record_samples(
+        self, step: int, groups: Sequence[SampleGroup], batch: TrainingBatch, logprobs: np.ndarray
+    ) -> None:
+        """Write the samples of the step's first `run.sample_groups` groups, with what the updates did to their tokens.
+
+        `logprobs` is float32 [R], by the policy after the updates.
+        """
+        recorded = groups[: self.config.run.sample_groups]
+        if not recorded:
+            return
+        assert batch.old_logprobs is not None
+        lengths = np.array([len(sample.response_ids) for group in recorded for sample in group.samples])
+        num_samples, num_tokens = len(lengths), lengths.sum()
+        tokens = TokenRecord(
+            advantages=batch.advantages[:num_samples],
+            old_logprobs=batch.old_logprobs[:num_tokens],
+            new_logprobs=logprobs[:num_tokens],
+            influence_weights=response_influence_weights(
+                logprobs[:num_tokens],
+                batch.old_logprobs[:num_tokens],
+                batch.advantages[:num_samples],
+                lengths,
+                self.config.algorithm,
+            ),
+        )
+        write_samples(samples_path(self.folder, step), recorded, tokens, self.decode)
+
+    def record(self, step: int, metrics: dict[str, float]) -> None:
+        """Write a step's metrics and curves, and show the step."""
         metrics = metrics | self.timers.collect()
+        metrics |= throughput(metrics)
         self._metrics.write(step, metrics)
-        if groups:
-            write_samples(self.folder / "samples" / f"step_{step:06d}.jsonl", groups, self.decode)
+        self.trackers.log(step, metrics)
         if any(name.startswith("eval/") for name in metrics):
             plot_curves(self.folder / "metrics.jsonl", self.folder / "curves.png")
         self.progress.step(step, self.config.trainer.steps, metrics)
@@ -223,12 +254,9 @@ def make_run_folder(config: Config, config_name: str) -> Path:
     return folder.resolve()
 
 
-def load_tokenizer(model_folder: Path) -> tuple[Encode, Decode]:
-    """Both ways of the folder's tokenizer, special tokens neither added nor kept."""
+def load_decode(model_folder: Path) -> Decode:
+    """Text of token ids by the folder's tokenizer, special tokens left out."""
     from transformers import AutoTokenizer
 
     tokenizer = AutoTokenizer.from_pretrained(model_folder)
-    return (
-        lambda text: tuple(tokenizer.encode(text, add_special_tokens=False)),
-        lambda token_ids: tokenizer.decode(token_ids, skip_special_tokens=True),
-    )
+    return lambda token_ids: tokenizer.decode(token_ids, skip_special_tokens=True)

@@ -55,9 +55,8 @@ def test_the_tools_run_as_written(tmp_path: Path) -> None:
         assert "policy: " in output
     assert {path.name for path in tmp_path.iterdir()} == {"cache", "quickstart_cpu-seed1", "dapo", "dp2"}
     for command in set(commands) - set(trained):
-        if "runs/quickstart_cpu-seed0" in command:
-            command = command.replace("runs/quickstart_cpu-seed0", str(tmp_path / "quickstart_cpu-seed1"))
-        assert run(command)
+        command = command.replace("runs/quickstart_cpu-seed0", str(tmp_path / "quickstart_cpu-seed1"))
+        assert run(command.replace("runs/dapo", str(tmp_path / "dapo")))
     shutil.rmtree(tmp_path / "cache")
 
 

@@ -54,6 +54,10 @@ def test_run_folder_is_complete(runs: dict[str, Path]) -> None:
     samples = [json.loads(line) for line in (run / "samples" / "step_000001.jsonl").read_text().splitlines()]
     assert len(samples) == 8 * 4
     assert {sample["weight_version"] for sample in samples} == {0}
+    weights = np.concatenate([sample["influence_weights"] for sample in samples])
+    assert 1 == weights.min() < weights.max() <= np.float32(1.2)
+    assert all(len(sample["new_logprobs"]) == len(sample["response_ids"]) for sample in samples)
+    assert any(sample["new_logprobs"] != sample["old_logprobs"] for sample in samples)
 
 
 def test_exported_folder_speaks_for_the_policy_in_transformers_alone(runs: dict[str, Path]) -> None:

@@ -2,10 +2,17 @@
 
 import math
 
+import numpy as np
 import pytest
 import torch
 
-from fipo_megatron.algorithm.future_kl import future_kl, influence_bounds, influence_weights, log_ratio
+from fipo_megatron.algorithm.future_kl import (
+    future_kl,
+    influence_bounds,
+    influence_weights,
+    log_ratio,
+    response_influence_weights,
+)
 from fipo_megatron.config.schema import AlgorithmConfig
 from fipo_megatron.types import SegmentTable
 
@@ -64,3 +71,38 @@ def test_safety_rule(rule, expected):
 def test_an_overflowing_future_is_a_weight_at_its_bound():
     weights = influence_weights(torch.tensor([1e4]), torch.ones(1), torch.ones(1), AlgorithmConfig())
     assert weights.item() == pytest.approx(1.2)
+
+
+@pytest.mark.parametrize("preset", ["fipo_32b", "fipo_7b"])
+def test_weights_of_responses_are_those_of_equations_3_to_7(preset):
+    """Token by token in plain Python: no response hears of another, and the safety rule needs the response's sign."""
+    rng = np.random.default_rng(0)
+    config = AlgorithmConfig(preset=preset, half_life_tokens=2.0)
+    lengths, advantages = np.array([30, 1, 60, 40]), np.array([1.0, -1.0, -0.5, 0.0], np.float32)
+    old = -rng.random(lengths.sum()).astype(np.float32)
+    drift = rng.standard_normal(lengths.sum()) * rng.choice(
+        [0.05, 2.0], lengths.sum()
+    )  # calm tokens, and some that bolt
+    new = (old + drift).astype(np.float32)
+    assert config.dual_clip_ratio is not None
+    low, high = influence_bounds(config)
+    expected = []
+    for end, length, advantage in zip(np.cumsum(lengths), lengths, advantages, strict=True):
+        d = (new.astype(np.float64) - old)[end - length : end]
+        for t in range(length):
+            kept = [d[k] * 2 ** (-(k - t) / 2) for k in range(t, length) if d[k] <= math.log(config.dual_clip_ratio)]
+            weight = min(max(math.exp(sum(kept)), low), high)
+            is_unsafe = advantage < 0 and math.exp(d[t]) > config.safety_threshold
+            expected.append(min(max(weight, 0.8), 1.0) if is_unsafe else weight)
+    found = response_influence_weights(new, old, advantages, lengths, config)
+    assert found.dtype == np.float32
+    np.testing.assert_allclose(found, expected, rtol=1e-6)
+    assert len({round(weight, 3) for weight in expected}) > 6
+
+
+def test_objectives_without_influence_weigh_every_token_by_one():
+    logprobs = np.array([-5.0, -0.1], np.float32)
+    for objective in ("dapo", "grpo"):
+        config = AlgorithmConfig(objective=objective)
+        weights = response_influence_weights(logprobs, logprobs[::-1].copy(), np.ones(1), np.array([2]), config)
+        assert weights.tolist() == [1.0, 1.0]

@@ -73,6 +73,16 @@ def test_means_and_shares():
     assert metrics["loss"] == pytest.approx((output.loss_sum / output.denominator).item(), rel=1e-12)
 
 
+@pytest.mark.parametrize("preset", ["fipo_32b", "fipo_7b"])
+def test_active_weights_are_those_other_than_one(preset):
+    """By hand, half-life 1: in row 0 F = (0.3, 0.2, 0.4, 0), in row 1 its negatives; A = 1, so no safety rule."""
+    old = torch.zeros(2, 4, dtype=torch.float64)
+    log_ratios = torch.tensor([[0.2, 0.0, 0.4, 0.0], [-0.2, 0.0, -0.4, 0.0]], dtype=torch.float64)
+    config = AlgorithmConfig(preset=preset, half_life_tokens=1.0)
+    metrics = loss_metrics(fipo_loss(log_ratios, old, old + 1, old + 1, config).statistics, config)
+    assert metrics["influence_active_frac"] == {"fipo_32b": 3 / 8, "fipo_7b": 6 / 8}[preset]
+
+
 @pytest.mark.parametrize("objective", ["fipo", "dapo", "grpo"])
 def test_microbatches_add_up(objective):
     rows, config = make_rows(), AlgorithmConfig(objective=objective)

@@ -68,6 +68,8 @@ def model_folder(tmp_path):
         ["dynamic_sampling.generation_prompts=8", "dynamic_sampling.max_generation_batches=4"],
         ["dynamic_sampling={enabled: false, generation_prompts: 1, max_generation_batches: 1}"],
         ["warm_start.num_attention_heads=8", "rollout.engine=hf"],
+        ["data.train=train.jsonl", "data.eval.gsm8k=test.jsonl"],
+        ["warm_start=null", "model.path=models/qwen2", "data.eval.aime_2024=aime.parquet"],
     ],
     ids=" ".join,
 )
@@ -91,6 +93,8 @@ def test_sound_configurations_pass_and_pass_again_when_saved(overrides, small_ru
         (["parallel.data=3", "warm_start.batch_samples=33"], "parallel.data = 3: must divide the 64 samples "),
         (["dynamic_sampling.generation_prompts=5"], "dynamic_sampling.generation_prompts = 5: times "),
         (["reward.overlong_buffer_tokens=65"], "reward.overlong_buffer_tokens = 65: must be at most "),
+        (["data.train=train.jsonl"], "data.eval = {}: the task's held-out problems say nothing "),
+        (["data.eval.gsm8k=test.jsonl"], "data.eval: the base policy of warm_start can't read text "),
         (["rollout.top_p=0.9"], "rollout.top_p = 0.9: the engine's log-probs "),
         (["timeouts={call_s: 30, collective_s: 30}"], "timeouts.call_s = 30: must exceed timeouts.collective_s = 30"),
         (["cluster.address=0.0.0.0"], "cluster.address = '0.0.0.0': would listen on every interface"),

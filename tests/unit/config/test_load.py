@@ -277,3 +277,15 @@ def test_what_is_saved_loads_equal(tmp_path_factory, root, lr, objective, dual_c
     path = tmp_path_factory.getbasetemp() / "resolved.yaml"
     save_config(config, path)
     assert load_config(path) == config
+
+
+def test_a_task_is_chosen_by_name_and_its_keys_are_its_own(write) -> None:
+    assert load_config(write("task: {num_digits: 3}")).task.name == "arithmetic"
+    config = load_config(write("task: {name: checked_sums}"), ["task.check_prob=0.5"])
+    assert config.task.model_dump()["check_prob"] == 0.5
+    (problem,) = problems_of(write("task: {name: checked_sums, check_prob: 2.0}"))
+    assert problem == "task.check_prob = 2.0: must be less than or equal to 1"
+    (problem,) = problems_of(write("task: {name: checked_sums, carry_error_prob: 0.5}"))
+    assert problem.startswith("task.carry_error_prob: unknown key")
+    (problem,) = problems_of(write("task: {name: chess}"))
+    assert problem == "task.name = 'chess': must be one of 'arithmetic', 'checked_sums', 'knights'"

@@ -5,7 +5,7 @@ from typing import get_args
 import pytest
 from pydantic import BaseModel, ValidationError
 
-from fipo_megatron.config.schema import PRESETS, AlgorithmConfig, Config, ParallelConfig, PresetName
+from fipo_megatron.config.schema import PRESETS, AlgorithmConfig, Config, DataConfig, ParallelConfig, PresetName
 
 # eps_low, eps_high, c, tau, eps_f, high side only, safety threshold, aggregation; None: the preset has no such term
 RECIPES = {
@@ -103,3 +103,47 @@ def test_every_section_is_strict_frozen_and_documented(section):
     assert section.model_config["frozen"]
     assert section.model_config["extra"] == "forbid"
     assert section.__doc__
+
+
+# Data
+
+
+@pytest.mark.parametrize(
+    ("train", "paths"),
+    [
+        (None, []),
+        ("a.jsonl", ["a.jsonl"]),
+        ({"path": "a.parquet", "weight": 2}, ["a.parquet"]),
+        (["a.jsonl", {"path": "b.jsonl", "format": "gsm8k"}], ["a.jsonl", "b.jsonl"]),
+    ],
+)
+def test_training_files_are_a_tuple_however_they_are_written(train, paths):
+    data = Config.model_validate({"data": {"train": train}}).data
+    assert isinstance(data.train, tuple)
+    assert [file.path for file in data.train] == paths
+    assert DataConfig.model_validate(data.model_dump(mode="json")) == data
+
+
+def test_evaluation_sets_are_named():
+    data = DataConfig.model_validate({"eval": {"gsm8k": "test.jsonl", "aime_2024": {"path": "aime.parquet"}}})
+    assert {name: file.path for name, file in data.eval.items()} == {"gsm8k": "test.jsonl", "aime_2024": "aime.parquet"}
+
+
+@pytest.mark.parametrize(
+    ("values", "message"),
+    [
+        ({"train": {"path": "a", "question": "q"}}, "question = 'q': read with format = 'jsonl' only"),
+        ({"train": {"path": "a", "format": "gsm8k", "uid": "id"}}, "uid = 'id': read with format = 'jsonl' only"),
+        ({"train": {"path": "a", "format": "jsonl", "question": "q"}}, "needs the name of the field with the answer"),
+        ({"train": {"path": "a", "weight": 0}}, "train.0.weight"),
+        ({"train": [3]}, "train.0"),
+        ({"train": {"path": ""}}, "train.0.path"),
+        ({"eval": {"a/b": "x"}}, "eval"),
+        ({"eval": {"a": {"path": "x", "weight": 2}}}, "a.weight: has no effect on an evaluation set"),
+        ({"template": "no place"}, "must hold {question} once"),
+        ({"max_corrupt_frac": 1.0}, "max_corrupt_frac"),
+    ],
+)
+def test_a_wrong_data_section_is_refused(values, message):
+    with pytest.raises(ValidationError, match=message):
+        DataConfig.model_validate(values)

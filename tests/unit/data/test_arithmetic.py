@@ -1,8 +1,6 @@
 """Traces are recomputed with Python's own addition; the split is enumerated; the saved tokenizer is loaded back."""
 
-import json
 import re
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -10,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from fipo_megatron.config.schema import ArithmeticTaskConfig
-from fipo_megatron.data.tasks.arithmetic import SYMBOLS, VOCAB, ArithmeticTask
+from fipo_megatron.data.tasks.arithmetic import Addition, ArithmeticTask
 
 COLUMN = re.compile(r"(\d)\+(\d)\+(\d)=(\d\d);")
 
@@ -29,9 +27,9 @@ def parse(trace: str) -> tuple[list[tuple[int, ...]], str]:
 
 def test_worked_trace_is_written_as_documented() -> None:
     task = make_task()
-    assert task.prompt_text(7345, 5128) == "7345+5128="
-    assert task.worked_trace(7345, 5128) == "5+8+0=13;4+2+1=07;3+1+0=04;7+5+0=12;\nAnswer: 12473"
-    assert task.worked_trace(1000, 2000).endswith("\nAnswer: 3000")
+    assert task.prompt_text(Addition(7345, 5128)) == "7345+5128="
+    assert task.worked_trace(Addition(7345, 5128)) == "5+8+0=13;4+2+1=07;3+1+0=04;7+5+0=12;\nAnswer: 12473"
+    assert task.worked_trace(Addition(1000, 2000)).endswith("\nAnswer: 3000")
 
 
 @settings(max_examples=200, deadline=None)
@@ -39,7 +37,7 @@ def test_worked_trace_is_written_as_documented() -> None:
 def test_worked_trace_adds_as_python_does(data: st.DataObject, num_digits: int) -> None:
     operand = st.integers(10 ** (num_digits - 1), 10**num_digits - 1)
     a, b = data.draw(operand), data.draw(operand)
-    columns, answer = parse(make_task(num_digits=num_digits).worked_trace(a, b))
+    columns, answer = parse(make_task(num_digits=num_digits).worked_trace(Addition(a, b)))
     assert answer == str(a + b)
     assert len(columns) == num_digits
     for place, (x, y, carry, total) in enumerate(columns):
@@ -52,7 +50,7 @@ def test_worked_trace_adds_as_python_does(data: st.DataObject, num_digits: int) 
 def test_noisy_trace_without_noise_is_the_worked_trace() -> None:
     task, rng = make_task(carry_error_prob=0, digit_error_prob=0), np.random.default_rng(0)
     for a, b in [(9999, 9999), (1000, 1000), (4567, 6789)]:
-        assert task.noisy_trace(rng, a, b) == task.worked_trace(a, b)
+        assert task.noisy_trace(rng, Addition(a, b)) == task.worked_trace(Addition(a, b))
 
 
 def test_noisy_trace_errs_at_the_configured_rates_and_agrees_with_itself() -> None:
@@ -61,7 +59,7 @@ def test_noisy_trace_errs_at_the_configured_rates_and_agrees_with_itself() -> No
     wrong_sums: list[int] = []
     for _ in range(num_traces):
         a, b = rng.integers(1000, 10000, size=2).tolist()
-        columns, answer = parse(task.noisy_trace(rng, a, b))
+        columns, answer = parse(task.noisy_trace(rng, Addition(a, b)))
         assert [x for x, *_ in columns] == [int(d) for d in reversed(str(a))]
         assert [y for _, y, *_ in columns] == [int(d) for d in reversed(str(b))]
         assert columns[0][2] == 0
@@ -81,8 +79,8 @@ def test_noisy_trace_errs_at_the_configured_rates_and_agrees_with_itself() -> No
 
 def test_default_noise_puts_the_most_likely_answer_wrong_when_carries_are_needed() -> None:
     task, rng = make_task(), np.random.default_rng(0)
-    traces = [task.noisy_trace(rng, 5678, 6789) for _ in range(300)]
-    num_right = sum(trace == task.worked_trace(5678, 6789) for trace in traces)
+    traces = [task.noisy_trace(rng, Addition(5678, 6789)) for _ in range(300)]
+    num_right = sum(trace == task.worked_trace(Addition(5678, 6789)) for trace in traces)
     assert num_right < max(traces.count(trace) for trace in set(traces))
 
 
@@ -129,8 +127,8 @@ def test_a_split_that_is_too_small_is_refused() -> None:
 @pytest.mark.parametrize("num_digits", [2, 4, 12])
 def test_token_limits_are_those_of_the_longest_problem(num_digits: int) -> None:
     task, largest = make_task(num_digits=num_digits), 10**num_digits - 1
-    prompt_tokens = len(task.encode(task.prompt_text(largest, largest)))
-    response_tokens = len(task.encode(task.worked_trace(largest, largest))) + 1  # end of sequence
+    prompt_tokens = len(task.vocabulary.encode(task.prompt_text(Addition(largest, largest))))
+    response_tokens = len(task.vocabulary.encode(task.worked_trace(Addition(largest, largest)))) + 1  # end of sequence
     assert (task.max_prompt_tokens, task.max_trace_tokens) == (prompt_tokens, response_tokens)
     task.check_limits(prompt_tokens, response_tokens)
     with pytest.raises(
@@ -139,45 +137,3 @@ def test_token_limits_are_those_of_the_longest_problem(num_digits: int) -> None:
         task.check_limits(prompt_tokens - 1, response_tokens)
     with pytest.raises(ValueError, match=rf"rollout.max_response_tokens: .* set it to {response_tokens}"):
         task.check_limits(prompt_tokens, response_tokens - 1)
-
-
-def test_encode_round_trips_and_refuses_other_characters() -> None:
-    task = make_task()
-    text = task.worked_trace(7345, 5128)
-    ids = task.encode(text)
-    assert len(ids) == 36 + 1 + 1 + 5
-    assert task.decode([*ids, task.eos_token_id, task.pad_token_id]) == text
-    for text in ["1-2", "Answer:", "<eos>"]:
-        with pytest.raises(ValueError, match="cannot write"):
-            task.encode(text)
-
-
-@pytest.fixture(scope="module", params=["alone", "beside a Qwen2 model"])
-def saved_tokenizer(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory):
-    transformers = pytest.importorskip("transformers", reason="transformers is not installed")
-    folder: Path = tmp_path_factory.mktemp("tokenizer")
-    make_task().write_tokenizer(folder)
-    if request.param != "alone":
-        model = {"model_type": "qwen2", "architectures": ["Qwen2ForCausalLM"], "vocab_size": ArithmeticTask.vocab_size}
-        (folder / "config.json").write_text(json.dumps(model))
-    return transformers.AutoTokenizer.from_pretrained(folder)
-
-
-def test_saved_tokenizer_has_the_tasks_tokens(saved_tokenizer) -> None:
-    assert len(saved_tokenizer) == ArithmeticTask.vocab_size == len(VOCAB) == 32
-    assert saved_tokenizer.eos_token_id == ArithmeticTask.eos_token_id
-    assert saved_tokenizer.pad_token_id == ArithmeticTask.pad_token_id
-    for i, token in enumerate(VOCAB):
-        assert saved_tokenizer.decode([i]) == token
-
-
-def test_saved_tokenizer_agrees_with_encode_and_decode(saved_tokenizer) -> None:
-    task, rng = make_task(), np.random.default_rng(0)
-    texts = [task.worked_trace(*task.train_problem(rng)) for _ in range(20)]
-    texts += [task.prompt_text(*task.train_problem(rng)) for _ in range(20)]
-    texts += ["".join(rng.choice(SYMBOLS, size=30)) for _ in range(200)]
-    for text in texts:
-        ids = list(task.encode(text))
-        assert saved_tokenizer.encode(text) == ids
-        padded = np.array([*ids, task.eos_token_id, task.pad_token_id], np.int32)
-        assert saved_tokenizer.decode(padded, skip_special_tokens=True) == text == task.decode(padded)

@@ -1,21 +1,25 @@
-"""Readers on the real files where they are present, and on small ones with every fault that is refused."""
+"""Readers on the real files where they are present, and on small ones with every fault that rejects a row."""
 
 import json
+import re
 from pathlib import Path
 
 import pytest
 
 from fipo_megatron.data.readers import (
-    JsonlFields,
     Message,
     Problem,
+    QuestionFields,
+    ReadResult,
+    RejectedRows,
+    parse_gsm8k_solution,
     read_aime,
     read_gsm8k,
-    read_jsonl,
     read_parquet,
+    read_questions,
 )
 
-FIELDS = JsonlFields("q", "a", uid="n")
+FIELDS = QuestionFields("q", "a", uid="n")
 
 
 @pytest.fixture
@@ -35,7 +39,7 @@ def write_parquet(tmp_path):
     pyarrow = pytest.importorskip("pyarrow", reason="pyarrow is not installed: run make install")
     parquet = pytest.importorskip("pyarrow.parquet")
 
-    def write_rows(rows: list[dict], **options: int) -> Path:
+    def write_rows(rows: list[dict], **options: object) -> Path:
         path = tmp_path / "dapo-math.parquet"
         parquet.write_table(pyarrow.Table.from_pylist(rows), path, **options)
         return path
@@ -60,7 +64,9 @@ def dapo_row(question: str, truth: str) -> dict:
 @pytest.mark.parametrize(("split", "count", "first_truth"), [("train", 7473, "72"), ("test", 1319, "18")])
 def test_gsm8k_itself(shared_dir, split, count, first_truth):
     path = shared_dir / "data" / "gsm8k" / f"{split}.jsonl"
-    problems = read_gsm8k(path)
+    result = read_gsm8k(path)
+    problems = result.problems
+    assert result.rejected == ()
     assert len({problem.uid for problem in problems}) == len(problems) == count
     assert problems[0].ground_truth == first_truth
     assert problems[0].uid == f"gsm8k/{split}/000001"
@@ -69,7 +75,7 @@ def test_gsm8k_itself(shared_dir, split, count, first_truth):
 
 
 def test_aime_itself(shared_dir):
-    problems = read_aime(shared_dir / "data" / "aime24" / "test.jsonl", "aime24")
+    problems = read_aime(shared_dir / "data" / "aime24" / "test.jsonl", "aime24").problems
     assert len(problems) == 30
     assert problems[0].uid == "aime24/test/60"
     assert problems[0].messages[0].content.startswith("Every morning Aya goes")
@@ -80,38 +86,46 @@ def test_aime_itself(shared_dir):
 
 
 def test_a_gsm8k_problem_in_full(write):
-    path = write({"question": "How many?\u2028Really?", "answer": "#### is not it\n40 * 30 = 1,200\n#### -1,200.50"})
-    assert read_gsm8k(path) == [
-        Problem("gsm8k/train/000001", (Message("user", "How many?\u2028Really?"),), "-1200.50", "gsm8k")
-    ]
+    answer = "#### is not it\n40 * 30 = <<40*30=1200>>1,200\n#### -1,200.50"
+    path = write({"question": "How many?\u2028Really?", "answer": answer})
+    question = Message("user", "How many?\u2028Really?")
+    solution = "#### is not it\n40 * 30 = 1,200"
+    problem = Problem("gsm8k/train/000001", (question,), "-1200.50", "gsm8k", solution=solution)
+    assert read_gsm8k(path) == ReadResult(path, (problem,), ())
+
+
+def test_an_answer_without_steps_has_no_solution():
+    assert parse_gsm8k_solution("#### 7") is None
+    assert parse_gsm8k_solution("<<1+1=2>>\n#### 2") is None
 
 
 @pytest.mark.parametrize("answer", ["18", "#### ", "#### eighteen", "#### 18\nor 19", "#### ,", "x #### 18"])
 def test_a_gsm8k_answer_without_its_number_is_refused(write, answer):
     path = write({"question": "q", "answer": "#### 1"}, {"question": "q", "answer": answer})
-    with pytest.raises(ValueError, match=r"train\.jsonl, line 2: answer ends in .*; correct or remove the line"):
-        read_gsm8k(path)
+    (rejected,) = read_gsm8k(path).rejected
+    assert (rejected.place, rejected.num_rows) == ("line 2", 1)
+    assert rejected.reason.startswith(f"answer ends in {answer!r}: its last line must be")
 
 
 @pytest.mark.parametrize(("answer", "truth"), [("025", "25"), ("000", "0"), ("7", "7"), (999, "999")])
 def test_an_aime_answer_has_no_leading_zeros(write, answer, truth):
-    (problem,) = read_aime(write({"id": 1, "problem": "p", "answer": answer}), "aime25")
+    (problem,) = read_aime(write({"id": 1, "problem": "p", "answer": answer}), "aime25").problems
     assert (problem.ground_truth, problem.data_source, problem.uid) == (truth, "aime25", "aime25/train/1")
 
 
 @pytest.mark.parametrize("answer", ["1000", "-1", "3.5", "x", "\N{ARABIC-INDIC DIGIT THREE}", -4])
 def test_an_answer_that_aime_cannot_have_is_refused(write, answer):
-    with pytest.raises(ValueError, match="line 1: answer = .* from 0 to 999"):
+    with pytest.raises(ValueError, match="line 1 answer = .* from 0 to 999"):
         read_aime(write({"id": 1, "problem": "p", "answer": answer}), "aime25")
 
 
 def test_declared_fields_and_the_lines_own_number(write):
     path = write({"q": "one", "a": 1, "n": "x1", "more": None}, {"q": "two", "a": "b", "n": 7})
-    assert [(p.uid, p.messages[0].content, p.ground_truth) for p in read_jsonl(path, FIELDS, "mine")] == [
+    assert [(p.uid, p.messages[0].content, p.ground_truth) for p in read_questions(path, FIELDS, "mine").problems] == [
         ("mine/train/x1", "one", "1"),
         ("mine/train/7", "two", "b"),
     ]
-    numbered = read_jsonl(path, JsonlFields("q", "a"), "mine", str.upper)
+    numbered = read_questions(path, QuestionFields("q", "a", parse_answer=str.upper), "mine").problems
     assert [(p.uid, p.ground_truth) for p in numbered] == [("mine/train/000001", "1"), ("mine/train/000002", "B")]
 
 
@@ -125,24 +139,40 @@ GOOD = {"q": "one", "a": "1", "n": 1}
         (b'{"q": "\xff", "a": "1", "n": 2}', r"is not JSON \('utf-8' codec"),
         (b"", r"is not JSON \(Expecting value"),
         (b"[1]", r"holds \[1\], not an object"),
-        (b"{}", "has no field 'n', only an empty object"),
+        (b"[" * 100_000, r"is not JSON \(maximum recursion depth"),
+        (b"{}", "has no field 'a', only an empty object"),
         ({"question": "one", "a": "1", "n": 2}, "has no field 'q', only 'question', 'a', 'n'"),
         (GOOD | {"n": 2, "q": " \n"}, r"q = ' \\n': must be text"),
         (GOOD | {"n": 2, "a": None}, "a = None: must be text"),
         (GOOD | {"n": 2, "a": True}, "a = True: must be text"),
         (GOOD | {"n": 2, "a": 0.5}, "a = 0.5: must be text"),
-        (GOOD, "uid 'mine/train/1' is that of an earlier line"),
+        (GOOD, "has the uid 'mine/train/1' of an earlier row"),
     ],
 )
-def test_a_corrupt_line_is_named_with_its_place(write, row, message):
+def test_a_corrupt_line_is_left_out_and_named_with_its_place(write, row, message):
     path = write(GOOD, row, GOOD | {"n": 3})
-    with pytest.raises(ValueError, match=rf"train\.jsonl, line 2: {message}.*; correct or remove the line"):
-        read_jsonl(path, FIELDS, "mine")
+    result = read_questions(path, FIELDS, "mine")
+    assert [problem.uid for problem in result.problems] == ["mine/train/1", "mine/train/3"]
+    ((place, num_rows, reason),) = result.rejected
+    assert (place, num_rows, result.num_rejected, result.num_rows) == ("line 2", 1, 1, 3)
+    assert re.match(message, reason)
+    assert len(reason) < 200
 
 
-def test_an_empty_file_is_refused(write):
+def test_a_summary_counts_all_and_names_the_first(write):
+    result = read_questions(write(GOOD, *[b"{"] * 5), FIELDS, "mine")
+    summary = result.describe_rejected()
+    assert "train.jsonl: 5 of 6 rows can't be read: line 2 is not JSON" in summary
+    assert "line 4 is" in summary
+    assert "line 5" not in summary
+    assert summary.endswith("; ...")
+
+
+def test_a_file_without_a_usable_row_is_refused(write):
     with pytest.raises(ValueError, match=r"train\.jsonl: holds no problems"):
-        read_jsonl(write(), FIELDS, "mine")
+        read_questions(write(), FIELDS, "mine")
+    with pytest.raises(ValueError, match=r"train\.jsonl: 2 of 2 rows can't be read: line 1 is not JSON"):
+        read_questions(write(b"{", b"}"), FIELDS, "mine")
 
 
 @pytest.mark.parametrize("read", [read_gsm8k, read_parquet])
@@ -155,16 +185,19 @@ def test_parquet_in_the_layout_of_dapo(write_parquet):
     rows = [dapo_row("one", "1"), dapo_row("two", "-2"), dapo_row("one", "1")]
     rows[1]["prompt"] = chat(("system", "be brief"), ("user", "u"), ("assistant", "a"), ("user", "two"))
     path = write_parquet(rows, row_group_size=2)
-    assert read_parquet(path) == [
-        Problem("math_dapo/dapo-math/000001", (Message("user", "one"),), "1", "math_dapo"),
+    assert list(read_parquet(path).problems) == [
+        Problem("math_dapo/dapo-math/000001", (Message("user", "one"),), "1", "math_dapo", has_instruction=True),
         Problem(
             "math_dapo/dapo-math/000002",
             (Message("system", "be brief"), Message("user", "u"), Message("assistant", "a"), Message("user", "two")),
             "-2",
             "math_dapo",
+            has_instruction=True,
         ),
-        Problem("math_dapo/dapo-math/000003", (Message("user", "one"),), "1", "math_dapo"),
+        Problem("math_dapo/dapo-math/000003", (Message("user", "one"),), "1", "math_dapo", has_instruction=True),
     ]
+    renamed = read_parquet(path, "mine").problems
+    assert {(problem.data_source, problem.uid.split("/")[0]) for problem in renamed} == {("mine", "mine")}
 
 
 @pytest.mark.parametrize(
@@ -180,10 +213,44 @@ def test_parquet_in_the_layout_of_dapo(write_parquet):
         ({"data_source": None}, "data_source = None: must be text"),
     ],
 )
-def test_a_corrupt_row_of_parquet_is_named_with_its_place(write_parquet, change, message):
+def test_a_corrupt_row_of_parquet_is_left_out_and_named(write_parquet, change, message):
     path = write_parquet([dapo_row("one", "1"), dapo_row("two", "2") | change], row_group_size=1)
-    with pytest.raises(ValueError, match=rf"dapo-math\.parquet, row 2: {message}.*; correct or remove the row"):
-        read_parquet(path)
+    result = read_parquet(path)
+    assert [problem.ground_truth for problem in result.problems] == ["1"]
+    ((place, num_rows, reason),) = result.rejected
+    assert (place, num_rows) == ("row 2", 1)
+    assert reason.startswith(message)
+
+
+@pytest.mark.parametrize("compression", ["snappy", "none"])
+def test_a_parquet_file_damaged_in_the_middle_loses_that_stretch(write_parquet, compression):
+    rows = [dapo_row(f"question {i} of many", str(i)) for i in range(40)]
+    path = write_parquet(rows, row_group_size=10, write_page_checksum=True, compression=compression)
+    damaged = bytearray(path.read_bytes())
+    if compression == "none":
+        start = damaged.index(b"15 of many")
+        damaged[start : start + 2] = b"99"  # it can still be read: only the checksum tells
+    else:
+        group = pytest.importorskip("pyarrow.parquet").read_metadata(path).row_group(1)
+        columns = [group.column(i) for i in range(group.num_columns)]
+        (column,) = [column for column in columns if column.path_in_schema.endswith("content")]
+        middle = column.dictionary_page_offset + column.total_compressed_size // 2
+        damaged[middle : middle + 8] = bytes(byte ^ 0xFF for byte in damaged[middle : middle + 8])
+    path.write_bytes(damaged)
+    result = read_parquet(path)
+    assert [problem.ground_truth for problem in result.problems] == [str(i) for i in [*range(10), *range(20, 40)]]
+    assert [problem.uid[-6:] for problem in result.problems][10] == "000021"
+    assert (result.num_rejected, result.num_rows) == (10, 40)
+    assert result.rejected[0].place == "rows 11 to 20"
+
+
+def test_questions_from_parquet(write_parquet):
+    path = write_parquet([{"problem": "one", "answer": 7}, {"problem": "two", "answer": None}])
+    result = read_questions(path, QuestionFields("problem", "answer"), "mine")
+    assert [(p.messages, p.ground_truth) for p in result.problems] == [((Message("user", "one"),), "7")]
+    assert result.rejected == (
+        RejectedRows("row 2", 1, "answer = None: must be text that is not empty, or a whole number"),
+    )
 
 
 def test_a_parquet_file_without_a_column_is_named(write_parquet):

@@ -6,7 +6,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from fipo_megatron.observability.metrics import MetricsWriter, read_metrics
+from fipo_megatron.observability.metrics import MetricsWriter, read_metrics, throughput
 
 
 def test_lines_are_on_disk_at_once_and_read_back(tmp_path: Path) -> None:
@@ -43,3 +43,11 @@ def test_a_broken_line_is_named(tmp_path: Path) -> None:
     path.write_text(json.dumps({"step": 1}) + '\n{"step": 2, "train/lo')
     with pytest.raises(ValueError, match=r"metrics.jsonl:2: .* is not JSON .* remove the line"):
         read_metrics(path)
+
+
+def test_throughput_is_over_the_step_without_its_evaluation() -> None:
+    metrics = {"rollout/generated_tokens": 600, "rollout/trained_tokens": 300, "time/step_s": 10.0, "time/eval_s": 4.0}
+    rates = {"time/tokens_per_second_generated": 100.0, "time/tokens_per_second_trained": 50.0}
+    assert throughput(metrics) == rates
+    assert throughput({"time/step_s": 2.0, "rollout/trained_tokens": 6}) == {"time/tokens_per_second_trained": 3.0}
+    assert throughput({"time/step_s": 2.0, "time/eval_s": 2.0}) == {}

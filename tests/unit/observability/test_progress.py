@@ -4,7 +4,7 @@ import io
 
 import pytest
 
-from fipo_megatron.observability.progress import Progress, print_table, step_summary
+from fipo_megatron.observability.progress import Progress, print_table
 
 METRICS = {"rollout/accuracy": 0.25, "train/policy_kl": 0.00123, "time/step_s": 2.5, "train/loss": 9.0}
 
@@ -22,16 +22,18 @@ def plain_environment(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("COLUMNS", "160")
 
 
-def test_summary_shows_known_metrics_only() -> None:
-    assert step_summary(METRICS) == "accuracy 0.250  kl 1.2e-03  seconds 2.50"
-
-
 def test_steps_are_plain_lines_without_a_terminal() -> None:
     stream = io.StringIO()
     with Progress(stream) as progress:
         progress.note("model [bold]")
+        progress.phase("rollout")
         progress.step(1, 3, METRICS)
-    assert stream.getvalue() == "model [bold]\nstep 1/3  accuracy 0.250  kl 1.2e-03  seconds 2.50\n"
+        progress.step(3, 3, METRICS)
+    assert stream.getvalue().splitlines() == [
+        "model [bold]",
+        "step 1/3  accuracy 0.250  kl 1.2e-03  seconds 2.50  ETA 5 s",
+        "step 3/3  accuracy 0.250  kl 1.2e-03  seconds 2.50",
+    ]
 
 
 def test_status_says_begin_and_end_without_a_terminal() -> None:
@@ -65,11 +67,14 @@ def test_terminal_shows_the_latest_step_and_keeps_evaluations() -> None:
             advance("loss 1")
         progress.step(1, 3, METRICS)
         progress.step(2, 3, {**METRICS, "eval/sampled_accuracy": 0.5})
+        progress.phase("old_logprobs")
     shown = stream.getvalue()
     assert "\x1b[" in shown
-    assert "step 1/3" not in shown
+    assert "step 1/3  accuracy" not in shown
     assert "step 2/3  accuracy 0.250  held-out 0.500" in shown
-    assert "2/3" in shown.splitlines()[-2] + shown.splitlines()[-1]
+    last_frame = shown[shown.rindex("step 2/3  ETA 2 s") :]  # the panel's title
+    assert "old_logprobs 0.0 s" in last_frame
+    assert "0.250" in last_frame
 
 
 def test_table_holds_every_cell_as_it_is() -> None:

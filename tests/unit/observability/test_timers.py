@@ -34,6 +34,16 @@ def test_phases_add_up_and_start_afresh(clock: Clock) -> None:
     assert timers.collect() == {"time/step_s": 2.0}
 
 
+def test_a_listener_hears_each_phase_begin_and_end(clock: Clock) -> None:
+    heard: list[str | None] = []
+    timers = PhaseTimers(heard.append)
+    with timers.phase("rollout"):
+        assert heard == ["rollout"]
+    with pytest.raises(KeyError), timers.phase("train"):
+        raise KeyError
+    assert heard == ["rollout", None, "train", None]
+
+
 def test_a_phase_that_raises_is_timed(clock: Clock) -> None:
     timers = PhaseTimers()
 

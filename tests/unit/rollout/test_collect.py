@@ -242,6 +242,15 @@ def test_spread_guard_counts_steps_in_a_row() -> None:
         guard.observe(flat)
 
 
+def test_spread_guard_takes_a_shaped_reward_for_a_signal() -> None:
+    all_wrong = make_group("a", 0, 0)
+    readable = dataclasses.replace(all_wrong.samples[0], reward=-0.5)
+    guard = SpreadGuard(max_steps=1)
+    guard.observe([dataclasses.replace(all_wrong, samples=(readable, all_wrong.samples[1]))])
+    with pytest.raises(RuntimeError, match="the rewards of each prompt are all the same"):
+        guard.observe([all_wrong])
+
+
 # Arrays
 
 
@@ -291,10 +300,10 @@ def test_mismatch_without_fresh_tokens_is_empty_and_not_finite_is_refused() -> N
 
 
 def test_generation_metrics_are_over_all_groups_before_the_filter() -> None:
-    groups = [make_group("a", 1, 1), make_group("b", 0, 0), make_group("c", 0, 1), make_group("d", 1, 1)]
-    counts = {"generated_groups": 6, "generated_groups_with_spread": 1, "unjudged_groups": 2}
+    groups = [make_group("a", 1, 1), make_group("b", 0, 0), make_group("c", 0, 1, tokens=[3, 4]), make_group("d", 1, 1)]
+    counts = {"generated_groups": 6, "generated_groups_with_spread": 1, "unjudged_groups": 2, "generated_tokens": 13}
     assert generation_metrics([None, *groups, None]) == counts | {"accuracy": 0.625, "reward_mean": 0.25}
-    nothing = {"generated_groups": 0, "generated_groups_with_spread": 0, "unjudged_groups": 0}
+    nothing = dict.fromkeys(counts, 0)
     assert generation_metrics([]) == nothing
     assert generation_metrics([None]) == nothing | {"generated_groups": 1, "unjudged_groups": 1}
 
@@ -303,6 +312,7 @@ def test_batch_metrics_by_hand() -> None:
     groups = [make_group("a", 0, 1, tokens=[2, 4]), make_group("b", 0, 1, tokens=[6, 9], version=4)]
     assert batch_metrics(groups, weight_version=5) == {
         "trained_groups": 2,
+        "trained_tokens": 21,
         "stale_samples": 2,
         "response_tokens_min": 2,
         "response_tokens_q25": 3.5,

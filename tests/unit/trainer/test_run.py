@@ -1,7 +1,6 @@
 from __future__ import annotations
 
 import asyncio
-import json
 import random
 from collections.abc import AsyncIterator, Iterator, Sequence
 from contextlib import closing, contextmanager
@@ -15,11 +14,16 @@ import pytest
 from fipo_megatron.algorithm.advantage import group_relative_advantages
 from fipo_megatron.config.load import load_config
 from fipo_megatron.config.schema import Config
-from fipo_megatron.data.tasks.arithmetic import ArithmeticTask
+from fipo_megatron.data.encoding import load_prompt_encoder
+from fipo_megatron.data.load import load_files
+from fipo_megatron.data.run_prompts import make_run_prompts
+from fipo_megatron.data.tasks import make_task
 from fipo_megatron.observability.metrics import MetricsWriter
 from fipo_megatron.observability.progress import Progress
+from fipo_megatron.observability.trackers import Trackers
 from fipo_megatron.rollout.collect import make_training_batch
 from fipo_megatron.trainer.run import Run, make_run_folder
+from fipo_megatron.trainer.warm_start import write_skeleton
 from fipo_megatron.types import FinishedResponse, Generation, GenerationRequest, SamplingSettings
 
 
@@ -93,21 +97,16 @@ def make_run(folder: Path, order: int, failing: int, **sections: dict[str, Any])
             "reward": {"rule": "custom", "function": f"{folder / 'reward.py'}:reward", **sections.get("reward", {})},
         }
     )
-    task = ArithmeticTask(config.task)
-    _write_tokenizer(task, folder)
+    write_skeleton(config, make_task(config.task), folder)
+    prompts = make_run_prompts(config, load_files(config.data), load_prompt_encoder(folder, config.data))
     engine = LengthEngine(order)
     workers: Any = SimpleNamespace(engine=engine)
     with (
         (folder / "notes.txt").open("w") as notes,
-        closing(Run(config, folder, workers, folder, task, Progress(notes))) as run,
+        closing(Run(config, folder, workers, folder, prompts, Progress(notes), Trackers(config, folder))) as run,
     ):
         run.decode = lambda token_ids: "x" * len(token_ids)
         yield run, engine
-
-
-def _write_tokenizer(task: ArithmeticTask, folder: Path) -> None:
-    (folder / "config.json").write_text(json.dumps({"model_type": "qwen2"}))
-    task.write_tokenizer(folder)
 
 
 def test_groups_with_failed_responses_are_dropped_replaced_and_counted(tmp_path: Path) -> None:

@@ -1,8 +1,14 @@
 from __future__ import annotations
 
+import json
+from pathlib import Path
+
 import numpy as np
 
 from fipo_megatron.config.schema import Config, WarmStartConfig
+from fipo_megatron.data.load import load_files
+from fipo_megatron.data.solution_traces import SolutionTraces
+from fipo_megatron.data.tasks import make_task
 from fipo_megatron.data.tasks.arithmetic import ArithmeticTask
 from fipo_megatron.trainer.warm_start import base_policy_folder, learning_rate, make_trace_batch
 
@@ -12,8 +18,8 @@ def test_traces_are_prompts_then_responses_that_end() -> None:
     batch = make_trace_batch(task, np.random.default_rng(0), 5)
     for i in range(5):
         ids = batch.token_ids[batch.cu_seqlens[i] : batch.cu_seqlens[i + 1]]
-        assert ids[-1] == task.eos_token_id
-        text = task.decode(ids)
+        assert ids[-1] == task.vocabulary.eos_token_id
+        text = task.vocabulary.decode(ids)
         assert text[: batch.prompt_lens[i]].endswith("=")
         assert "\nAnswer: " in text
 
@@ -31,9 +37,22 @@ def test_the_cache_tells_apart_everything_the_weights_depend_on() -> None:
     other = [
         {**base, "warm_start": {"seed": 1}},
         {**base, "task": {"num_digits": 3}},
+        {**base, "task": {"name": "checked_sums"}},
         {**base, "parallel": {"tensor": 2}},
         {**base, "model": {"dtype": "float32"}},
     ]
-    folders = [base_policy_folder(Config.model_validate(values)) for values in [*same, *other]]
+    configs = [Config.model_validate(values) for values in [*same, *other]]
+    folders = [base_policy_folder(config, make_task(config.task)) for config in configs]
     assert len(set(folders[:3])) == 1
     assert len(set(folders)) == 1 + len(other)
+
+
+def test_the_cache_tells_training_files_apart_by_what_they_hold(tmp_path: Path) -> None:
+    folders = []
+    for name, answer in (("one", 4), ("copy", 4), ("other", 5)):
+        path = tmp_path / f"{name}.jsonl"
+        path.write_text(json.dumps({"question": "How many?", "answer": f"2 + 2 = 4\n#### {answer}"}) + "\n")
+        config = Config.model_validate({"warm_start": {}, "data": {"train": str(path)}})
+        folders.append(base_policy_folder(config, SolutionTraces(config, load_files(config.data).train)))
+    assert folders[0] == folders[1] != folders[2]
+    assert folders[0].name.startswith("solutions-")

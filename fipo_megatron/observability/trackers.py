@@ -1,0 +1,103 @@
+"""A run's metrics in TensorBoard or Weights & Biases as well; either is imported only where it is asked for."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from importlib.util import find_spec
+from pathlib import Path
+from types import TracebackType
+from typing import Any, Protocol
+
+from fipo_megatron.config.schema import Config, TrackerName
+
+
+class Tracker(Protocol):
+    """One place that metrics go to."""
+
+    def log(self, step: int, metrics: Mapping[str, float]) -> None:
+        """Sends the metrics of a step."""
+
+    def close(self) -> None:
+        """Sends what is left."""
+
+
+class TensorBoardTracker:
+    """Event files in the run's `tensorboard/`, for `tensorboard --logdir runs`."""
+
+    def __init__(self, config: Config, run_folder: Path) -> None:
+        from torch.utils.tensorboard import SummaryWriter
+
+        self._writer: Any = SummaryWriter(str(run_folder / "tensorboard"))
+        self._writer.add_text("config", f"```\n{config.model_dump_json(indent=2)}\n```")
+
+    def log(self, step: int, metrics: Mapping[str, float]) -> None:
+        """Writes the metrics at once, so that a killed run keeps what it had."""
+        for key, value in metrics.items():
+            self._writer.add_scalar(key, value, step)
+        self._writer.flush()
+
+    def close(self) -> None:
+        """Closes the event file."""
+        self._writer.close()
+
+
+class WandbTracker:
+    """A run of `run.wandb_project`. Account, server and mode come from W&B's own settings, e.g. WANDB_MODE=offline."""
+
+    def __init__(self, config: Config, run_folder: Path) -> None:
+        import wandb
+
+        self._run: Any = wandb.init(
+            project=config.run.wandb_project,
+            name=run_folder.name,
+            dir=str(run_folder),
+            config=config.model_dump(mode="json"),
+            settings=wandb.Settings(console="off"),  # the live panel needs the terminal for itself
+        )
+
+    def log(self, step: int, metrics: Mapping[str, float]) -> None:
+        """Sends the metrics of a step."""
+        self._run.log(dict(metrics), step=step)
+
+    def close(self) -> None:
+        """Waits until all is sent, and ends W&B's own process."""
+        import wandb
+
+        self._run.finish()
+        wandb.teardown()
+
+
+TRACKERS: dict[TrackerName, type[TensorBoardTracker] | type[WandbTracker]] = {
+    "tensorboard": TensorBoardTracker,
+    "wandb": WandbTracker,
+}
+
+
+def check_trackers(names: Sequence[TrackerName]) -> None:
+    """Raises ValueError for a tracker whose package is not installed."""
+    for name in names:
+        if find_spec(name) is None:
+            raise ValueError(
+                f"run.trackers = {list(names)}: {name} is not installed; run `pip install {name}`, or leave it out"
+            )
+
+
+class Trackers:
+    """The trackers that a run asks for, as one; a context manager, so that they are closed however the run ends."""
+
+    def __init__(self, config: Config, run_folder: Path) -> None:
+        self._trackers: list[Tracker] = [TRACKERS[name](config, run_folder) for name in config.run.trackers]
+
+    def log(self, step: int, metrics: Mapping[str, float]) -> None:
+        """Sends the metrics of a step to each."""
+        for tracker in self._trackers:
+            tracker.log(step, metrics)
+
+    def __enter__(self) -> Trackers:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        for tracker in self._trackers:
+            tracker.close()
