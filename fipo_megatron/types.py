@@ -53,13 +53,18 @@ class Generation:
     weight_version: int  # version of the policy that sampled every token
 
 
+# A response as an engine hands it out when it is finished: its request's index, and what was sampled.
+FinishedResponse = tuple[int, Generation]
+
+
 @dataclass(frozen=True)
 class Judgement:
     """What the reward says about one response."""
 
-    reward: float  # the rule's score plus penalties
+    reward: float  # the rule's score plus penalties; NaN where the rule failed
     accuracy: float  # 1.0 if the answer is right, else 0.0
     prediction: str  # the answer the rule extracted
+    failure: str | None = None  # why the rule could not judge it, on one line; such a response is not trained on
 
 
 # How rollout and evaluation reach reward and tokenizer without importing them; the trainer hands them over.

@@ -100,6 +100,8 @@ def score(rule: Any, num_workers: int, responses: list[str], prompts: list[Promp
             chunk = slice(start, start + CHUNK)
             num_tokens = [0] * len(responses[chunk])  # only length penalties read it, and there are none here
             for judgement in reward.judge_many(prompts[chunk], responses[chunk], num_tokens):
+                if judgement.failure is not None:
+                    raise RuntimeError(judgement.failure)
                 yield {"score": judgement.reward, "acc": judgement.accuracy, "pred": judgement.prediction}
             if time.monotonic() - shown > QUIET_S:
                 shown = time.monotonic()

@@ -7,23 +7,12 @@ import json
 import socket
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any, NamedTuple
 
 from fipo_megatron.config.schema import PRESETS, AlgorithmConfig, Config, ParallelConfig, RolloutConfig, WarmStartConfig
-from fipo_megatron.model.hf_config import SUPPORTED_ARCHITECTURES, ModelShape
+from fipo_megatron.model.hf_config import ModelShape, make_model_shape
 
 MIN_ENGINE_HEAD_SIZE = 32  # vLLM's attention on CPU dies at start with smaller heads
 INFLUENCE_KEYS = ("half_life_tokens", "influence_clip", "influence_clip_high_only", "safety_threshold", "safety_rule")
-
-
-class LayoutSizes(NamedTuple):
-    """The sizes of a transformer that a parallel layout has to divide, named as in Hugging Face's config.json."""
-
-    hidden_size: int
-    intermediate_size: int
-    num_hidden_layers: int
-    num_attention_heads: int
-    num_key_value_heads: int
 
 
 def check_config(config: Config) -> None:
@@ -41,10 +30,11 @@ def check_config(config: Config) -> None:
     _raise(problems, "configuration")
 
 
-def check_model_folder(path: Path, parallel: ParallelConfig) -> dict[str, Any]:
-    """The parsed config.json of a Hugging Face folder that the trainer can load in this layout.
+def check_model_folder(path: Path, parallel: ParallelConfig) -> ModelShape:
+    """The shape of the model in a Hugging Face folder that the trainer can load in this layout.
 
-    Raises ValueError naming `model.path` and each missing file, unknown architecture or size the layout can't divide.
+    Raises ValueError naming `model.path` and each missing file, what is unusable in config.json, or each size that the
+    layout can't divide.
     """
     key = f"model.path = {str(path)!r}"
     if not path.is_dir():
@@ -56,8 +46,10 @@ def check_model_folder(path: Path, parallel: ParallelConfig) -> dict[str, Any]:
         hf_config = None
     if not isinstance(hf_config, dict):
         raise ValueError(f"{key}: config.json is not a JSON object; copy it from the model again")
-    _raise([f"{key}: {problem}" for problem in _find_architecture_problems(hf_config, parallel)], "model folder")
-    return hf_config
+    shape = make_model_shape(hf_config, str(path))
+    problems = [problem.replace("num_layers", "num_hidden_layers") for problem in _find_shape_problems(shape, parallel)]
+    _raise([f"{key}: {problem}" for problem in problems], "model folder")
+    return shape
 
 
 def check_positions(shape: ModelShape, rollout: RolloutConfig) -> None:
@@ -192,15 +184,8 @@ def _find_objective_problems(algorithm: AlgorithmConfig) -> Iterator[str]:
 
 
 def _find_warm_start_problems(warm_start: WarmStartConfig, config: Config) -> Iterator[str]:
-    shape = LayoutSizes(
-        warm_start.hidden_size,
-        warm_start.intermediate_size,
-        warm_start.num_layers,
-        warm_start.num_attention_heads,
-        warm_start.num_key_value_heads,
-    )
-    for problem in _find_shape_problems(shape, config.parallel):
-        yield "warm_start." + problem.replace("num_hidden_layers", "num_layers")
+    for problem in _find_shape_problems(warm_start, config.parallel):
+        yield f"warm_start.{problem}"
     head_size = warm_start.hidden_size // warm_start.num_attention_heads
     if config.rollout.engine == "vllm" and head_size < MIN_ENGINE_HEAD_SIZE:
         yield (
@@ -216,14 +201,14 @@ def _find_warm_start_problems(warm_start: WarmStartConfig, config: Config) -> It
         )
 
 
-def _find_shape_problems(shape: LayoutSizes, parallel: ParallelConfig) -> Iterator[str]:
+def _find_shape_problems(shape: ModelShape | WarmStartConfig, parallel: ParallelConfig) -> Iterator[str]:
     """Lines that begin with the size's name, for each pair in which the second doesn't divide the first."""
     divisors = (
         ("hidden_size", "num_attention_heads", shape.num_attention_heads),
         ("num_attention_heads", "num_key_value_heads", shape.num_key_value_heads),
         ("num_key_value_heads", "parallel.tensor", parallel.tensor),
         ("intermediate_size", "parallel.tensor", parallel.tensor),
-        ("num_hidden_layers", "parallel.pipeline", parallel.pipeline),
+        ("num_layers", "parallel.pipeline", parallel.pipeline),
     )
     for name, divisor_name, divisor in divisors:
         if getattr(shape, name) % divisor:
@@ -249,20 +234,3 @@ def _find_missing_files(path: Path) -> Iterator[str]:
             yield f"lacks {len(missing)} of {len(files)} weight files, {missing[0]} the first; copy them from the model"
     elif not (path / "model.safetensors").is_file():
         yield "has no weights (model.safetensors, or an index of several); convert other formats to safetensors first"
-
-
-def _find_architecture_problems(hf_config: dict[str, Any], parallel: ParallelConfig) -> Iterator[str]:
-    architectures = hf_config.get("architectures")
-    if (
-        not isinstance(architectures, list)
-        or len(architectures) != 1
-        or architectures[0] not in SUPPORTED_ARCHITECTURES
-    ):
-        yield f"architectures = {architectures!r} in config.json; supported: {', '.join(SUPPORTED_ARCHITECTURES)}"
-        return
-    sizes = {name: hf_config.get(name) for name in LayoutSizes._fields}
-    good_sizes = {name: size for name, size in sizes.items() if isinstance(size, int) and size > 0}
-    for name in sizes.keys() - good_sizes.keys():
-        yield f"{name} = {sizes[name]!r} in config.json; must be a positive whole number"
-    if len(good_sizes) == len(sizes):
-        yield from _find_shape_problems(LayoutSizes(**good_sizes), parallel)

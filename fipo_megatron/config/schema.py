@@ -305,6 +305,9 @@ class RewardConfig(Section):
     num_workers: int = Field(2, gt=0, description="processes in which math_verify and custom judge")
     timeout_s: float = Field(3.0, gt=0, description="of judging one response there; beyond it the answer is wrong")
     memory_gib: float = Field(1.0, gt=0, description="that judging one response there may take")
+    max_unjudged_frac: float = Field(
+        0.1, ge=0, lt=1, description="share of a step's responses on which the rule may fail; beyond it the run ends"
+    )
     overlong_buffer_tokens: int = Field(
         0, ge=0, description="length penalty over the last tokens of the limit; 0: none"
     )
@@ -353,7 +356,7 @@ class TimeoutsConfig(Section):
     """Seconds after which a silent peer is taken for dead."""
 
     startup_s: float = Field(300, gt=0, description="an actor or engine coming up")
-    call_s: float = Field(1800, gt=0, description="one call: a generation batch, a log-prob pass, an update")
+    call_s: float = Field(1800, gt=0, description="one call: a log-prob pass, an update; an engine's next response")
     collective_s: float = Field(600, gt=0, description="one collective between trainer ranks, or with the engine")
 
 

@@ -35,6 +35,7 @@ class ProblemResult:
     num_tokens: tuple[int, ...]  # of the responses
     truncated: tuple[bool, ...]  # the response hit the token limit
     reflections: tuple[Reflection, ...]  # whether the response verifies, re-derives or corrects itself
+    unjudged: tuple[bool, ...]  # the reward failed on the response, which counts as wrong
 
 
 def judge_problems(
@@ -67,6 +68,7 @@ def judge_problems(
                 num_tokens=tuple(len(sample.token_ids) for sample in samples),
                 truncated=tuple(sample.finish_reason == "length" for sample in samples),
                 reflections=tuple(map(find_reflection, texts[rows])),
+                unjudged=tuple(judgement.failure is not None for judgement in judgements),
             )
         )
     return results
@@ -88,18 +90,19 @@ def run_metrics(results: Sequence[ProblemResult], unreadable: Collection[str], s
 
 
 def accuracy_metrics(results: Sequence[ProblemResult]) -> dict[str, float]:
-    """`accuracy`, `accuracy_stderr`, `mean_response_tokens` and `truncated_frac` (share that hit the token limit).
+    """`accuracy`, `accuracy_stderr`, `mean_response_tokens`, `truncated_frac` (share that hit the token limit) and
+    `unjudged` (number of responses that the reward failed on: they count as wrong).
 
     No problem, or another number of samples in one, is a ValueError.
     """
     mean, standard_error = accuracy(_correct(results))
-    return {"accuracy": mean, "accuracy_stderr": standard_error} | _lengths(results)
+    return {"accuracy": mean, "accuracy_stderr": standard_error} | _unjudged(results) | _lengths(results)
 
 
 def summarize(results: Sequence[ProblemResult], unreadable: Collection[str], seed: int) -> dict[str, float]:
-    """All that is said of a set: the estimates of `metrics_at_k`, lengths as in `accuracy_metrics`, and the shares of
-    `reflection_rates`."""
-    return metrics_at_k(results, unreadable, seed) | _lengths(results) | _reflections(results)
+    """All that is said of a set: the estimates of `metrics_at_k`, lengths and `unjudged` as in `accuracy_metrics`, and
+    the shares of `reflection_rates`."""
+    return metrics_at_k(results, unreadable, seed) | _lengths(results) | _unjudged(results) | _reflections(results)
 
 
 def metrics_at_k(results: Sequence[ProblemResult], unreadable: Collection[str], seed: int) -> dict[str, float]:
@@ -178,6 +181,10 @@ def _correct(results: Sequence[ProblemResult]) -> np.ndarray:
     if len(sizes) != 1 or sizes[0] == 0:
         raise ValueError(f"results: problems have {sizes or 'no'} samples; give each the same number, at least one")
     return np.array([result.correct for result in results])
+
+
+def _unjudged(results: Sequence[ProblemResult]) -> dict[str, float]:
+    return {"unjudged": sum(sum(result.unjudged) for result in results)}
 
 
 def _lengths(results: Sequence[ProblemResult]) -> dict[str, float]:

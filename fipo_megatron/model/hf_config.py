@@ -10,7 +10,7 @@ from typing import Any
 
 SUPPORTED_ARCHITECTURES = ("Qwen2ForCausalLM",)
 
-REQUIRED_KEYS = (
+SIZES = (
     "vocab_size",
     "hidden_size",
     "intermediate_size",
@@ -18,7 +18,6 @@ REQUIRED_KEYS = (
     "num_attention_heads",
     "num_key_value_heads",
     "max_position_embeddings",
-    "rms_norm_eps",
 )
 
 
@@ -49,7 +48,8 @@ def make_model_shape(hf_config: Mapping[str, Any], source: str) -> ModelShape:
     """The shape that a config.json describes; `source` names it in errors.
 
     Raises:
-        ValueError: an architecture, rope variant or attention window that the weight maps don't cover.
+        ValueError: an architecture, rope variant or attention window that the weight maps don't cover, or a value that
+            is missing or no size.
     """
     architecture = (hf_config.get("architectures") or ["none"])[0]
     if architecture not in SUPPORTED_ARCHITECTURES:
@@ -62,11 +62,16 @@ def make_model_shape(hf_config: Mapping[str, Any], source: str) -> ModelShape:
         raise ValueError(f"model.path: {source} uses rope type {rope_type!r}; supported: 'default'")
     if hf_config.get("use_sliding_window"):
         raise ValueError(f"model.path: {source} uses sliding-window attention, which is not supported")
-    missing = [key for key in REQUIRED_KEYS if key not in hf_config]
+    missing = [key for key in (*SIZES, "rms_norm_eps") if key not in hf_config]
     if missing:
         raise ValueError(
             f"model.path: config.json of {source} lacks {', '.join(missing)}; copy it from the model again"
         )
+    for key in SIZES:
+        if not isinstance(hf_config[key], int) or hf_config[key] <= 0:
+            raise ValueError(
+                f"model.path: {key} = {hf_config[key]!r} in config.json of {source}; must be a positive whole number"
+            )
     return ModelShape(
         architecture=architecture,
         vocab_size=hf_config["vocab_size"],

@@ -17,6 +17,7 @@ SHOWN = (
     ("eval/greedy_accuracy", "greedy", ".3f"),
     ("rollout/reward_mean", "reward", ".3f"),
     ("rollout/response_tokens_mean", "tokens", ".1f"),
+    ("rollout/generated_groups", "groups", ".0f"),  # 0: the step trains on surplus, so it has no accuracy and reward
     ("train/entropy", "entropy", ".3f"),
     ("train/policy_kl", "kl", ".1e"),
     ("train/clip_frac", "clipped", ".4f"),

@@ -9,6 +9,7 @@ from typing import Protocol
 NO_ANSWER = "[INVALID]"  # it has no answer line
 TIMED_OUT = "[TIMEOUT]"  # judging it took longer than reward.timeout_s
 CRASHED = "[CRASHED]"  # judging it ended the process, e.g. by deep recursion
+UNJUDGED = "[UNJUDGED]"  # the rule failed on it: it raised, or returned no verdict
 
 
 @dataclass(frozen=True)

@@ -66,4 +66,7 @@ def as_verdict(result: Any) -> Verdict:
 
 
 def _is_finite(value: Any) -> bool:
-    return isinstance(value, Real) and math.isfinite(value)
+    try:
+        return isinstance(value, Real) and math.isfinite(value)
+    except OverflowError:  # a whole number beyond the range of a float
+        return False

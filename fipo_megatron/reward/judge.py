@@ -6,7 +6,7 @@ import math
 from collections.abc import Sequence
 
 from fipo_megatron.config.schema import RewardConfig
-from fipo_megatron.reward.base import CRASHED, NO_ANSWER, TIMED_OUT, RewardFunction, Verdict
+from fipo_megatron.reward.base import CRASHED, NO_ANSWER, TIMED_OUT, UNJUDGED, RewardFunction, Verdict
 from fipo_megatron.reward.custom_function import as_verdict, check_function
 from fipo_megatron.reward.length import overlong_penalty
 from fipo_megatron.reward.math_answer import score_dapo
@@ -15,7 +15,8 @@ from fipo_megatron.types import Judgement, Prompt
 
 RULES: dict[str, RewardFunction] = {"dapo": score_dapo}  # need no sandbox
 MATH_VERIFY = "fipo_megatron.reward.math_verify_rule:score_math_verify"
-UNREADABLE = (NO_ANSWER, TIMED_OUT, CRASHED)
+UNREADABLE = (NO_ANSWER, TIMED_OUT, CRASHED, UNJUDGED)
+MAX_FAILURE_CHARS = 400
 
 
 def make_reward(config: RewardConfig, max_response_tokens: int) -> Reward:
@@ -35,18 +36,18 @@ def make_reward(config: RewardConfig, max_response_tokens: int) -> Reward:
 
 
 class Reward:
-    """Judges one response, or by `judge_many` (a `types.Judge`) a batch, which the sandboxed rules judge in parallel.
+    """Judges a batch of responses by `judge_many` (a `types.Judge`); the sandboxed rules do so in parallel.
 
     The reward is the rule's score plus the format score (of a wrong answer that can be read) plus the overlong penalty;
     the accuracy is the rule's own. A response whose judging hangs or ends its process is wrong: score -1, accuracy 0,
     prediction `[TIMEOUT]` or `[CRASHED]`.
 
-    A rule that raises, or returns anything but a verdict with finite numbers, is a RuntimeError that names sample, rule
-    and cause: a response that cannot be judged must not be trained on.
+    Where a rule raises, or returns anything but a verdict with finite numbers, the judgement is a failure that names
+    rule, sample and cause: reward NaN, accuracy 0, prediction `[UNJUDGED]`.
     """
 
     def __init__(self, config: RewardConfig, max_response_tokens: int) -> None:
-        self._config = config
+        self.config = config
         self._max_response_tokens = max_response_tokens
         self._pool: WorkerPool | None = None
         if config.rule not in RULES:
@@ -54,57 +55,92 @@ class Reward:
             memory_bytes = int(config.memory_gib * 2**30)
             self._pool = WorkerPool(function, config.num_workers, config.timeout_s, memory_bytes)
 
-    def __call__(self, prompt: Prompt, response: str, num_tokens: int) -> Judgement:
-        return self.judge_many([prompt], [response], [num_tokens])[0]
-
     def judge_many(
         self, prompts: Sequence[Prompt], responses: Sequence[str], num_tokens: Sequence[int]
     ) -> list[Judgement]:
-        """One judgement a response, in order; `prompts` and `num_tokens` hold one entry for each of them."""
+        """One judgement a response, in order; `prompts` and `num_tokens` hold one entry for each of them.
+
+        Several threads may call it; where there is a sandbox, one call is judged after the other.
+
+        Raises:
+            RuntimeError: the custom function cannot be loaded, or the reward is closed meanwhile.
+        """
         pairs = [(response, prompt.ground_truth) for prompt, response in zip(prompts, responses, strict=True)]
-        if self._pool is None:
-            verdicts = [self._score_here(prompt, *pair) for prompt, pair in zip(prompts, pairs, strict=True)]
-        else:
-            outcomes = self._pool.run_many(pairs)
-            verdicts = [self._verdict(prompt, outcome) for prompt, outcome in zip(prompts, outcomes, strict=True)]
-        return [self._judgement(verdict, length) for verdict, length in zip(verdicts, num_tokens, strict=True)]
+        outcomes = self._pool.run_many(pairs) if self._pool is not None else [self._call_here(*pair) for pair in pairs]
+        return [self._judgement(*judged) for judged in zip(prompts, outcomes, num_tokens, strict=True)]
+
+    def with_limit(self, num_responses: int = 0) -> JudgeWithLimit:
+        """A judge of `num_responses` responses, in any number of calls, that raises once too many are failures."""
+        return JudgeWithLimit(self, num_responses)
 
     def close(self) -> None:
-        """Ends the worker processes."""
+        """Ends the worker processes, also those that judge for another thread, whose call then raises."""
         if self._pool is not None:
             self._pool.close()
 
-    def _score_here(self, prompt: Prompt, response: str, ground_truth: str) -> Verdict:
+    def _call_here(self, response: str, ground_truth: str) -> Outcome:
         try:
-            verdict = RULES[self._config.rule](response, ground_truth)
+            return Outcome("value", RULES[self.config.rule](response, ground_truth))
         except Exception as error:
-            raise RuntimeError(f"{self._failure(prompt)}: {type(error).__name__}: {error}") from error
-        if not (math.isfinite(verdict.score) and math.isfinite(verdict.accuracy)):
-            raise RuntimeError(
-                f"{self._failure(prompt)}: score {verdict.score} and accuracy {verdict.accuracy} must be finite"
-            )
-        return verdict
+            return Outcome("error", f"{type(error).__name__}: {error}")
 
-    def _verdict(self, prompt: Prompt, outcome: Outcome) -> Verdict:
+    def _judgement(self, prompt: Prompt, outcome: Outcome, num_tokens: int) -> Judgement:
         if outcome.kind == "error":
-            raise RuntimeError(f"{self._failure(prompt)}: {outcome.value}")
+            return self._failure(prompt, outcome.value)
         if outcome.kind != "value":
-            return Verdict(-1.0, 0.0, TIMED_OUT if outcome.kind == "timeout" else CRASHED)
+            return self._add_up(Verdict(-1.0, 0.0, TIMED_OUT if outcome.kind == "timeout" else CRASHED), num_tokens)
         try:
-            return as_verdict(outcome.value)
+            return self._add_up(as_verdict(outcome.value), num_tokens)
         except ValueError as error:
-            raise RuntimeError(f"{self._failure(prompt)}: {error}") from error
+            return self._failure(prompt, str(error))
 
-    def _failure(self, prompt: Prompt) -> str:
-        config = self._config
-        rule = f"rule: '{config.rule}'" if config.function is None else f"function: '{config.function}'"
-        return f"reward.{rule} failed on sample {prompt.uid}"
-
-    def _judgement(self, verdict: Verdict, num_tokens: int) -> Judgement:
-        config = self._config
+    def _add_up(self, verdict: Verdict, num_tokens: int) -> Judgement:
+        config = self.config
         reward = verdict.score + overlong_penalty(
             num_tokens, self._max_response_tokens, config.overlong_buffer_tokens, config.overlong_penalty_factor
         )
         if verdict.accuracy == 0 and verdict.prediction not in UNREADABLE:
             reward += config.format_score
         return Judgement(reward=reward, accuracy=verdict.accuracy, prediction=verdict.prediction)
+
+    def _failure(self, prompt: Prompt, cause: str) -> Judgement:
+        config = self.config
+        rule = f"rule: '{config.rule}'" if config.function is None else f"function: '{config.function}'"
+        failure = _one_line(f"reward.{rule} failed on sample {prompt.uid}: {cause}")
+        return Judgement(reward=math.nan, accuracy=0.0, prediction=UNJUDGED, failure=failure)
+
+
+class JudgeWithLimit:
+    """A `types.Judge` that ends the run where the rule fails on more than `reward.max_unjudged_frac` of the responses.
+
+    It raises as soon as that is certain: before the rest is judged, or even sampled.
+    """
+
+    def __init__(self, reward: Reward, num_responses: int) -> None:
+        self._reward = reward
+        self.num_responses = num_responses  # of all calls together, those to come included
+        self.failures: list[str] = []
+
+    def __call__(
+        self, prompts: Sequence[Prompt], responses: Sequence[str], num_tokens: Sequence[int]
+    ) -> list[Judgement]:
+        """As `Reward.judge_many`.
+
+        Raises:
+            RuntimeError: too many failures; it names the first.
+        """
+        judgements = self._reward.judge_many(prompts, responses, num_tokens)
+        self.failures += [judgement.failure for judgement in judgements if judgement.failure is not None]
+        limit = self._reward.config.max_unjudged_frac
+        if len(self.failures) > limit * self.num_responses:
+            raise RuntimeError(
+                f"reward.max_unjudged_frac = {limit:g}: {len(self.failures)} or more of {self.num_responses} responses "
+                f"could not be judged; correct the reward, or raise the limit. The first: {self.failures[0]}"
+            )
+        return judgements
+
+
+def _one_line(text: str) -> str:
+    """The text, cut off, with every character that a terminal may obey written as its code."""
+    visible = (character if character.isprintable() else ascii(character)[1:-1] for character in text)
+    return "".join(visible)[:MAX_FAILURE_CHARS]

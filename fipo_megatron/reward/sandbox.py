@@ -39,7 +39,7 @@ class Outcome:
 
 
 class WorkerPool:
-    """Up to `num_workers` processes, started when first needed; not thread-safe.
+    """Up to `num_workers` processes, started when first needed. Threads may share a pool: their calls queue up.
 
     `function` is `package.module:name` or `path/to/file.py:name`. The processes end with `close()` and with the driver.
     """
@@ -50,28 +50,44 @@ class WorkerPool:
         self._timeout_s = timeout_s
         self._memory_bytes = memory_bytes
         self._workers: list[_Worker] = []
+        self._turn = threading.Lock()  # held by the thread whose calls run
+        self._is_closing = False
 
     def run_many(self, calls: Sequence[tuple[Any, ...]]) -> list[Outcome]:
         """The outcome of the function for every tuple of arguments, in order.
 
         Raises:
-            RuntimeError: a worker cannot load the function.
+            RuntimeError: a worker cannot load the function, or another thread closes the pool meanwhile.
         """
-        outcomes: list[Outcome | None] = [None] * len(calls)
-        waiting = deque(range(len(calls)))
-        try:
-            while waiting or any(worker.call is not None for worker in self._workers):
-                self._start_workers(len(waiting))
-                self._hand_out(calls, waiting, outcomes)
-                for index, outcome in self._collect():
-                    outcomes[index] = outcome
-        except BaseException:
-            self.close()  # answers to these calls must not be taken for those to later ones
-            raise
-        return [outcome for outcome in outcomes if outcome is not None]
+        with self._turn:
+            try:
+                return self._run_many(calls)
+            except BaseException:
+                self._end_workers()  # answers to these calls must not be taken for those to later ones
+                raise
 
     def close(self) -> None:
         """Ends all workers; a later call starts new ones."""
+        self._is_closing = True
+        for worker in tuple(self._workers):
+            worker.process.kill()  # wakes the thread that waits for it
+        with self._turn:
+            self._end_workers()
+            self._is_closing = False
+
+    def _run_many(self, calls: Sequence[tuple[Any, ...]]) -> list[Outcome]:
+        outcomes: list[Outcome | None] = [None] * len(calls)
+        waiting = deque(range(len(calls)))
+        while waiting or any(worker.call is not None for worker in self._workers):
+            if self._is_closing:
+                raise RuntimeError(f"closed while {self._function} had {len(waiting)} calls to come")
+            self._start_workers(len(waiting))
+            self._hand_out(calls, waiting, outcomes)
+            for index, outcome in self._collect():
+                outcomes[index] = outcome
+        return [outcome for outcome in outcomes if outcome is not None]
+
+    def _end_workers(self) -> None:
         for worker in self._workers:
             worker.kill()
         self._workers = []

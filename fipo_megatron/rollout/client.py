@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import AsyncIterator, Sequence
 from typing import Protocol
 
-from fipo_megatron.types import Generation, GenerationRequest, SamplingSettings
+from fipo_megatron.types import FinishedResponse, GenerationRequest, SamplingSettings
 
 
 class EngineUpdateError(RuntimeError):
@@ -15,8 +15,10 @@ class EngineUpdateError(RuntimeError):
 class RolloutClient(Protocol):
     """An engine, wherever it runs."""
 
-    async def generate(self, requests: Sequence[GenerationRequest], sampling: SamplingSettings) -> list[Generation]:
-        """One generation a request, in order, all sampled by the weights of the last update."""
+    def generate(
+        self, requests: Sequence[GenerationRequest], sampling: SamplingSettings
+    ) -> AsyncIterator[FinishedResponse]:
+        """One response a request, in the order in which they are finished, by the weights of the last update."""
         ...
 
     async def connect_weights(self, address: str, port: int) -> None:

@@ -67,11 +67,12 @@ def group_samples(
     samples_per_prompt: int,
     judge: Judge,
     decode: Decode,
-) -> list[SampleGroup]:
+) -> list[SampleGroup | None]:
     """One judged group for every prompt, from generations in the order of `make_requests`.
 
-    A wrong number of generations and a generation that cannot be trained on (no token, log-probs of another length, not
-    finite or above 0) are RuntimeErrors: they are the engine's faults.
+    None where the reward failed on a response: advantages relative to fewer responses would be another estimate, so the
+    whole group is unusable. A wrong number of generations and a generation that cannot be trained on (no token,
+    log-probs of another length, not finite or above 0) are RuntimeErrors: they are the engine's faults.
     """
     if len(generations) != len(prompts) * samples_per_prompt:
         raise RuntimeError(
@@ -82,11 +83,13 @@ def group_samples(
         _check_generation(prompt, generation)
     texts = [decode(generation.token_ids) for generation in generations]
     judgements = judge(sampled_prompts, texts, [len(generation.token_ids) for generation in generations])
-    samples = tuple(_make_sample(*parts) for parts in zip(sampled_prompts, generations, texts, judgements, strict=True))
-    return [
-        SampleGroup(prompt, samples[i * samples_per_prompt : (i + 1) * samples_per_prompt])
-        for i, prompt in enumerate(prompts)
-    ]
+    samples = [_make_sample(*parts) for parts in zip(sampled_prompts, generations, texts, judgements, strict=True)]
+    groups: list[SampleGroup | None] = []
+    for i, prompt in enumerate(prompts):
+        rows = slice(i * samples_per_prompt, (i + 1) * samples_per_prompt)
+        is_judged = all(judgement.failure is None for judgement in judgements[rows])
+        groups.append(SampleGroup(prompt, tuple(samples[rows])) if is_judged else None)
+    return groups
 
 
 def _make_sample(prompt: Prompt, generation: Generation, text: str, judgement: Judgement) -> Sample:
@@ -142,24 +145,29 @@ class GroupBuffer:
     def __len__(self) -> int:
         return len(self._groups)
 
-    def add(self, groups: Iterable[SampleGroup]) -> None:
-        """Takes in the groups that pass the filter, in order; without dynamic sampling, all."""
+    def add(self, groups: Iterable[SampleGroup | None]) -> None:
+        """Takes in the groups that pass the filter, in order; without dynamic sampling, all that could be judged."""
         for group in groups:
+            if group is None:
+                continue
             if self._config.enabled and not has_spread(group):
                 self.num_without_spread += 1
             else:
                 self._groups.append(group)
 
-    def check_generation_batches(self, num_batches: int, needed: int) -> None:
-        """Returns nothing; a RuntimeError if a step is short of groups after its last allowed generation batch."""
+    def check_generation_batches(self, num_batches: int, needed: int, num_unjudged: int) -> None:
+        """Returns nothing; a RuntimeError if a step is short of groups after its last allowed generation batch.
+
+        `num_unjudged`: groups of the step that were dropped because a response could not be judged.
+        """
         if len(self) < needed and num_batches >= self._config.max_generation_batches:
             raise RuntimeError(
                 f"dynamic_sampling.max_generation_batches: {num_batches} generation batches gave {len(self)} of the "
                 f"{needed} groups of a step (rollout.prompts_per_step); {self.num_without_spread} groups of this run "
-                "were all right or all wrong. Raise dynamic_sampling.max_generation_batches or "
-                "dynamic_sampling.generation_prompts, lower rollout.prompts_per_step, raise "
-                "rollout.samples_per_prompt, choose problems nearer to what the policy can do (task), or set "
-                "dynamic_sampling.enabled=false"
+                f"were all right or all wrong, {num_unjudged} of this step could not be judged. Raise "
+                "dynamic_sampling.max_generation_batches or dynamic_sampling.generation_prompts, lower "
+                "rollout.prompts_per_step, raise rollout.samples_per_prompt, choose problems nearer to what the policy "
+                "can do (task), or set dynamic_sampling.enabled=false"
             )
 
     def take(self, n: int) -> list[SampleGroup]:
@@ -273,19 +281,22 @@ def mismatch_metrics(
     }
 
 
-def generation_metrics(generated: Sequence[SampleGroup]) -> dict[str, float]:
-    """The policy as it samples, over all groups `generated` in a step, before the filter.
+def generation_metrics(generated: Sequence[SampleGroup | None]) -> dict[str, float]:
+    """The policy as it samples, over all groups `generated` in a step before the filter, those that could be judged.
 
-    A step served from surplus alone generates none, and then has no `accuracy` and `reward_mean`.
+    A step served from surplus alone generates none: then `generated_groups` is 0, and there is no `accuracy` and
+    `reward_mean`; `mismatch_metrics` are missing, too, since no token is fresh.
     """
+    judged = [group for group in generated if group is not None]
     metrics: dict[str, float] = {
         "generated_groups": len(generated),
-        "generated_tokens": sum(len(sample.response_ids) for sample in _samples(generated)),
-        "generated_groups_with_spread": sum(map(has_spread, generated)),
+        "generated_tokens": sum(len(sample.response_ids) for sample in _samples(judged)),
+        "generated_groups_with_spread": sum(map(has_spread, judged)),
+        "unjudged_groups": len(generated) - len(judged),
     }
-    if generated:
-        metrics["accuracy"] = float(np.mean([sample.accuracy for sample in _samples(generated)]))
-        metrics["reward_mean"] = float(np.mean([sample.reward for sample in _samples(generated)]))
+    if judged:
+        metrics["accuracy"] = float(np.mean([sample.accuracy for sample in _samples(judged)]))
+        metrics["reward_mean"] = float(np.mean([sample.reward for sample in _samples(judged)]))
     return metrics
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -11,7 +11,7 @@ import torch
 
 from fipo_megatron.config.schema import Config
 from fipo_megatron.reshard.transport.collective import BroadcastGroup, TensorMeta
-from fipo_megatron.types import Generation, GenerationRequest, SamplingSettings
+from fipo_megatron.types import FinishedResponse, Generation, GenerationRequest, SamplingSettings
 
 
 class HfEngine:
@@ -36,8 +36,11 @@ class HfEngine:
         stop = self.model.generation_config.eos_token_id
         self.stop_ids = set(stop if isinstance(stop, list) else [stop])
 
-    def generate(self, requests: Sequence[GenerationRequest], sampling: SamplingSettings) -> list[Generation]:
-        """One generation a request, in order, by the weights of the last update, or the folder's.
+    def generate(
+        self, requests: Sequence[GenerationRequest], sampling: SamplingSettings
+    ) -> Iterator[list[FinishedResponse]]:
+        """One response a request, by the weights of the last update or the folder's; an item holds those that one
+        decoding step ended.
 
         Raises:
             RuntimeError: the engine holds random weights.
@@ -47,39 +50,45 @@ class HfEngine:
         by_length: dict[int, list[int]] = defaultdict(list)
         for i, request in enumerate(requests):
             by_length[len(request.prompt_ids)].append(i)
-        found: dict[int, Generation] = {}
         for indices in by_length.values():
-            found.update(zip(indices, self._generate_batch([requests[i] for i in indices], sampling), strict=True))
-        return [found[i] for i in range(len(requests))]
+            for finished in self._generate_batch([requests[i] for i in indices], sampling):
+                yield [(indices[row], generation) for row, generation in finished]
 
     @torch.no_grad()
-    def _generate_batch(self, requests: list[GenerationRequest], sampling: SamplingSettings) -> list[Generation]:
+    def _generate_batch(
+        self, requests: list[GenerationRequest], sampling: SamplingSettings
+    ) -> Iterator[list[FinishedResponse]]:
         generators = [torch.Generator().manual_seed(request.seed) for request in requests]
         tokens: list[list[int]] = [[] for _ in requests]
         logprobs: list[list[float]] = [[] for _ in requests]
+        running = list(range(len(requests)))
         inputs, cache = torch.tensor([request.prompt_ids for request in requests]), None
-        for _ in range(sampling.max_response_tokens):
+        while running:
             output = self.model(inputs, past_key_values=cache, use_cache=True)
             cache = output.past_key_values
             logits = _truncate(output.logits[:, -1].float() / (sampling.temperature or 1.0), sampling.top_p)
             scores = torch.log_softmax(logits, dim=-1)
+            # Also for rows that have ended: the batch keeps its size, and each row its random numbers.
             chosen = [_choose(row, sampling, generator) for row, generator in zip(scores, generators, strict=True)]
-            for i, token in enumerate(chosen):
-                if not tokens[i] or tokens[i][-1] not in self.stop_ids:
-                    tokens[i].append(token)
-                    logprobs[i].append(scores[i, token].item())
-            if all(sequence[-1] in self.stop_ids for sequence in tokens):
-                break
+            for row in running:
+                tokens[row].append(chosen[row])
+                logprobs[row].append(scores[row, chosen[row]].item())
+            ended = [row for row in running if self._has_ended(tokens[row], sampling)]
+            if ended:
+                yield [(row, self._generation(tokens[row], logprobs[row])) for row in ended]
+            running = [row for row in running if row not in ended]
             inputs = torch.tensor(chosen)[:, None]
-        return [
-            Generation(
-                np.asarray(ids, np.int32),
-                np.asarray(values, np.float32),
-                "stop" if ids[-1] in self.stop_ids else "length",
-                self.version,
-            )
-            for ids, values in zip(tokens, logprobs, strict=True)
-        ]
+
+    def _has_ended(self, tokens: list[int], sampling: SamplingSettings) -> bool:
+        return tokens[-1] in self.stop_ids or len(tokens) == sampling.max_response_tokens
+
+    def _generation(self, tokens: list[int], logprobs: list[float]) -> Generation:
+        return Generation(
+            np.asarray(tokens, np.int32),
+            np.asarray(logprobs, np.float32),
+            "stop" if tokens[-1] in self.stop_ids else "length",
+            self.version,
+        )
 
     def connect_weights(self, address: str, port: int) -> None:
         """Join the weight group whose rank 0 is the trainer's."""

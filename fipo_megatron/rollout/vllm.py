@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from fipo_megatron.config.schema import Config
-from fipo_megatron.types import Generation, GenerationRequest, SamplingSettings
+from fipo_megatron.types import FinishedResponse, Generation, GenerationRequest, SamplingSettings
 
 NUM_WORKERS = 1
 MIN_BATCHED_TOKENS = 4096  # per forward pass
@@ -67,19 +67,28 @@ class VllmEngine:
         )
         self.llm.update_weight_version(str(self.version))
 
-    def generate(self, requests: Sequence[GenerationRequest], sampling: SamplingSettings) -> list[Generation]:
-        """One generation a request, in order, by the weights of the last update, or the folder's.
+    def generate(
+        self, requests: Sequence[GenerationRequest], sampling: SamplingSettings
+    ) -> Iterator[list[FinishedResponse]]:
+        """One response a request, by the weights of the last update or the folder's; an item holds those that one
+        decoding step ended.
 
         Raises:
             RuntimeError: the engine holds dummy weights.
         """
         from vllm import SamplingParams
+        from vllm.sampling_params import RequestOutputKind
 
         if self.version < 0:
             raise RuntimeError("the engine holds dummy weights: push the policy's before generating")
-        outputs = self.llm.generate(
-            [{"prompt_token_ids": list(request.prompt_ids)} for request in requests],
-            [
+        version = int(self.llm.get_weight_version())
+        assert version == self.version, (version, self.version)
+        engine = self.llm.llm_engine
+        assert not engine.has_unfinished_requests(), "an earlier stream was not read to its end"
+        for index, request in enumerate(requests):
+            engine.add_request(
+                str(index),
+                {"type": "token", "prompt_token_ids": list(request.prompt_ids)},
                 SamplingParams(
                     temperature=sampling.temperature,
                     top_p=sampling.top_p,
@@ -87,14 +96,13 @@ class VllmEngine:
                     seed=request.seed,
                     logprobs=0,
                     detokenize=False,
-                )
-                for request in requests
-            ],
-            use_tqdm=False,
-        )
-        version = int(self.llm.get_weight_version())
-        assert version == self.version, (version, self.version)
-        return [_generation(output.outputs[0], version) for output in outputs]
+                    output_kind=RequestOutputKind.FINAL_ONLY,
+                ),
+            )
+        while engine.has_unfinished_requests():
+            finished = [output for output in engine.step() if output.finished]
+            if finished:
+                yield [(int(output.request_id), _generation(output.outputs[0], version)) for output in finished]
 
     def connect_weights(self, address: str, port: int) -> None:
         """Join the weight group whose rank 0 is the trainer's."""

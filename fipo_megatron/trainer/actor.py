@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Sequence
+from collections.abc import AsyncIterator, Awaitable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +12,7 @@ import ray
 from ray.exceptions import RayActorError, RayTaskError
 
 from fipo_megatron.config.schema import OptimizerConfig, TimeoutsConfig
-from fipo_megatron.types import Generation, GenerationRequest, SamplingSettings, TrainingBatch
+from fipo_megatron.types import FinishedResponse, GenerationRequest, SamplingSettings, TrainingBatch
 
 MAX_CAUSE_CHARS = 400
 GRACE_S = 5.0  # after a first failure: how long the others may take to name theirs, which may be the cause
@@ -39,17 +39,17 @@ class PolicyClient:
         """Build model and optimizer from a Hugging Face folder."""
         await self._call("load", folder, optimizer, random_seed, timeout_s=self.timeouts.startup_s)
 
-    async def put(self, batch: TrainingBatch) -> ray.ObjectRef:
-        """A handle of the batch in shared memory: calls that take a batch send it once, not once a rank."""
+    def put(self, batch: TrainingBatch) -> ray.ObjectRef:
+        """A handle of the batch in shared memory, for the calls below: it is sent once, not once a call and rank."""
         return ray.put(batch)
 
-    async def logprobs(self, batch: TrainingBatch) -> np.ndarray:
+    async def logprobs(self, batch: ray.ObjectRef) -> np.ndarray:
         """float32 [R], the policy's log-probs of every response token, in sample order."""
-        return self._join(await self._call("logprobs", ray.put(batch)))
+        return self._join(await self._call("logprobs", batch))
 
-    async def ref_logprobs(self, batch: TrainingBatch) -> np.ndarray:
+    async def ref_logprobs(self, batch: ray.ObjectRef) -> np.ndarray:
         """float32 [R], those of the frozen reference policy."""
-        return self._join(await self._call("ref_logprobs", ray.put(batch)))
+        return self._join(await self._call("ref_logprobs", batch))
 
     async def update(self, batch: ray.ObjectRef, samples: Sequence[int], lr: float) -> tuple[np.ndarray, float]:
         """Statistics of the loss and the gradient's norm of one optimizer step over the mini-batch of these samples."""
@@ -103,9 +103,17 @@ class EngineClient:
         """Return when the engine is up."""
         await self._call("__ray_ready__", timeout_s=self.timeouts.startup_s)
 
-    async def generate(self, requests: Sequence[GenerationRequest], sampling: SamplingSettings) -> list[Generation]:
-        """One generation a request, in order."""
-        return await self._call("generate", requests, sampling)
+    async def generate(
+        self, requests: Sequence[GenerationRequest], sampling: SamplingSettings
+    ) -> AsyncIterator[FinishedResponse]:
+        """One response a request, in the order in which they are finished; `timeouts.call_s` is for each wait."""
+        stream = self.actor.generate.options(num_returns="streaming").remote(requests, sampling)
+        while True:
+            (finished,) = await _gather({"engine": _next_item(stream)}, "generate", self.timeouts.call_s)
+            if finished is None:
+                return
+            for response in finished:
+                yield response
 
     async def connect_weights(self, address: str, port: int) -> None:
         """Join the weight group."""
@@ -120,7 +128,7 @@ class EngineClient:
         return (await _gather({"engine": ref}, method, timeout_s or self.timeouts.call_s))[0]
 
 
-async def _gather(refs: dict[str, ray.ObjectRef], method: str, timeout_s: float) -> list[Any]:
+async def _gather(refs: dict[str, Awaitable[Any]], method: str, timeout_s: float) -> list[Any]:
     """Results in the order of `refs`.
 
     Raises:
@@ -141,8 +149,16 @@ async def _gather(refs: dict[str, ray.ObjectRef], method: str, timeout_s: float)
     raise _cause(failures, silent, method, timeout_s)
 
 
-async def _result(ref: ray.ObjectRef) -> Any:
+async def _result(ref: Awaitable[Any]) -> Any:
     return await ref
+
+
+async def _next_item(stream: ray.ObjectRefGenerator) -> Any:
+    """The next item of a streaming call, None at its end."""
+    try:
+        return await (await anext(stream))
+    except StopAsyncIteration:
+        return None
 
 
 def _cause(

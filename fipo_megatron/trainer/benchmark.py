@@ -11,6 +11,7 @@ import time
 from collections.abc import Mapping
 from contextlib import closing
 from dataclasses import dataclass
+from itertools import chain
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Literal, Self
@@ -28,6 +29,7 @@ from fipo_megatron.observability.progress import Progress
 from fipo_megatron.reward.judge import UNREADABLE, make_reward
 from fipo_megatron.rollout.collect import EVALUATION_BATCH, make_requests
 from fipo_megatron.rollout.hf import HfEngine
+from fipo_megatron.rollout.stream import in_request_order
 from fipo_megatron.rollout.vllm import VllmEngine, vllm_environment
 from fipo_megatron.trainer.run import load_decode
 from fipo_megatron.types import Judge, Prompt, SamplingSettings
@@ -105,9 +107,10 @@ def evaluate_held_out(run_folder: Path) -> dict[str, float]:
     prompts = [prompt for prompts in sets.values() for prompt in prompts]
     engine = HfEngine(run_folder / "hf", config, load_weights=True)
     greedy = SamplingSettings(temperature=0.0, top_p=1.0, max_response_tokens=config.rollout.max_response_tokens)
-    generations = engine.generate(make_requests(prompts, 1, config.seed, EVALUATION_BATCH), greedy)
+    requests = make_requests(prompts, 1, config.seed, EVALUATION_BATCH)
+    generations = in_request_order(chain.from_iterable(engine.generate(requests, greedy)), len(requests))
     with closing(make_reward(config.reward, config.rollout.max_response_tokens)) as reward:
-        results = judge_problems(prompts, generations, reward.judge_many, load_decode(run_folder / "hf"))
+        results = judge_problems(prompts, generations, reward.with_limit(len(requests)), load_decode(run_folder / "hf"))
     return accuracy_metrics(results)
 
 
@@ -149,7 +152,8 @@ class Benchmark:
         Writes `<set>.jsonl` to the folder, one line a problem, and `<set>.json`, the summary.
         """
         with closing(make_reward(self._config.reward, self._config.rollout.max_response_tokens)) as reward:
-            results = self._sample(name, reward.judge_many)
+            num_responses = len(self._sets[name]) * self._settings.samples_per_problem
+            results = self._sample(name, reward.with_limit(num_responses))
         summary = {
             "set": name,
             "file": str(self._files[name]),
@@ -184,7 +188,8 @@ class Benchmark:
             for first in range(0, len(prompts), size):
                 part = prompts[first : first + size]
                 requests = make_requests(part, settings.samples_per_problem, settings.seed, EVALUATION_BATCH)
-                generations = self._engine.generate(requests, sampling)
+                responses = chain.from_iterable(self._engine.generate(requests, sampling))
+                generations = in_request_order(responses, len(requests))
                 results += judge_problems(part, generations, judge, self._decode)
                 left_s = (time.perf_counter() - start) * (len(prompts) / len(results) - 1)
                 left = f", about {format_duration(left_s)} left" if left_s else ""

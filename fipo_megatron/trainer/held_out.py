@@ -13,10 +13,11 @@ from fipo_megatron.evaluation.protocol import (
     run_metrics,
     write_results,
 )
-from fipo_megatron.reward.judge import UNREADABLE
+from fipo_megatron.reward.judge import UNREADABLE, Reward
 from fipo_megatron.rollout.client import RolloutClient
 from fipo_megatron.rollout.collect import EVALUATION_BATCH, make_requests
-from fipo_megatron.types import Decode, Judge, Prompt, SamplingSettings
+from fipo_megatron.rollout.stream import gather_responses
+from fipo_megatron.types import Decode, Prompt, SamplingSettings
 
 
 class HeldOutEvaluation:
@@ -26,11 +27,11 @@ class HeldOutEvaluation:
     """
 
     def __init__(
-        self, config: Config, sets: Mapping[str, Sequence[Prompt]], judge: Judge, decode: Decode, folder: Path
+        self, config: Config, sets: Mapping[str, Sequence[Prompt]], reward: Reward, decode: Decode, folder: Path
     ) -> None:
         self._config = config
         self._sets = sets
-        self._judge = judge
+        self._reward = reward
         self._decode = decode
         self._folder = folder
 
@@ -64,8 +65,8 @@ class HeldOutEvaluation:
         """Judged samples by the prefix of their metrics: of all problems, and of each named set."""
         prompts = [prompt for prompts in self._sets.values() for prompt in prompts]
         requests = make_requests(prompts, samples_per_problem, self._config.seed, EVALUATION_BATCH)
-        generations = await engine.generate(requests, sampling)
-        results = judge_problems(prompts, generations, self._judge, self._decode)
+        generations = await gather_responses(engine.generate(requests, sampling), len(requests))
+        results = judge_problems(prompts, generations, self._reward.with_limit(len(requests)), self._decode)
         by_prefix, start = {"eval/": results}, 0
         for name, set_prompts in self._sets.items():
             of_set = results[start : start + len(set_prompts)]

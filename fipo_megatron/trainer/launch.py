@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import shutil
 from collections.abc import Coroutine
+from contextlib import closing
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +17,6 @@ from fipo_megatron.data.run_prompts import make_run_prompts
 from fipo_megatron.data.solution_traces import SolutionTraces
 from fipo_megatron.data.tasks import make_task
 from fipo_megatron.data.tasks.base import Task
-from fipo_megatron.model.hf_config import read_model_shape
 from fipo_megatron.model.platform import check_cpu_versions, resolve_platform
 from fipo_megatron.observability.progress import Progress
 from fipo_megatron.observability.trackers import Trackers, check_trackers
@@ -42,8 +42,7 @@ def check_before_start(config: Config) -> None:
         if isinstance(source, Task):
             source.check_limits(config.rollout.max_prompt_tokens, config.rollout.max_response_tokens)
     else:
-        check_model_folder(Path(config.model.path), config.parallel)
-        check_positions(read_model_shape(Path(config.model.path)), config.rollout)
+        check_positions(check_model_folder(Path(config.model.path), config.parallel), config.rollout)
     check_port(config.cluster.address, config.cluster.master_port)
 
 
@@ -72,7 +71,8 @@ async def run_training(config: Config, folder: Path, progress: Progress) -> None
         await _together(prepare_policy(), workers.engine.ready())
         workers.model_folder = base
         shutil.rmtree(folder / "skeleton", ignore_errors=True)
-        await train(Run(config, folder, workers, base, prompts, progress, trackers))
+        with closing(Run(config, folder, workers, base, prompts, progress, trackers)) as run:
+            await train(run)
 
 
 def initial_policy(config: Config, files: ProblemFiles) -> tuple[Path, TraceSource | None]:

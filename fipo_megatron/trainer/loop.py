@@ -27,16 +27,17 @@ async def train(run: Run) -> None:
         batch = make_training_batch(groups, advantages)
 
         with run.timers.phase("old_logprobs"):
-            batch = replace(batch, old_logprobs=await policy.logprobs(batch))
+            handle = policy.put(batch)
+            batch = replace(batch, old_logprobs=await policy.logprobs(handle))
             if config.algorithm.reference_kl_coef > 0:
-                batch = replace(batch, ref_logprobs=await policy.ref_logprobs(batch))
+                batch = replace(batch, ref_logprobs=await policy.ref_logprobs(handle))
         metrics |= run.check_mismatch(groups, batch, version)
 
         with run.timers.phase("train"):
-            handle = await policy.put(batch)
+            handle = policy.put(batch)  # with the log-probs that the loss compares with
             lr = run.learning_rate(step)
             updates = [await policy.update(handle, samples, lr) for samples in run.mini_batches(step)]
-            logprobs = await policy.logprobs(batch)
+            logprobs = await policy.logprobs(handle)
         metrics |= run.check_kl(batch, logprobs)
         metrics |= run.update_metrics(updates, lr)
 

@@ -16,7 +16,7 @@ from typing import Any, Self
 import psutil
 import ray
 
-from fipo_megatron.config.schema import Config
+from fipo_megatron.config.schema import Config, RolloutConfig
 from fipo_megatron.model.platform import resolve_platform
 from fipo_megatron.rollout.client import EngineUpdateError
 from fipo_megatron.rollout.hf import HfEngine
@@ -26,7 +26,11 @@ from fipo_megatron.trainer.policy import MegatronPolicy
 
 logger = logging.getLogger(__name__)
 
-OBJECT_STORE_BYTES = 256 << 20
+MIN_OBJECT_STORE_BYTES = 256 << 20
+# A sampled token: the engine's id (4) and log-prob (4). A batch's token: its id (8), old and reference log-prob (4, 4).
+TOKEN_BYTES = 4 + 4 + 8 + 4 + 4
+# Of a rollout batch at its limits: a step's two handles overlap, replies and the surplus of sampling come on top.
+OBJECT_STORE_BATCHES = 3
 SHUTDOWN_S = 10.0
 
 
@@ -64,7 +68,7 @@ class Workers:
             include_dashboard=False,
             log_to_driver=False,
             logging_level="ERROR",
-            object_store_memory=OBJECT_STORE_BYTES,
+            object_store_memory=object_store_bytes(self.config.rollout),
             _node_ip_address=address,
             _temp_dir=f"{self._temp_dir}/ray",
         )
@@ -161,6 +165,13 @@ class Workers:
             if log.stat().st_size and not log.is_symlink():
                 (self.log_folder / "worker_logs").mkdir(exist_ok=True)
                 shutil.copy(log, self.log_folder / "worker_logs")
+
+
+def object_store_bytes(rollout: RolloutConfig) -> int:
+    """The shared memory in which batches travel between the processes: room for the longest batch of a step."""
+    longest = rollout.max_prompt_tokens + rollout.max_response_tokens
+    batch_bytes = rollout.prompts_per_step * rollout.samples_per_prompt * longest * TOKEN_BYTES
+    return max(MIN_OBJECT_STORE_BYTES, OBJECT_STORE_BATCHES * batch_bytes)
 
 
 async def _transfer(policy_side: Awaitable[None], engine_side: Awaitable[None]) -> None:

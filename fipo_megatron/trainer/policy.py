@@ -252,8 +252,3 @@ class MegatronPolicy:
         else:
             for _ in weights:
                 pass
-
-    def close(self) -> None:
-        """Leave the process groups."""
-        self.weight_group = None
-        dist.destroy_process_group()

@@ -19,7 +19,7 @@ from fipo_megatron.observability.progress import Progress
 from fipo_megatron.observability.samples import TokenRecord, samples_path, write_samples
 from fipo_megatron.observability.timers import PhaseTimers
 from fipo_megatron.observability.trackers import Trackers
-from fipo_megatron.reward.judge import make_reward
+from fipo_megatron.reward.judge import JudgeWithLimit, make_reward
 from fipo_megatron.rollout.collect import (
     GroupBuffer,
     SpreadGuard,
@@ -27,11 +27,11 @@ from fipo_megatron.rollout.collect import (
     check_prompt_lengths,
     flat_rollout_logprobs,
     generation_metrics,
-    group_samples,
     is_fresh_token,
     make_requests,
     mismatch_metrics,
 )
+from fipo_megatron.rollout.stream import judge_while_sampling
 from fipo_megatron.trainer.held_out import HeldOutEvaluation
 from fipo_megatron.trainer.placement import Workers
 from fipo_megatron.types import Decode, SampleGroup, SamplingSettings, TrainingBatch
@@ -60,10 +60,10 @@ class Run:
         self.trackers = trackers
         self.timers = PhaseTimers(progress.phase)
         self.decode = load_decode(model_folder)
-        self._judge = make_reward(config.reward, config.rollout.max_response_tokens).judge_many
+        self._reward = make_reward(config.reward, config.rollout.max_response_tokens)
         self._prompts = prompts
         self._evaluation = HeldOutEvaluation(
-            config, prompts.evaluation, self._judge, self.decode, folder / "evaluation"
+            config, prompts.evaluation, self._reward, self.decode, folder / "evaluation"
         )
         self._buffer = GroupBuffer(config.dynamic_sampling)
         self._spread = SpreadGuard(config.dynamic_sampling.max_steps_without_spread)
@@ -73,36 +73,43 @@ class Run:
     async def collect_groups(self, version: int) -> tuple[list[SampleGroup], dict[str, float]]:
         """The groups that a step trains on, sampled by weights `version` or left over, and their metrics."""
         config = self.config
-        needed, generated, num_batches = config.rollout.prompts_per_step, list[SampleGroup](), 0
+        needed, generated, num_batches = config.rollout.prompts_per_step, list[SampleGroup | None](), 0
+        judge = self._reward.with_limit()
         while len(self._buffer) < needed:
-            self._buffer.check_generation_batches(num_batches, needed)
-            groups = await self._generate_groups()
-            generated += groups
-            self._buffer.add(groups)
+            self._buffer.check_generation_batches(num_batches, needed, generated.count(None))
+            batch = await self._generate_groups(judge, num_missing=needed - len(self._buffer))
+            generated += batch
+            self._buffer.add(batch)
             num_batches += 1
         groups = self._buffer.take(needed)
+        if judge.failures:
+            self.progress.note(
+                f"the reward failed on {len(judge.failures)} responses; their {generated.count(None)} groups are "
+                f"dropped and replaced. The first: {judge.failures[0]}"
+            )
         surplus = {"surplus_kept": len(self._buffer), "surplus_dropped": self._buffer.num_surplus_dropped}
         if not config.dynamic_sampling.enabled:
             self._spread.observe(groups)
         metrics = (
             generation_metrics(generated)
             | batch_metrics(groups, version)
-            | {"generation_batches": num_batches, "prompts_over_limit": self._prompts.num_over_limit}
+            | {"generation_batches": num_batches, "unjudged_samples": len(judge.failures)}
+            | {"prompts_over_limit": self._prompts.num_over_limit}
             | surplus
         )
         return groups, {f"rollout/{name}": value for name, value in metrics.items()}
 
-    async def _generate_groups(self) -> list[SampleGroup]:
+    async def _generate_groups(self, judge: JudgeWithLimit, num_missing: int) -> list[SampleGroup | None]:
+        """A generation batch of prompts; without dynamic sampling only the `num_missing`, since all can be used."""
         rollout, dynamic = self.config.rollout, self.config.dynamic_sampling
-        prompts = self._prompts.train.next_prompts(
-            dynamic.generation_prompts if dynamic.enabled else rollout.prompts_per_step
-        )
+        prompts = self._prompts.train.next_prompts(dynamic.generation_prompts if dynamic.enabled else num_missing)
         check_prompt_lengths(prompts, rollout.max_prompt_tokens)
         requests = make_requests(prompts, rollout.samples_per_prompt, self.config.seed, self._num_generation_batches)
         self._num_generation_batches += 1
         sampling = SamplingSettings(rollout.temperature, rollout.top_p, rollout.max_response_tokens)
-        generations = await self.workers.engine.generate(requests, sampling)
-        return group_samples(prompts, generations, rollout.samples_per_prompt, self._judge, self.decode)
+        judge.num_responses += len(requests)
+        responses = self.workers.engine.generate(requests, sampling)
+        return await judge_while_sampling(prompts, responses, rollout.samples_per_prompt, judge, self.decode)
 
     def check_mismatch(self, groups: Sequence[SampleGroup], batch: TrainingBatch, version: int) -> dict[str, float]:
         """How far engine and trainer log-probs of the fresh samples differ.
@@ -207,6 +214,11 @@ class Run:
         if any(name.startswith("eval/") for name in metrics):
             plot_curves(self.folder / "metrics.jsonl", self.folder / "curves.png")
         self.progress.step(step, self.config.trainer.steps, metrics)
+
+    def close(self) -> None:
+        """End the reward's processes, also in the middle of judging, and close the metrics' file."""
+        self._reward.close()
+        self._metrics.close()
 
 
 def make_run_folder(config: Config, config_name: str) -> Path:

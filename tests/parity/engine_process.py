@@ -5,18 +5,22 @@ from __future__ import annotations
 import multiprocessing as mp
 import os
 import traceback
+from collections.abc import Sequence
+from itertools import chain
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
 
 from fipo_megatron.config.schema import Config
+from fipo_megatron.rollout.stream import in_request_order
 from fipo_megatron.rollout.vllm import vllm_environment
+from fipo_megatron.types import Generation, GenerationRequest, SamplingSettings
 
 START_S, CALL_S = 180, 120
 
 
 class EngineProcess:
-    """`with EngineProcess("vllm", folder, config) as engine: engine.call("generate", requests, sampling)`."""
+    """`with EngineProcess("vllm", folder, config) as engine: engine.generate(requests, sampling)`."""
 
     def __init__(self, engine: str, folder: Path, config: Config) -> None:
         context = mp.get_context("spawn")
@@ -40,6 +44,10 @@ class EngineProcess:
         """Start a call and wait for it."""
         self.start(method, *arguments)
         return self.result()
+
+    def generate(self, requests: Sequence[GenerationRequest], sampling: SamplingSettings) -> list[Generation]:
+        """All generations of the engine's stream, in order."""
+        return in_request_order(self.call("generate", requests, sampling), len(requests))
 
     def __enter__(self) -> Self:
         self._process.start()
@@ -73,6 +81,8 @@ def _serve(pipe: Any, engine: str, folder: Path, config: Config) -> None:
             return
         try:
             value = getattr(served, method)(*arguments)
+            if method == "generate":
+                value = list(chain.from_iterable(value))
             pipe.send((value, None))
         except Exception:
             pipe.send((None, traceback.format_exc()))

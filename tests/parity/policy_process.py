@@ -46,6 +46,8 @@ def run_policy(config: Config, calls: Sequence[tuple[str, tuple[Any, ...]]], **_
 
 
 def _run_rank(config: Config, rank: int, calls: list[tuple[str, tuple[Any, ...]]], ports: Any, results: Any) -> None:
+    import torch.distributed as dist
+
     from fipo_megatron.trainer.policy import MegatronPolicy
 
     try:
@@ -55,7 +57,7 @@ def _run_rank(config: Config, rank: int, calls: list[tuple[str, tuple[Any, ...]]
                 ports.put(policy.port())
         policy.connect(ports.get(timeout=TIMEOUT_S))
         values = [getattr(policy, method)(*arguments) for method, arguments in calls]
-        policy.close()
+        dist.destroy_process_group()
         results.put((rank, values, None))
     except BaseException:
         results.put((rank, None, traceback.format_exc()))

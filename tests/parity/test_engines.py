@@ -100,15 +100,15 @@ def test_engine_follows_the_pushed_weights(setting: dict) -> None:
     engine, policies = setting["engine"], setting["policies"]
     requests = [GenerationRequest(prompt, seed=i) for i, prompt in enumerate(prompts())]
     with pytest.raises(RuntimeError, match="push the policy's before generating"):
-        engine.call("generate", requests, GREEDY)
+        engine.generate(requests, GREEDY)
     for version, which in enumerate([0, 1, 0]):
         push(setting, policies[which], version)
-        generations = engine.call("generate", requests, GREEDY)
+        generations = engine.generate(requests, GREEDY)
         check_greedy(generations, policies[which], version)
     assert sum(len(generation.token_ids) for generation in generations) > 100
 
     other = SamplingSettings(temperature=0.7, top_p=1.0, max_response_tokens=24)
-    first, again = (engine.call("generate", requests, other) for _ in range(2))
+    first, again = (engine.generate(requests, other) for _ in range(2))
     for prompt, a, b in zip(prompts(), first, again, strict=True):
         np.testing.assert_array_equal(a.token_ids, b.token_ids)  # a seed a request: the same tokens
         np.testing.assert_array_equal(a.logprobs, b.logprobs)
@@ -117,10 +117,16 @@ def test_engine_follows_the_pushed_weights(setting: dict) -> None:
             logits = policies[0](ids).logits[0, PROMPT_TOKENS - 1 : -1] / 0.7
         expected = logits.log_softmax(-1).gather(-1, torch.tensor(a.token_ids.tolist())[:, None])[:, 0]
         np.testing.assert_allclose(a.logprobs, expected.numpy(), atol=1e-4)  # log-probs after the temperature
-    reversed_order = engine.call("generate", requests[::-1], other)[::-1]
+    # In a stream of responses as they are finished, the short ones come first.
+    finished = engine.call("generate", requests, SamplingSettings(2.0, 1.0, max_response_tokens=64))
+    assert sorted(index for index, _ in finished) == list(range(NUM_PROMPTS))
+    lengths = [len(generation.token_ids) for _, generation in finished]
+    assert len(set(lengths)) > 1
+    assert lengths == sorted(lengths)
+    reversed_order = engine.generate(requests[::-1], other)[::-1]
     for a, b in zip(first, reversed_order, strict=True):
         np.testing.assert_array_equal(a.token_ids, b.token_ids)  # whatever the order and company
-    reseeded = engine.call("generate", [GenerationRequest(r.prompt_ids, r.seed + 100) for r in requests], other)
+    reseeded = engine.generate([GenerationRequest(r.prompt_ids, r.seed + 100) for r in requests], other)
     assert any(
         len(a.token_ids) != len(b.token_ids) or (a.token_ids != b.token_ids).any()
         for a, b in zip(first, reseeded, strict=True)

@@ -16,6 +16,17 @@ from tests.smoke.train_process import REPO, SMALL, TrainProcess
 FAULTY = Path(__file__).with_name("faulty_train.py")
 TWO_RANKS = ("rollout.engine=hf", "timeouts.collective_s=12", "timeouts.call_s=25")
 FAST = (*TWO_RANKS, "parallel.tensor=1")
+HANGING_REWARD = """
+import pathlib, time
+
+folder = pathlib.Path("{folder}")
+
+def judge(response, ground_truth):
+    while (folder / "hang").exists():
+        (folder / "hangs").touch()
+        time.sleep(1)
+    return len(response) % 2
+"""
 
 
 @pytest.fixture(scope="module")
@@ -77,7 +88,23 @@ def test_an_interrupt_ends_everything(number: int, tmp_path: Path, cache: str) -
 
 
 @pytest.mark.multiproc
-@pytest.mark.parametrize(("fault", "cause"), [("reward_raises", "no such rule"), ("reward_is_nan", "must be finite")])
+def test_an_interrupt_ends_a_judgement_that_hangs(tmp_path: Path, cache: str) -> None:
+    (tmp_path / "reward.py").write_text(HANGING_REWARD.format(folder=tmp_path))
+    reward = f"reward={{rule: custom, function: '{tmp_path / 'reward.py'}:judge', timeout_s: 1000}}"
+    run = TrainProcess(tmp_path, [*FAST, cache, reward, "trainer.steps=500"])
+    run.wait_for("step 1/")
+    (tmp_path / "hang").touch()
+    run.wait_for_file(tmp_path / "hangs")
+    run.send_signal(signal.SIGINT)
+    finished = run.finish(timeout_s=30)
+    assert finished.code == 130
+    assert finished.last_line.startswith("interrupted")
+
+
+@pytest.mark.multiproc
+@pytest.mark.parametrize(
+    ("fault", "cause"), [("reward_raises", "no such rule"), ("reward_is_nan", "be a finite number")]
+)
 def test_a_broken_reward_is_named(
     fault: str, cause: str, tmp_path: Path, cache: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -72,6 +72,13 @@ class TrainProcess:
             assert time.monotonic() < deadline, f"{text!r} did not come:\n{self.output()}"
             time.sleep(0.05)
 
+    def wait_for_file(self, path: Path) -> None:
+        """Return when the run has made a file."""
+        deadline = time.monotonic() + START_S
+        while not path.exists():
+            assert time.monotonic() < deadline, f"{path} did not come:\n{self.output()}"
+            time.sleep(0.05)
+
     def worker(self, title: str) -> psutil.Process:
         """The first worker whose process title contains `title`, e.g. `MegatronPolicy`; waits until there is one."""
         deadline = time.monotonic() + START_S

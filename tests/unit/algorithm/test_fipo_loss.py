@@ -1,6 +1,7 @@
 """The loss against plain Python, over every switch; its indifference to layout; and what may stand under the mask."""
 
 import itertools
+import math
 
 import pytest
 import torch
@@ -236,3 +237,18 @@ def test_refuses_the_table_of_another_batch():
     values = torch.zeros(8)
     with pytest.raises(ValueError, match="segments end at token 9, logprobs has 8"):
         fipo_loss(values, values, values, values, AlgorithmConfig(), segments=SegmentTable(torch.tensor([0, 9])))
+
+
+@pytest.mark.parametrize("aggregation", AGGREGATIONS)
+def test_a_batch_whose_sequences_are_all_dropped_changes_nothing(aggregation):
+    config = AlgorithmConfig(loss_aggregation=aggregation)
+    logprobs = torch.full((3, 4), -0.5, requires_grad=True)
+    response = torch.ones(3, 4)
+    output = fipo_loss(logprobs, logprobs.detach() - 3.0, -response, response, config, sequence_norm=8)  # ratio e^3 > c
+    assert (output.loss_sum.item(), output.denominator.item()) == (0.0, 0)
+    output.loss_sum.backward()
+    assert logprobs.grad is not None
+    assert torch.equal(logprobs.grad, torch.zeros(3, 4))
+    metrics = loss_metrics(output.statistics, config)
+    assert metrics["dropped_sequences"] == 3
+    assert all(math.isfinite(value) for value in metrics.values())

@@ -70,9 +70,23 @@ def test_metrics_count_answers_lengths_and_truncations() -> None:
     assert evaluate(generations) == {
         "accuracy": 0.75,
         "accuracy_stderr": pytest.approx(math.sqrt(0.75 * 0.25 / 4)),
+        "unjudged": 0,
         "mean_response_tokens": 5.25,
         "truncated_frac": 0.25,
     }
+
+
+def test_a_response_that_cannot_be_judged_is_wrong_and_counted() -> None:
+    def failing(prompts: Sequence[Prompt], texts: Sequence[str], num_tokens: Sequence[int]) -> list[Judgement]:
+        judgements = judge(prompts, texts, num_tokens)
+        return [Judgement(math.nan, 0.0, "[UNJUDGED]", failure="KeyError"), *judgements[1:]]
+
+    generations = [generation(i, 2) for i in range(4)]
+    results = judge_problems(PROMPTS, generations, failing, decode)
+    metrics = accuracy_metrics(results)
+    assert (metrics["accuracy"], metrics["unjudged"]) == (0.75, 1)
+    assert summarize(results, (), seed=0)["unjudged"] == 1
+    assert results[0].unjudged == (True,)
 
 
 def test_samples_belong_to_their_prompt() -> None:
@@ -185,6 +199,7 @@ def test_a_row_of_the_table_holds_a_problem() -> None:
         num_tokens=(2, 3),
         truncated=(False, True),
         reflections=(Reflection(False, False, False),) * 2,
+        unjudged=(False, False),
     )
     assert rows[1].correct == (True, True)
 
@@ -199,6 +214,7 @@ def result(predictions: str, ground_truth: str) -> ProblemResult:
         num_tokens=(10,) * len(predictions),
         truncated=(True, *(False,) * (len(predictions) - 1)),
         reflections=tuple(Reflection(prediction in "12", False, prediction == "1") for prediction in predictions),
+        unjudged=(False,) * len(predictions),
     )
 
 

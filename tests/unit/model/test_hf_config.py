@@ -43,6 +43,7 @@ def test_a_missing_key_is_named() -> None:
         ({"architectures": None}, "'none'"),
         ({"rope_scaling": {"type": "yarn", "factor": 4}}, "yarn"),
         ({"use_sliding_window": True}, "sliding-window"),
+        ({"vocab_size": "152064"}, "vocab_size = '152064' in config.json of here; must be a positive whole number"),
     ],
 )
 def test_refuses_what_the_weight_map_does_not_cover(change: dict[str, Any], cause: str) -> None:

@@ -50,6 +50,17 @@ def test_curves_are_the_metrics(tmp_path: Path, drawn: list[Figure]) -> None:
     assert texts["Accuracy"] == []
 
 
+def test_a_step_served_from_surplus_leaves_a_gap(tmp_path: Path, drawn: list[Figure]) -> None:
+    with MetricsWriter(tmp_path / "metrics.jsonl") as writer:
+        writer.write(1, {"rollout/accuracy": 0.3, "rollout/mismatch_max": 1e-5, "train/clip_frac": 0.1})
+        writer.write(2, {"rollout/generated_groups": 0, "train/clip_frac": 0.2})
+        writer.write(3, {"rollout/accuracy": 0.5, "rollout/mismatch_max": 2e-5, "train/clip_frac": 0.3})
+    plot_curves(tmp_path / "metrics.jsonl", tmp_path / "curves.png")
+    lines = {ax.get_title(loc="left"): ax.lines[0].get_xydata().tolist() for ax in drawn[0].axes if ax.lines}
+    assert lines["Accuracy"] == [[1, 0.3], [3, 0.5]]
+    assert lines["Clip fraction"] == [[1, 0.1], [2, 0.2], [3, 0.3]]
+
+
 def test_a_run_without_steps_is_refused(tmp_path: Path) -> None:
     MetricsWriter(tmp_path / "metrics.jsonl").close()
     with pytest.raises(ValueError, match=r"metrics.jsonl: no steps to plot"):

@@ -4,6 +4,7 @@ import os
 import signal
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -139,6 +140,42 @@ def test_an_idle_worker_that_died_is_replaced(function: str) -> None:
     os.kill(pid, signal.SIGKILL)
     wait_until_gone(pid, 5)
     assert pool.run_many([("echo", 1), ("echo", 2)])[1] == Outcome("value", 2)
+    pool.close()
+
+
+def test_threads_share_a_pool(pool: WorkerPool) -> None:
+    answers: dict[int, list[Outcome]] = {}
+
+    def ask(number: int) -> None:
+        answers[number] = pool.run_many([("echo", (number, i)) for i in range(30)])
+
+    threads = [threading.Thread(target=ask, args=(number,)) for number in range(6)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(timeout=30)
+    assert answers == {number: [Outcome("value", (number, i)) for i in range(30)] for number in range(6)}
+
+
+def test_closing_ends_the_calls_of_another_thread(function: str) -> None:
+    pool = WorkerPool(function, num_workers=2, timeout_s=1000.0, memory_bytes=1 << 30)
+    errors: list[str] = []
+
+    def hang() -> None:
+        try:
+            pool.run_many([("sleep",)] * 100)
+        except RuntimeError as error:
+            errors.append(str(error))
+
+    pool.run_many([("echo", i) for i in range(20)])  # until both workers are up
+    thread = threading.Thread(target=hang)
+    thread.start()
+    time.sleep(0.2)
+    pool.close()
+    thread.join(timeout=5)
+    assert not thread.is_alive()
+    assert errors == [f"closed while {function} had 98 calls to come"]
+    assert pool.run_many([("echo", 2)]) == [Outcome("value", 2)]
     pool.close()
 
 

@@ -71,6 +71,13 @@ def make_group(uid: str, *accuracies: float, tokens: Sequence[int] | None = None
     )
 
 
+def judged_groups(prompts: Sequence[Prompt], generations: Sequence[Generation]) -> list[SampleGroup]:
+    """Groups of two, all of which can be judged."""
+    groups = group_samples(prompts, generations, 2, judge, decode)
+    assert None not in groups
+    return [group for group in groups if group is not None]
+
+
 def uids(groups: Sequence[SampleGroup]) -> list[str]:
     return [group.prompt.uid for group in groups]
 
@@ -100,7 +107,7 @@ def test_every_part_of_the_key_changes_the_seed() -> None:
 
 def test_groups_hold_what_engine_and_reward_said() -> None:
     generations = [generation(7), generation(7, 1), generation(8, logprobs=[-0.25], version=4), generation(2)]
-    first, second = group_samples(PROMPTS, generations, 2, judge, decode)
+    first, second = judged_groups(PROMPTS, generations)
     assert uids([first, second]) == ["train/0", "train/1"]
     assert [sample.accuracy for sample in first.samples] == [1.0, 0.0]
     assert [sample.reward for sample in first.samples] == pytest.approx([0.99, -1.02])
@@ -108,6 +115,22 @@ def test_groups_hold_what_engine_and_reward_said() -> None:
     assert (sample.text, sample.prediction, sample.weight_version, sample.accuracy) == ("8", "<8>", 4, 1.0)
     assert sample.rollout_logprobs.tolist() == [-0.25]
     assert sample.prompt is PROMPTS[1]
+
+
+def test_a_group_with_a_response_that_cannot_be_judged_is_no_group() -> None:
+    def failing(prompts: Sequence[Prompt], texts: Sequence[str], num_tokens: Sequence[int]) -> list[Judgement]:
+        judgements = judge(prompts, texts, num_tokens)
+        return [dataclasses.replace(j, failure="KeyError") if j.prediction == "<9>" else j for j in judgements]
+
+    generations = [generation(7), generation(9), generation(8), generation(2)]
+    unjudged, group = group_samples(PROMPTS, generations, 2, failing, decode)
+    assert unjudged is None
+    assert group is not None
+    assert uids([group]) == ["train/1"]
+    buffer = GroupBuffer(DynamicSamplingConfig(enabled=False))
+    buffer.add([unjudged, group])
+    assert len(buffer) == 1
+    assert buffer.num_without_spread == 0
 
 
 @pytest.mark.parametrize("num_generations", [3, 5])
@@ -173,10 +196,10 @@ def test_buffer_without_dynamic_sampling_takes_all() -> None:
 def test_generation_gives_up_after_the_last_batch_and_says_what_to_change() -> None:
     buffer = GroupBuffer(DynamicSamplingConfig(max_generation_batches=3))
     buffer.add([make_group("a", 0, 1), make_group("b", 1, 1)])
-    buffer.check_generation_batches(2, needed=4)
-    buffer.check_generation_batches(3, needed=1)
-    with pytest.raises(RuntimeError, match="3 generation batches gave 1 of the 4 groups") as caught:
-        buffer.check_generation_batches(3, needed=4)
+    buffer.check_generation_batches(2, needed=4, num_unjudged=0)
+    buffer.check_generation_batches(3, needed=1, num_unjudged=0)
+    with pytest.raises(RuntimeError, match="3 generation batches gave 1 of the 4 groups .* 7 of this step") as caught:
+        buffer.check_generation_batches(3, needed=4, num_unjudged=7)
     for key in (
         "dynamic_sampling.max_generation_batches",
         "dynamic_sampling.generation_prompts",
@@ -232,9 +255,7 @@ def test_spread_guard_takes_a_shaped_reward_for_a_signal() -> None:
 
 
 def test_training_batch_joins_prompts_and_responses() -> None:
-    groups = group_samples(
-        PROMPTS, [generation(7, 9), generation(6), generation(8), generation(2, 2, 2)], 2, judge, decode
-    )
+    groups = judged_groups(PROMPTS, [generation(7, 9), generation(6), generation(8), generation(2, 2, 2)])
     batch = make_training_batch(groups, np.array([1.5, -1.5, 0.5, -0.5]))
     assert batch.token_ids.tolist() == [1, 2, 3, 7, 9, 1, 2, 3, 6, 4, 8, 4, 2, 2, 2]
     assert batch.cu_seqlens.tolist() == [0, 5, 9, 11, 15]
@@ -280,10 +301,11 @@ def test_mismatch_without_fresh_tokens_is_empty_and_not_finite_is_refused() -> N
 
 def test_generation_metrics_are_over_all_groups_before_the_filter() -> None:
     groups = [make_group("a", 1, 1), make_group("b", 0, 0), make_group("c", 0, 1, tokens=[3, 4]), make_group("d", 1, 1)]
-    expected = {"generated_groups": 4, "generated_groups_with_spread": 1, "accuracy": 0.625, "reward_mean": 0.25}
-    assert generation_metrics(groups) == expected | {"generated_tokens": 13}
-    nothing = {"generated_groups": 0, "generated_groups_with_spread": 0, "generated_tokens": 0}
+    counts = {"generated_groups": 6, "generated_groups_with_spread": 1, "unjudged_groups": 2, "generated_tokens": 13}
+    assert generation_metrics([None, *groups, None]) == counts | {"accuracy": 0.625, "reward_mean": 0.25}
+    nothing = dict.fromkeys(counts, 0)
     assert generation_metrics([]) == nothing
+    assert generation_metrics([None]) == nothing | {"generated_groups": 1, "unjudged_groups": 1}
 
 
 def test_batch_metrics_by_hand() -> None:

@@ -1,13 +1,17 @@
-"""Which of several failures is told as the cause."""
+"""Which of several failures is told as the cause, and streams that end, fail or fall silent."""
 
 from __future__ import annotations
 
 import asyncio
+from collections.abc import AsyncIterator, Awaitable
+from typing import Any
 
 import pytest
 from ray.exceptions import ActorDiedError
 
-from fipo_megatron.trainer.actor import WorkerError, _cause, _gather
+from fipo_megatron.config.schema import TimeoutsConfig
+from fipo_megatron.trainer.actor import EngineClient, WorkerError, _cause, _gather
+from fipo_megatron.types import SamplingSettings
 
 LOST_PEER = RuntimeError("[gloo/transport/tcp/pair.cc:541] Connection closed by peer [127.0.0.1]:1234")
 
@@ -46,3 +50,73 @@ def test_gather_keeps_the_order_and_stops_at_the_timeout() -> None:
     assert asyncio.run(both(0.0)) == [1, 2]
     with pytest.raises(WorkerError, match="b did not answer port"):
         asyncio.run(both(5.0))
+
+
+class StreamingActor:
+    """What Ray gives for an actor whose `generate` streams: each item comes as something to wait for.
+
+    Its items are lists of responses, errors, and numbers: seconds of silence.
+    """
+
+    def __init__(self, *items: Any) -> None:
+        self._items = items
+
+    @property
+    def generate(self) -> StreamingActor:
+        return self
+
+    def options(self, num_returns: str) -> StreamingActor:
+        assert num_returns == "streaming"
+        return self
+
+    async def remote(self, requests: Any, sampling: Any) -> AsyncIterator[Awaitable[Any]]:
+        for item in self._items:
+            if isinstance(item, float):
+                await asyncio.sleep(item)
+            else:
+                yield self._result(item)
+
+    async def _result(self, item: Any) -> Any:
+        if isinstance(item, BaseException):
+            raise item
+        return item
+
+
+def read(*items: Any, call_s: float = 5.0) -> tuple[list[Any], BaseException | None]:
+    """What a client got of a stream of these items, and how the stream failed."""
+    client = EngineClient(StreamingActor(*items), TimeoutsConfig(call_s=call_s))
+    received: list[Any] = []
+
+    async def read_all() -> None:
+        async for response in client.generate([], SamplingSettings(1.0, 1.0, 8)):
+            received.append(response)
+
+    try:
+        asyncio.run(read_all())
+    except Exception as error:
+        return received, error
+    return received, None
+
+
+def test_a_stream_gives_what_its_items_hold_and_ends() -> None:
+    assert read([(3, "a"), (0, "b")], [(1, "c")]) == ([(3, "a"), (0, "b"), (1, "c")], None)
+    assert read() == ([], None)
+
+
+def test_the_time_limit_is_for_one_wait_and_not_for_the_whole_stream() -> None:
+    items = [item for i in range(8) for item in (0.05, [(i, "")])]
+    assert read(*items, call_s=0.2) == ([(i, "") for i in range(8)], None)
+
+
+@pytest.mark.parametrize(
+    ("last_item", "cause"),
+    [
+        (60.0, "engine did not answer generate within 0.2 s, it hangs or is stopped"),
+        (ActorDiedError(), "engine died during generate"),
+        (ValueError("no such token"), "no such token"),
+    ],
+)
+def test_an_engine_that_falls_silent_or_fails_in_the_middle_is_named(last_item: Any, cause: str) -> None:
+    received, error = read([(0, "a")], last_item, call_s=0.2)
+    assert received == [(0, "a")]
+    assert str(error).startswith(cause)

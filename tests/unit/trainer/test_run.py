@@ -1,12 +1,30 @@
 from __future__ import annotations
 
+import asyncio
+import random
+from collections.abc import AsyncIterator, Iterator, Sequence
+from contextlib import closing, contextmanager
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
+import numpy as np
 import pytest
 
+from fipo_megatron.algorithm.advantage import group_relative_advantages
 from fipo_megatron.config.load import load_config
 from fipo_megatron.config.schema import Config
-from fipo_megatron.trainer.run import make_run_folder
+from fipo_megatron.data.encoding import load_prompt_encoder
+from fipo_megatron.data.load import load_files
+from fipo_megatron.data.run_prompts import make_run_prompts
+from fipo_megatron.data.tasks import make_task
+from fipo_megatron.observability.metrics import MetricsWriter
+from fipo_megatron.observability.progress import Progress
+from fipo_megatron.observability.trackers import Trackers
+from fipo_megatron.rollout.collect import make_training_batch
+from fipo_megatron.trainer.run import Run, make_run_folder
+from fipo_megatron.trainer.warm_start import write_skeleton
+from fipo_megatron.types import FinishedResponse, Generation, GenerationRequest, SamplingSettings
 
 
 def test_run_folders_never_overwrite_unasked(tmp_path: Path) -> None:
@@ -27,3 +45,145 @@ def test_run_folders_never_overwrite_unasked(tmp_path: Path) -> None:
     (tmp_path / "quickstart-seed7" / "old").touch()
     replacing = Config.model_validate({"run": {"root": str(tmp_path), "name": "quickstart-seed7", "overwrite": True}})
     assert {path.name for path in make_run_folder(replacing, "quickstart").iterdir()} == {"config.yaml"}
+
+
+# Fails on a response by its length alone, so that the test can say which; scores the others by it, too.
+REWARD = """
+def reward(response, ground_truth):
+    number = len(response)
+    if FAILING and number % FAILING == 0:
+        kind = number // FAILING % 6
+        if kind == 0:
+            raise KeyError("no such unit")
+        return (float("nan"), float("inf"), None, "right", {"accuracy": 1.0})[kind - 1]
+    return {"score": float(number), "accuracy": float(number % 2), "prediction": ""}
+"""
+PROMPTS, GROUP = 6, 4
+
+
+class LengthEngine:
+    """Responses of 1 to 60 tokens, the length made of the seed alone; finished in an order of its own."""
+
+    def __init__(self, order: int) -> None:
+        self._rng = random.Random(order)
+        self.requests: list[Sequence[GenerationRequest]] = []  # of every call
+
+    async def generate(
+        self, requests: Sequence[GenerationRequest], sampling: SamplingSettings
+    ) -> AsyncIterator[FinishedResponse]:
+        self.requests.append(requests)
+        for index in self._rng.sample(range(len(requests)), len(requests)):
+            await asyncio.sleep(0)
+            length = response_tokens(requests[index])
+            yield index, Generation(np.full(length, 5, np.int32), np.full(length, -0.5, np.float32), "stop", 0)
+
+
+def response_tokens(request: GenerationRequest) -> int:
+    return 1 + request.seed % 60
+
+
+@contextmanager
+def make_run(folder: Path, order: int, failing: int, **sections: dict[str, Any]) -> Iterator[tuple[Run, LengthEngine]]:
+    """A run with a LengthEngine, and a reward that fails on every response whose length `failing` divides; 0: none."""
+    folder.mkdir()
+    (folder / "reward.py").write_text(f"FAILING = {failing}\n{REWARD}")
+    config = Config.model_validate(
+        {
+            "rollout": {"prompts_per_step": PROMPTS, "samples_per_prompt": GROUP, "max_response_tokens": 64},
+            "dynamic_sampling": {"generation_prompts": 10},
+            "evaluation": {"num_problems": 24},
+            "warm_start": {},
+            **sections,
+            "reward": {"rule": "custom", "function": f"{folder / 'reward.py'}:reward", **sections.get("reward", {})},
+        }
+    )
+    write_skeleton(config, make_task(config.task), folder)
+    prompts = make_run_prompts(config, load_files(config.data), load_prompt_encoder(folder, config.data))
+    engine = LengthEngine(order)
+    workers: Any = SimpleNamespace(engine=engine)
+    with (
+        (folder / "notes.txt").open("w") as notes,
+        closing(Run(config, folder, workers, folder, prompts, Progress(notes), Trackers(config, folder))) as run,
+    ):
+        run.decode = lambda token_ids: "x" * len(token_ids)
+        yield run, engine
+
+
+def test_groups_with_failed_responses_are_dropped_replaced_and_counted(tmp_path: Path) -> None:
+    """Without dynamic sampling; one length in twelve fails, in each of six ways; two finishing orders, one result."""
+    batches = []
+    for order in (0, 1):
+        with make_run(
+            tmp_path / str(order), order, 12, dynamic_sampling={"enabled": False}, reward={"max_unjudged_frac": 0.5}
+        ) as (run, engine):
+            groups, metrics = asyncio.run(run.collect_groups(version=0))
+            requested = [len(requests) for requests in engine.requests]
+        batches.append([[sample.text for sample in group.samples] for group in groups])
+        assert metrics["rollout/generated_groups"] == sum(requested) // GROUP
+        assert metrics["rollout/unjudged_groups"] == sum(requested) // GROUP - PROMPTS
+    assert batches[0] == batches[1]
+    assert requested[0] == PROMPTS * GROUP
+    assert requested[1:] == [n for n in requested[1:] if n % GROUP == 0]
+    assert len(requested) == metrics["rollout/generation_batches"] > 1
+    assert metrics["rollout/unjudged_samples"] >= metrics["rollout/unjudged_groups"] > 0
+
+    rewards = [sample.reward for group in groups for sample in group.samples]
+    assert rewards == [len(text) for texts in batches[0] for text in texts]
+    assert not any(reward % 12 == 0 for reward in rewards)
+    advantages = group_relative_advantages(rewards, [GROUP] * PROMPTS, normalize_by_std=True)
+    assert np.isfinite(make_training_batch(groups, advantages).advantages).all()
+    with MetricsWriter(tmp_path / "metrics.jsonl") as writer:
+        writer.write(1, metrics)  # refuses numbers that are not finite
+
+
+def test_counts_are_those_of_every_response(tmp_path: Path) -> None:
+    """One generation batch of ten prompts, recounted from the seeds of its requests."""
+    with make_run(tmp_path / "run", 0, 20, reward={"max_unjudged_frac": 0.5}) as (run, engine):
+        groups, metrics = asyncio.run(run.collect_groups(version=0))
+    lengths = np.array([response_tokens(request) for request in engine.requests[0]]).reshape(-1, GROUP)
+    failed = lengths % 20 == 0
+    judged = lengths[~failed.any(axis=1)]
+    assert metrics["rollout/unjudged_samples"] == failed.sum() > 0
+    assert metrics["rollout/unjudged_groups"] == failed.any(axis=1).sum()
+    assert metrics["rollout/reward_mean"] == pytest.approx(judged.mean())
+    assert metrics["rollout/accuracy"] == pytest.approx((judged % 2).mean())
+    with_spread = judged[(judged % 2).min(axis=1) != (judged % 2).max(axis=1)]
+    assert [[len(sample.text) for sample in group.samples] for group in groups] == with_spread[:PROMPTS].tolist()
+    notes = (tmp_path / "run" / "notes.txt").read_text()
+    assert f"the reward failed on {failed.sum()} responses" in notes
+    assert "The first: reward.function: " in notes
+
+
+@pytest.mark.parametrize(("failing", "limit"), [(1, 0.99), (3, 0.1)])
+def test_a_reward_that_fails_too_often_ends_the_run_with_its_cause(failing: int, limit: float, tmp_path: Path) -> None:
+    with (
+        make_run(tmp_path / "run", 0, failing, reward={"max_unjudged_frac": limit}) as (run, _),
+        pytest.raises(RuntimeError, match=rf"max_unjudged_frac = {limit}: \d+ or more of 40 .*failed on sample train/"),
+    ):
+        asyncio.run(run.collect_groups(version=0))
+
+
+def test_an_evaluation_counts_what_cannot_be_judged_as_wrong(tmp_path: Path) -> None:
+    with make_run(tmp_path / "run", 0, 5, reward={"max_unjudged_frac": 0.9}) as (run, engine):
+        metrics = asyncio.run(run.evaluate())
+    lengths = np.array([[response_tokens(request) for request in requests] for requests in engine.requests])
+    failed = lengths % 5 == 0
+    assert [metrics["eval/sampled_unjudged"], metrics["eval/greedy_unjudged"]] == failed.sum(axis=1).tolist()
+    assert failed.any()
+    assert metrics["eval/sampled_accuracy"] == np.mean(~failed[0] & (lengths[0] % 2 == 1))
+    with (
+        make_run(tmp_path / "failing", 0, 1, reward={"max_unjudged_frac": 0.5}) as (run, _),
+        pytest.raises(RuntimeError, match="max_unjudged_frac = 0.5: 24 or more of 24 responses"),
+    ):
+        asyncio.run(run.evaluate())
+
+
+def test_a_step_served_from_surplus_samples_nothing_and_says_so(tmp_path: Path) -> None:
+    with make_run(tmp_path / "run", 0, 0, dynamic_sampling={"generation_prompts": 40}) as (run, _):
+        asyncio.run(run.collect_groups(version=0))
+        groups, metrics = asyncio.run(run.collect_groups(version=1))
+    assert len(groups) == PROMPTS
+    assert metrics["rollout/generated_groups"] == metrics["rollout/generation_batches"] == 0
+    assert metrics["rollout/stale_samples"] == PROMPTS * GROUP
+    assert "rollout/accuracy" not in metrics
+    assert "rollout/reward_mean" not in metrics

@@ -1,0 +1,65 @@
+"""Batches with next to nothing in them make finite steps: responses of one token, no sequence kept, no advantage."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from fipo_megatron.algorithm.loss_metrics import LossStatistics
+from fipo_megatron.config.schema import OptimizerConfig
+from fipo_megatron.types import TrainingBatch
+from tests.parity.policy_process import make_config, run_policy
+from tests.parity.test_engines import VOCAB, make_model
+
+OPTIMIZER = OptimizerConfig(lr=0.01, weight_decay=0.0)
+
+
+def make_batch(response_tokens: int, advantages: list[float], old_logprob: float) -> TrainingBatch:
+    rng = np.random.default_rng(0)
+    num_samples, prompt_tokens = len(advantages), 3
+    length = prompt_tokens + response_tokens
+    return TrainingBatch(
+        token_ids=rng.integers(2, VOCAB, num_samples * length),
+        cu_seqlens=np.arange(num_samples + 1) * length,
+        prompt_lens=np.full(num_samples, prompt_tokens),
+        advantages=np.array(advantages, np.float32),
+        old_logprobs=np.full(num_samples * response_tokens, old_logprob, np.float32),
+    )
+
+
+@pytest.mark.multiproc
+def test_updates_of_degenerate_batches(tmp_path: Path) -> None:
+    folder = tmp_path / "model"
+    make_model(folder, seed=0, tied=False)
+    # Old log-probs far below any new one: ratios beyond the dual clip, where A < 0 in too many tokens of each sequence.
+    all_dropped = make_batch(6, [-1.0] * 4, old_logprob=-20.0)
+    no_advantage = make_batch(6, [0.0] * 4, old_logprob=-3.0)
+    one_token = make_batch(1, [1.0, -1.0, 0.5, -0.5], old_logprob=-3.0)
+    samples = range(4)
+    replies = run_policy(
+        make_config(folder, trainer={"max_policy_kl": 100.0}),
+        [
+            ("load", (folder, OPTIMIZER)),
+            ("logprobs", (one_token,)),
+            ("update", (all_dropped, samples, 0.01)),
+            ("update", (no_advantage, samples, 0.01)),
+            ("export", (folder, tmp_path / "unchanged")),
+            ("update", (one_token, samples, 0.01)),
+            ("export", (folder, tmp_path / "changed")),
+        ],
+    )
+    (logprobs,), (dropped,), (without_advantage,), (of_one_token,) = (replies[i] for i in (1, 2, 3, 5))
+    assert [values.shape for _, values in logprobs] == [(1,)] * 4
+    assert LossStatistics(torch.tensor(dropped[0])).sums["dropped_sequences"] == 4
+    assert (dropped[1], without_advantage[1]) == (0.0, 0.0)  # norms of the gradients
+    assert 0.0 < of_one_token[1] < np.inf
+    before, unchanged, changed = (
+        load_file(path / "model.safetensors") for path in (folder, tmp_path / "unchanged", tmp_path / "changed")
+    )
+    assert all(torch.equal(before[name], unchanged[name]) for name in before)
+    assert all(torch.isfinite(changed[name]).all() for name in before)
+    assert any(not torch.equal(before[name], changed[name]) for name in before)
