@@ -230,7 +230,7 @@ def split_intervals(metrics: dict[str, float]) -> tuple[dict[str, float], dict[s
 
 def test_a_summary_by_hand() -> None:
     points, ends = split_intervals(summarize(FOUR_PROBLEMS, "-", 0))
-    assert points == ESTIMATES | REFLECTIONS | {"mean_response_tokens": 10.0, "truncated_frac": 0.25}
+    assert points == ESTIMATES | REFLECTIONS | {"mean_response_tokens": 10.0, "truncated_frac": 0.25, "unjudged": 0}
     for name in ESTIMATES:
         assert 0 <= ends[f"{name}_low"] < points[name] < ends[f"{name}_high"] <= 1
 
@@ -243,6 +243,7 @@ def test_a_run_records_the_estimates_where_there_are_several_samples() -> None:
         "sampled_accuracy_stderr": pytest.approx(problem_means.std() / 2),
         "sampled_mean_response_tokens": 10.0,
         "sampled_truncated_frac": 0.25,
+        "sampled_unjudged": 0,
     }
     assert points == sampled | ESTIMATES | REFLECTIONS
     assert len(ends) == 6
@@ -272,6 +273,7 @@ def test_the_table_is_one_line_a_problem(tmp_path: Path) -> None:
         "correct": [True, True, False, True],
         "num_tokens": [10] * 4,
         "truncated": [True, False, False, False],
+        "unjudged": [False, False, False, False],
         "reflections": [{"verifies": c, "rederives": False, "corrects": c} for c in (False, False, True, False)],
     }
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import json
-from collections.abc import Sequence
+from collections.abc import AsyncIterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -12,9 +12,10 @@ import numpy as np
 import pytest
 
 from fipo_megatron.config.schema import Config
+from fipo_megatron.reward.judge import make_reward
 from fipo_megatron.rollout.collect import sampling_seed
 from fipo_megatron.trainer.held_out import HeldOutEvaluation
-from fipo_megatron.types import Generation, GenerationRequest, Judgement, Prompt, SamplingSettings
+from fipo_megatron.types import FinishedResponse, Generation, GenerationRequest, Prompt, SamplingSettings
 
 EASY = [Prompt(f"easy/{i}", (1,), "7", "") for i in range(6)]
 HARD = [Prompt(f"hard/{i}", (1, 2), "9", "") for i in range(4)]
@@ -27,24 +28,23 @@ class FakeEngine:
     def __init__(self) -> None:
         self.asked: list[SamplingSettings] = []
 
-    async def generate(self, requests: Sequence[GenerationRequest], sampling: SamplingSettings) -> list[Generation]:
-        """One token a request."""
+    async def generate(
+        self, requests: Sequence[GenerationRequest], sampling: SamplingSettings
+    ) -> AsyncIterator[FinishedResponse]:
+        """One token a request, the last request's first."""
         self.asked.append(sampling)
-        return [self._answer(request.seed, sampling) for request in requests]
+        for index, request in reversed(list(enumerate(requests))):
+            yield index, self._answer(request.seed, sampling)
 
     def _answer(self, seed: int, sampling: SamplingSettings) -> Generation:
         answer = 7 if sampling.temperature == 0 else 7 + seed % 2
         return Generation(np.array([answer], np.int32), np.zeros(1, np.float32), "stop", 0)
 
 
-def judge(prompts: Sequence[Prompt], texts: Sequence[str], num_tokens: Sequence[int]) -> list[Judgement]:
-    pairs = zip(prompts, texts, strict=True)
-    return [Judgement(0.0, float(text == prompt.ground_truth), text) for prompt, text in pairs]
-
-
 def measure(folder: Path, engine: FakeEngine, sets: dict[str, list[Prompt]], **sections: Any) -> dict[str, float]:
     config = Config.model_validate({"seed": 5, "rollout": {"max_response_tokens": 12}, **sections})
-    evaluation = HeldOutEvaluation(config, sets, judge, lambda ids: str(ids[0]), folder)
+    reward = make_reward(config.reward, max_response_tokens=12)
+    evaluation = HeldOutEvaluation(config, sets, reward, lambda ids: f"Answer: {ids[0]}", folder)
     return asyncio.run(evaluation.measure(engine, 20))  # type: ignore[arg-type]
 
 

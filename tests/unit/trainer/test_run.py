@@ -165,7 +165,7 @@ def test_a_reward_that_fails_too_often_ends_the_run_with_its_cause(failing: int,
 
 def test_an_evaluation_counts_what_cannot_be_judged_as_wrong(tmp_path: Path) -> None:
     with make_run(tmp_path / "run", 0, 5, reward={"max_unjudged_frac": 0.9}) as (run, engine):
-        metrics = asyncio.run(run.evaluate())
+        metrics = asyncio.run(run.evaluate(step=0))
     lengths = np.array([[response_tokens(request) for request in requests] for requests in engine.requests])
     failed = lengths % 5 == 0
     assert [metrics["eval/sampled_unjudged"], metrics["eval/greedy_unjudged"]] == failed.sum(axis=1).tolist()
@@ -175,7 +175,7 @@ def test_an_evaluation_counts_what_cannot_be_judged_as_wrong(tmp_path: Path) -> 
         make_run(tmp_path / "failing", 0, 1, reward={"max_unjudged_frac": 0.5}) as (run, _),
         pytest.raises(RuntimeError, match="max_unjudged_frac = 0.5: 24 or more of 24 responses"),
     ):
-        asyncio.run(run.evaluate())
+        asyncio.run(run.evaluate(step=0))
 
 
 def test_a_step_served_from_surplus_samples_nothing_and_says_so(tmp_path: Path) -> None:
