@@ -1,14 +1,14 @@
-"""A policy rank in a process of its own, driven by a script of calls: what the parity tests spawn."""
+"""A policy rank in a process of its own, driven by a script of calls: what the parity tests start."""
 
 from __future__ import annotations
 
-import multiprocessing as mp
 import traceback
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from fipo_megatron.config.schema import Config
+from tests.parity.forkserver import CONTEXT
 
 TIMEOUT_S = 120
 
@@ -19,11 +19,10 @@ def run_policy(config: Config, calls: Sequence[tuple[str, tuple[Any, ...]]], **_
     Raises:
         RuntimeError: a rank failed; the message holds its traceback.
     """
-    context = mp.get_context("spawn")
     world_size = config.parallel.world_size
-    ports, results = context.Queue(), context.Queue()
+    ports, results = CONTEXT.Queue(), CONTEXT.Queue()
     ranks = [
-        context.Process(target=_run_rank, args=(config, rank, list(calls), ports, results), daemon=True)
+        CONTEXT.Process(target=_run_rank, args=(config, rank, list(calls), ports, results), daemon=True)
         for rank in range(world_size)
     ]
     for process in ranks:

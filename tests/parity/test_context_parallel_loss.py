@@ -21,6 +21,7 @@ from fipo_megatron.ops.future_kl_scan import future_kl_scan
 from fipo_megatron.ops.token_logprob import token_logprob
 from fipo_megatron.parallel.context import merge_context_chunks, merge_zigzag, split_zigzag
 from fipo_megatron.types import SegmentTable
+from tests.parity.forkserver import CONTEXT
 
 pytestmark = pytest.mark.multiproc
 
@@ -39,7 +40,8 @@ CONFIGS = {
 
 def start_processes(function, size: int, folder: Path) -> list:
     """What `function(rank, size, group)` returns on each of `size` gloo ranks."""
-    mp.spawn(run_rank, args=(function, size, folder), nprocs=size)
+    method = CONTEXT.get_start_method()
+    mp.start_processes(run_rank, args=(function, size, folder), nprocs=size, start_method=method)
     return [torch.load(folder / f"{rank}.pt", weights_only=True) for rank in range(size)]
 
 
