@@ -30,7 +30,7 @@ def main() -> int:
     parser.add_argument("--row-key", default="task.name", metavar="KEY", help="one row of panels for each value of it")
     parser.add_argument("--title", default="Comparison of runs", help="of the figure")
     parser.add_argument(
-        "--out", type=Path, metavar="FILE.png", help="the figure (default: compare.png beside the runs)"
+        "--out", type=Path, default=Path("compare.png"), metavar="FILE.png", help="the figure (default: compare.png)"
     )
     form = parser.add_mutually_exclusive_group()
     form.add_argument("--json", action="store_true", help="print the numbers as JSON")
@@ -40,15 +40,15 @@ def main() -> int:
     from fipo_megatron.observability.compare_report import comparison_json, comparison_tables, plot_comparison
     from fipo_megatron.observability.progress import print_table
 
-    figure = options.out or options.runs[0].resolve().parent / "compare.png"
+    figure = options.out
     try:
         groups = group_runs([read_run(folder) for folder in options.runs], options.by, options.row_key)
         differences = paired_differences(groups)
         plot_comparison(groups, figure, options.title)
-    except ValueError as error:
+    except (ValueError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
-    for caveat in find_caveats(groups):
+    for caveat in find_caveats(groups, options.by):
         print(f"note: {caveat}", file=sys.stderr)
     if options.json:
         print(json.dumps(comparison_json(groups, differences), indent=2, allow_nan=False))

@@ -53,7 +53,7 @@ def main() -> int:
         return 130
     except ValueError as error:
         _log(folder)
-        print(f"error: {error}", file=sys.stderr)
+        print(f"error: {error}", *getattr(error, "__notes__", []), file=sys.stderr)
         return 2
     except Exception as error:
         _log(folder)
@@ -75,10 +75,12 @@ def _print_summary(folder: Path) -> None:
     print_table("held-out accuracy", ("", "before", "after"), rows)
     shown = _short(folder)
     print(f"curves: {shown / 'curves.png'}\nmetrics: {shown / 'metrics.jsonl'}\npolicy: {shown / 'hf'}")
+    print(f"config: {shown / 'config.yaml'}\nheld-out problems, one by one: {shown / 'evaluation'}")
     if (folder / "samples").is_dir():
         print(f"samples: {_command('view_samples.py', str(shown))}")
     if (folder / "tensorboard").is_dir():
-        print(f"tensorboard: tensorboard --logdir {shlex.quote(str(shown.parent))}")
+        command = [str(_short(Path(sys.executable))), "-m", "tensorboard.main", "--logdir", str(shown.parent)]
+        print(f"tensorboard: {shlex.join(command)}")
     print(f"compare: {_command('compare_runs.py', str(shown))} OTHER_RUN ...")
 
 

@@ -20,6 +20,7 @@ from fipo_megatron.evaluation.reflection import Reflection, find_reflection, ref
 from fipo_megatron.types import Decode, Generation, Judge, Prompt
 
 CONFIDENCE = 0.95
+RIGHT = object()  # the vote of every right sample
 NUM_RESAMPLES, RESAMPLES_AT_ONCE = 10_000, 1_000
 
 
@@ -106,7 +107,8 @@ def summarize(results: Sequence[ProblemResult], unreadable: Collection[str], see
 
 
 def metrics_at_k(results: Sequence[ProblemResult], unreadable: Collection[str], seed: int) -> dict[str, float]:
-    """`avg@k`, `cons@k` and `pass@k` over all problems, k the number of samples of each, written out (`avg@32`).
+    """`avg@k`, `cons@k` and `pass@k` over all problems, k the number of samples of each, written out (`avg@32`), and
+    `pass@j` for j = 2, 4, 8, ... below k (`pass@1` is `avg@k`).
 
     Each estimate comes with the ends of its bootstrap interval under `_low` and `_high`. `unreadable` are the
     predictions that stand for no answer. No problem, or another number of samples in one, is a ValueError.
@@ -114,15 +116,22 @@ def metrics_at_k(results: Sequence[ProblemResult], unreadable: Collection[str], 
     correct = _correct(results)
     k = correct.shape[1]
     estimates = {
-        "avg": correct.mean(axis=1),
-        "cons": np.array([consensus_is_correct(result.predictions, result.correct, unreadable) for result in results]),
-        "pass": pass_at_k(correct, k),
+        f"avg@{k}": correct.mean(axis=1),
+        f"cons@{k}": np.array(
+            [consensus_is_correct(result.predictions, result.correct, unreadable) for result in results]
+        ),
     }
+    estimates |= {f"pass@{j}": pass_at_k(correct, j) for j in (*powers_of_two_below(k), k)}
     metrics: dict[str, float] = {}
     for name, scores in estimates.items():
         low, high = bootstrap_interval(scores, seed)
-        metrics |= {f"{name}@{k}": float(scores.mean()), f"{name}@{k}_low": low, f"{name}@{k}_high": high}
+        metrics |= {name: float(scores.mean()), f"{name}_low": low, f"{name}_high": high}
     return metrics
+
+
+def powers_of_two_below(k: int) -> list[int]:
+    """2, 4, 8, ... while less than k."""
+    return [2**i for i in range(1, (k - 1).bit_length())]
 
 
 def accuracy(correct: np.ndarray) -> tuple[float, float]:
@@ -149,19 +158,18 @@ def pass_at_k(correct: np.ndarray, k: int) -> np.ndarray:
     return by_num_correct[correct.astype(np.int64).sum(axis=1)]
 
 
-def majority_vote(predictions: Sequence[str], unreadable: Collection[str]) -> str | None:
-    """The prediction that most samples agree on, equal as text; among equally many, the one that came first.
-
-    Samples without an answer, their prediction one of `unreadable`, do not vote: None if no sample has one.
-    """
-    votes = Counter(prediction for prediction in predictions if prediction not in unreadable)
-    return votes.most_common(1)[0][0] if votes else None  # most_common keeps the order of equal counts
-
-
 def consensus_is_correct(predictions: Sequence[str], correct: Sequence[bool], unreadable: Collection[str]) -> bool:
-    """Whether the majority's answer is right (cons@k), as judged at the first sample that gave it."""
-    answer = majority_vote(predictions, unreadable)
-    return answer is not None and correct[predictions.index(answer)]
+    """Whether the answer that most samples agree on is right (cons@k); of equally many, the one that came first counts.
+
+    All right samples gave one answer, however they wrote it; wrong answers agree where they are equal as text. Samples
+    without an answer, their prediction one of `unreadable`, do not vote.
+    """
+    votes = Counter(
+        RIGHT if is_right else prediction
+        for prediction, is_right in zip(predictions, correct, strict=True)
+        if is_right or prediction not in unreadable
+    )
+    return bool(votes) and votes.most_common(1)[0][0] is RIGHT  # most_common keeps the order of equal counts
 
 
 def bootstrap_interval(scores: np.ndarray, seed: int) -> tuple[float, float]:

@@ -11,8 +11,12 @@ import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-# Where a remark begins: at the start of a line, sentence or clause, after any number of fillers.
-CLAUSE_START = r"(?:^|[.,;:!?\u2026()\n\u2013\u2014-])\s*(?:(?:but|oh|ah|hm+|no|so|and|ok|okay|well)\b[,.\u2026]*\s*)*"
+# Where a remark begins: at the start of a line, sentence or clause, after a few fillers. Repetitions have limits:
+# without them a response of nothing but line ends or fillers would take time that grows with the square of its length.
+CLAUSE_START = (
+    r"(?:^|[.,;:!?\u2026()\n\u2013\u2014-])\s{0,3}"
+    r"(?:(?:but|oh|ah|hm{1,5}|no|so|and|ok|okay|well)\b[,.\u2026]{0,3}\s{0,3}){0,3}"
+)
 WE = r"(?:let me|let us|let's|lemme|(?:i|we)(?:'ll| will| can| could| should| must| need to| want to)?)"
 WORK = r"(?:work|answers?|results?|solutions?|calculations?|steps?|reasoning|arithmetic)"
 

@@ -214,8 +214,9 @@ def paired_differences(groups: Sequence[Group]) -> list[Difference]:
     return differences
 
 
-def find_caveats(groups: Sequence[Group]) -> list[str]:
-    """What a reader of the comparison should know: runs that ended early, groups whose runs differ beyond the seed."""
+def find_caveats(groups: Sequence[Group], by: str = ALGORITHM) -> list[str]:
+    """What a reader of the comparison should know: runs that ended early, groups whose runs differ beyond the seed, and
+    groups of one task that differ in more than the algorithm."""
     caveats = []
     for group in groups:
         name = " ".join(filter(None, (group.task, group.label)))
@@ -227,4 +228,10 @@ def find_caveats(groups: Sequence[Group]) -> list[str]:
         differing = [key for key in keys if len({repr(run.config.get(key)) for run in group.runs}) > 1]
         if differing:
             caveats.append(f"{name}: its runs differ in more than the seed: {', '.join(differing)}")
+    for first, second in itertools.combinations(groups, 2):
+        configs = [group.runs[0].config for group in (first, second)]
+        compared = {key for config in configs for key in config if not key.startswith((*OWN_OF_A_RUN, "algorithm."))}
+        others = sorted(key for key in compared - {by} if configs[0].get(key) != configs[1].get(key))
+        if first.task == second.task and others:
+            caveats.append(f"{first.label} and {second.label} differ in more than {by}: {', '.join(others)}")
     return caveats

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from contextlib import ExitStack
 from importlib.util import find_spec
 from pathlib import Path
 from types import TracebackType
@@ -17,8 +18,8 @@ class Tracker(Protocol):
     def log(self, step: int, metrics: Mapping[str, float]) -> None:
         """Sends the metrics of a step."""
 
-    def close(self) -> None:
-        """Sends what is left."""
+    def close(self, failed: bool) -> None:
+        """Sends what is left, and whether the run failed."""
 
 
 class TensorBoardTracker:
@@ -36,8 +37,8 @@ class TensorBoardTracker:
             self._writer.add_scalar(key, value, step)
         self._writer.flush()
 
-    def close(self) -> None:
-        """Closes the event file."""
+    def close(self, failed: bool) -> None:
+        """Closes the event file, which has no word for a failure."""
         self._writer.close()
 
 
@@ -59,12 +60,13 @@ class WandbTracker:
         """Sends the metrics of a step."""
         self._run.log(dict(metrics), step=step)
 
-    def close(self) -> None:
+    def close(self, failed: bool) -> None:
         """Waits until all is sent, and ends W&B's own process."""
         import wandb
 
-        self._run.finish()
-        wandb.teardown()
+        exit_code = 1 if failed else 0
+        self._run.finish(exit_code=exit_code)
+        wandb.teardown(exit_code=exit_code)
 
 
 TRACKERS: dict[TrackerName, type[TensorBoardTracker] | type[WandbTracker]] = {
@@ -78,7 +80,8 @@ def check_trackers(names: Sequence[TrackerName]) -> None:
     for name in names:
         if find_spec(name) is None:
             raise ValueError(
-                f"run.trackers = {list(names)}: {name} is not installed; run `pip install {name}`, or leave it out"
+                f"run.trackers = {list(names)}: {name} is not installed; run "
+                "`.venv/bin/python -m pip install -e '.[trackers]'`, or leave it out"
             )
 
 
@@ -99,5 +102,6 @@ class Trackers:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
     ) -> None:
-        for tracker in self._trackers:
-            tracker.close()
+        with ExitStack() as closing:  # each is closed, whatever another raises
+            for tracker in self._trackers:
+                closing.callback(tracker.close, failed=error is not None)

@@ -58,8 +58,8 @@ def as_verdict(result: Any) -> Verdict:
     for key in ("score", "accuracy"):
         if not _is_finite(result[key]):
             raise ValueError(f"it returned {key} {result[key]!r:.200}; it must be a finite number")
-    if not 0 <= result["accuracy"] <= 1:
-        raise ValueError(f"it returned accuracy {result['accuracy']!r}; it must be in [0, 1]")
+    if result["accuracy"] not in (0, 1):
+        raise ValueError(f"it returned accuracy {result['accuracy']!r}; it must be 0 or 1; grade by the score")
     if not isinstance(result["prediction"], str):
         raise ValueError(f"it returned prediction {result['prediction']!r:.200}; it must be text")
     return Verdict(float(result["score"]), float(result["accuracy"]), result["prediction"])

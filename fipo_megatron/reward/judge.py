@@ -120,6 +120,8 @@ class JudgeWithLimit:
         self._reward = reward
         self.num_responses = num_responses  # of all calls together, those to come included
         self.failures: list[str] = []
+        self.num_timeouts = 0  # responses that are wrong because judging them took too long
+        self.num_crashes = 0  # or ended the process
 
     def __call__(
         self, prompts: Sequence[Prompt], responses: Sequence[str], num_tokens: Sequence[int]
@@ -131,6 +133,8 @@ class JudgeWithLimit:
         """
         judgements = self._reward.judge_many(prompts, responses, num_tokens)
         self.failures += [judgement.failure for judgement in judgements if judgement.failure is not None]
+        self.num_timeouts += sum(judgement.prediction == TIMED_OUT for judgement in judgements)
+        self.num_crashes += sum(judgement.prediction == CRASHED for judgement in judgements)
         limit = self._reward.config.max_unjudged_frac
         if len(self.failures) > limit * self.num_responses:
             raise RuntimeError(

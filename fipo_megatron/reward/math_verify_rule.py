@@ -47,12 +47,12 @@ def score_math_verify(response: str, ground_truth: str) -> Verdict:
 
 
 def extract_answer(response: str) -> str | None:
-    r"""What follows the last `Answer:` on its line, else the content of the last `\boxed{}`; None without either."""
+    r"""What follows the last `Answer:` on its line, or the content of the last `\boxed{}` if that begins later."""
     end = response[-MAX_READ_CHARS:]
-    lines = ANSWER_LINE.findall(end)
-    if lines:
-        return str(lines[-1]).strip(" *")  # bold in Markdown
+    lines = list(ANSWER_LINE.finditer(end))
     start = end.rfind(BOXED)
+    if lines and lines[-1].end() > start:
+        return str(lines[-1][1]).strip(" *")  # bold in Markdown
     if start < 0:
         return None
     content = start + len(BOXED)

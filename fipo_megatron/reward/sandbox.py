@@ -227,6 +227,8 @@ def _read_calls(connection: Connection, calls: queue.SimpleQueue[tuple[Any, ...]
 def _answer(call: Callable[..., Any], arguments: tuple[Any, ...]) -> bytes:
     try:
         return pickle.dumps(("value", call(*arguments)))
+    except (MemoryError, RecursionError):
+        os._exit(1)  # what the response brought about, not the rule's own fault: a crash
     except Exception as error:
         return pickle.dumps(("error", f"{type(error).__name__}: {error}"))
 

@@ -9,6 +9,8 @@ from contextlib import closing
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from fipo_megatron.config.checks import check_config, check_model_folder, check_port, check_positions
 from fipo_megatron.config.schema import Config
 from fipo_megatron.data.encoding import load_prompt_encoder
@@ -34,6 +36,8 @@ def check_before_start(config: Config) -> None:
     make_reward(config.reward, config.rollout.max_response_tokens)  # refuses a function that does not exist
     if resolve_platform(config.platform).name == "cpu":
         check_cpu_versions()
+    else:
+        check_num_gpus(config, torch.cuda.device_count())
     files = load_files(config.data)
     if not config.data.eval:
         make_task(config.task).held_out_problems(config.evaluation.num_problems)
@@ -44,6 +48,16 @@ def check_before_start(config: Config) -> None:
     else:
         check_positions(check_model_folder(Path(config.model.path), config.parallel), config.rollout)
     check_port(config.cluster.address, config.cluster.master_port)
+
+
+def check_num_gpus(config: Config, available: int) -> None:
+    """Raises ValueError if ranks and engine need more devices than there are: they would wait for them in vain."""
+    needed = config.parallel.world_size + (config.rollout.engine == "vllm")
+    if needed > available:
+        raise ValueError(
+            f"parallel: {config.parallel.world_size} ranks and the engine take {needed} GPUs, there are {available}; "
+            "use smaller sizes in parallel"
+        )
 
 
 async def run_training(config: Config, folder: Path, progress: Progress) -> None:

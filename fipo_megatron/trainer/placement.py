@@ -81,8 +81,8 @@ class Workers:
         self._end_everything()
 
     def _end_everything(self) -> None:
-        for number in (signal.SIGINT, signal.SIGTERM):  # a second Ctrl-C must not leave half of it behind
-            signal.signal(number, signal.SIG_IGN)
+        numbers = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)  # a second Ctrl-C must not leave half of it behind
+        handlers = {number: signal.signal(number, signal.SIG_IGN) for number in numbers}
         self._remember_processes()
         ray.shutdown()
         _, alive = psutil.wait_procs(self._processes, timeout=0.5)
@@ -90,6 +90,8 @@ class Workers:
             process.kill()
         psutil.wait_procs(alive, timeout=SHUTDOWN_S)
         shutil.rmtree(self._temp_dir, ignore_errors=True)
+        for number, handler in handlers.items():  # None: not set from Python
+            signal.signal(number, signal.SIG_DFL if handler is None else handler)
 
     async def start_policy(self) -> None:
         """Start the policy's ranks and form their process groups."""

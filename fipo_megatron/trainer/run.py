@@ -94,6 +94,7 @@ class Run:
             generation_metrics(generated)
             | batch_metrics(groups, version)
             | {"generation_batches": num_batches, "unjudged_samples": len(judge.failures)}
+            | {"judge_timeouts": judge.num_timeouts, "judge_crashes": judge.num_crashes}
             | {"prompts_over_limit": self._prompts.num_over_limit}
             | surplus
         )

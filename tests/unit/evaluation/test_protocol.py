@@ -16,7 +16,6 @@ from fipo_megatron.evaluation.protocol import (
     bootstrap_interval,
     consensus_is_correct,
     judge_problems,
-    majority_vote,
     metrics_at_k,
     pass_at_k,
     run_metrics,
@@ -125,20 +124,24 @@ UNREADABLE = ("[INVALID]", "[TIMEOUT]")
 NO_ANSWER, TIMED_OUT = UNREADABLE
 
 
-def vote_by_enumeration(predictions: tuple[str, ...]) -> str | None:
-    """Of every candidate in the order of its first sample, the first that no other has more votes than."""
-    candidates = [answer for i, answer in enumerate(predictions) if answer not in predictions[:i]]
-    valid = [answer for answer in candidates if answer not in UNREADABLE]
-    for answer in valid:
-        if all(predictions.count(answer) >= predictions.count(other) for other in valid):
-            return answer
-    return None
+def consensus_by_enumeration(answers: tuple[str, ...], right: str) -> bool:
+    """Whether the first answer that no other has more votes than is the right one."""
+    candidates = [answer for i, answer in enumerate(answers) if answer not in answers[:i] and answer not in UNREADABLE]
+    winners = [a for a in candidates if all(answers.count(a) >= answers.count(b) for b in candidates)]
+    return winners[:1] == [right]
 
 
 @pytest.mark.parametrize("num_samples", [1, 2, 3, 4, 5])
 def test_the_majority_of_every_possible_vote(num_samples: int) -> None:
-    for predictions in product(["7", "12", *UNREADABLE], repeat=num_samples):
-        assert majority_vote(predictions, UNREADABLE) == vote_by_enumeration(predictions), predictions
+    for answers in product(["7", "12", *UNREADABLE], repeat=num_samples):
+        correct = [answer == "7" for answer in answers]
+        assert consensus_is_correct(answers, correct, UNREADABLE) == consensus_by_enumeration(answers, "7"), answers
+
+
+def test_right_answers_agree_however_they_are_written() -> None:
+    assert consensus_is_correct(["1/2", "7", "0.5", "7", r"\frac{1}{2}"], [True, False, True, False, True], UNREADABLE)
+    # a rule that names no prediction: one right of four is no majority
+    assert not consensus_is_correct(["", "", "", ""], [True, False, False, False], UNREADABLE)
 
 
 @pytest.mark.parametrize(
@@ -151,7 +154,6 @@ def test_the_majority_of_every_possible_vote(num_samples: int) -> None:
         ([NO_ANSWER, NO_ANSWER, "3"], "3", True),
         ([TIMED_OUT, NO_ANSWER, TIMED_OUT, "3"], "3", True),
         ([NO_ANSWER, NO_ANSWER], "3", False),
-        ([NO_ANSWER, TIMED_OUT], TIMED_OUT, False),
     ],
 )
 def test_consensus_is_right_when_its_answer_is(predictions: list[str], right: str, is_right: bool) -> None:
@@ -219,7 +221,12 @@ def result(predictions: str, ground_truth: str) -> ProblemResult:
 
 
 FOUR_PROBLEMS = [result("2211", "1"), result("3313", "3"), result("-44-", "4"), result("5678", "9")]
-ESTIMATES = {"avg@4": (2 + 3 + 2 + 0) / 16, "cons@4": 2 / 4, "pass@4": 3 / 4}
+ESTIMATES = {
+    "avg@4": (2 + 3 + 2 + 0) / 16,
+    "cons@4": 2 / 4,
+    "pass@2": pytest.approx((5 / 6 + 1 + 5 / 6 + 0) / 4),  # of the 6 pairs, 1 of two right ones holds none
+    "pass@4": 3 / 4,
+}
 REFLECTIONS = {"verifies_frac": 5 / 16, "rederives_frac": 0.0, "corrects_frac": 3 / 16, "reflects_frac": 5 / 16}
 
 
@@ -246,7 +253,7 @@ def test_a_run_records_the_estimates_where_there_are_several_samples() -> None:
         "sampled_unjudged": 0,
     }
     assert points == sampled | ESTIMATES | REFLECTIONS
-    assert len(ends) == 6
+    assert len(ends) == 8
     one_sample = run_metrics([result("1", "1"), result("2", "1")], "-", 0)
     assert one_sample.keys() == sampled.keys() | REFLECTIONS.keys()
     assert one_sample["sampled_accuracy"] == 0.5

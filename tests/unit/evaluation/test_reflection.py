@@ -1,5 +1,7 @@
 """Which hand-written responses count as verifying, re-deriving or correcting themselves, and which only look so."""
 
+import time
+
 import pytest
 
 from fipo_megatron.evaluation.reflection import find_reflection, reflection_rates
@@ -119,3 +121,10 @@ def test_rates_count_a_response_once() -> None:
 def test_no_responses_are_refused() -> None:
     with pytest.raises(ValueError, match="reflections: there are none"):
         reflection_rates([])
+
+
+@pytest.mark.parametrize("piece", ["\n", "\n ", "no, ", "Hmm\n\n", "so ", "but, but\n"])
+def test_time_does_not_grow_with_the_square_of_the_length(piece: str) -> None:
+    start = time.perf_counter()
+    find_reflection(piece * (200_000 // len(piece)))
+    assert time.perf_counter() - start < 5  # minutes, before repetitions had limits

@@ -89,7 +89,7 @@ def test_results(result: object, verdict: Verdict) -> None:
         ({"score": 1.0, "accuracy": 1.0, "prediction": "", "acc": 1.0}, "the keys must be"),
         ({"score": None, "accuracy": 1.0, "prediction": ""}, "score None"),
         ({"score": 1.0, "accuracy": float("nan"), "prediction": ""}, "accuracy nan"),
-        ({"score": 1.0, "accuracy": 2.0, "prediction": ""}, r"accuracy 2.0; it must be in \[0, 1\]"),
+        ({"score": 1.0, "accuracy": 0.5, "prediction": ""}, "accuracy 0.5; it must be 0 or 1"),
         ({"score": 1.0, "accuracy": 1.0, "prediction": 34}, "prediction 34; it must be text"),
         (Verdict(float("inf"), 1.0, ""), "score inf"),
     ],

@@ -39,6 +39,7 @@ RIGHT = [
     ("**Answer:** 34", "34"),
     ("Answer: $34$ coins", "34"),
     (r"Answer: \$1,034", "1034"),
+    ("Answer: we look for x.\nSo it is \\boxed{34}", "34"),
     (r"Answer: \boxed{34}", "34"),
     (r"so \boxed{\frac{68}{2}} it is", "34"),
     (r"Answer: \(\frac{1}{2}\)", "0.5"),
