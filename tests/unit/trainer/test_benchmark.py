@@ -99,6 +99,7 @@ class Codepoints:
 def codepoints(monkeypatch: pytest.MonkeyPatch) -> None:
     encoder = PromptEncoder(Codepoints(), "plain", "{question}")
     monkeypatch.setattr(benchmark, "load_prompt_encoder", lambda folder, config: encoder)
+    monkeypatch.setattr(benchmark, "load_decode", lambda folder: str)
 
 
 def write_problems(path: Path, *more: str) -> Path:
