@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import argparse
+import json
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Literal
 
 if TYPE_CHECKING:
     from fipo_megatron.data.prepare import EvaluationIndex, Report
@@ -49,6 +50,12 @@ def main(arguments: list[str] | None = None) -> int:
         print(f"prepare_data: {error}", file=sys.stderr)
         return 2
     print_reports(reports)
+    for name, sets in contaminable(options.out).items():
+        print(
+            f"prepare_data: {file_of(name, options.out)} was not decontaminated against {', '.join(sets)}; "
+            f"prepare {name} again",
+            file=sys.stderr,
+        )
     print(f"files and report.json: {options.out}")
     return 0
 
@@ -57,7 +64,6 @@ def prepare_all(requests: Sequence[str], out: Path, max_corrupt_frac: float, pro
     """Writes file and report of each requested source, evaluation sets first; the reports by name."""
     from fipo_megatron.data.prepare import EvaluationIndex, bare_questions, write_reports
     from fipo_megatron.data.readers import read_parquet
-    from fipo_megatron.data.sources import SOURCES
 
     requested = parse_requests(requests)
     for _, path in requested.values():
@@ -68,7 +74,7 @@ def prepare_all(requests: Sequence[str], out: Path, max_corrupt_frac: float, pro
     for name, (source, path) in requested.items():
         if source.role == "evaluation":
             reports[name] = prepare_one(source, path, out, max_corrupt_frac, None, progress)
-    sets = [name for name, source in SOURCES.items() if source.role == "evaluation" and file_of(name, out).is_file()]
+    sets = prepared("evaluation", out)
     index = EvaluationIndex({name: bare_questions(read_parquet(file_of(name, out)).problems) for name in sets})
     training = {name: request for name, request in requested.items() if request[0].role == "train"}
     if training and not sets:
@@ -122,6 +128,22 @@ def parse_requests(requests: Sequence[str]) -> dict[str, tuple[Source, Path | No
             raise ValueError(f"{request!r}: no path after `=`; give one, or the name alone to fetch it")
         requested[name] = (find_source(name), Path(path) if path else None)
     return requested
+
+
+def contaminable(out: Path) -> dict[str, list[str]]:
+    """The training sets of the folder that some of its evaluation sets came after, by the reports, with these sets."""
+    reports = json.loads((out / "report.json").read_text(encoding="utf-8"))
+    sets = prepared("evaluation", out)
+    known = {name: reports.get(name, {}).get("decontaminated_against", ()) for name in prepared("train", out)}
+    missing = {name: [each for each in sets if each not in against] for name, against in known.items()}
+    return {name: later for name, later in missing.items() if later}
+
+
+def prepared(role: Literal["train", "evaluation"], out: Path) -> list[str]:
+    """Names of the sources of this role whose files the folder holds."""
+    from fipo_megatron.data.sources import SOURCES
+
+    return [name for name, source in SOURCES.items() if source.role == role and file_of(name, out).is_file()]
 
 
 def file_of(name: str, out: Path) -> Path:

@@ -22,10 +22,12 @@ examples:
 in:   {"response": "6 * 7 is 42.\\nAnswer: 42", "ground_truth": "42"}
 out:  {"score": 1.0, "acc": 1.0, "pred": "42"}
 
-exit status: 0 all lines are scored, 1 a rule failed, 2 unusable input
+A ground truth may be a number. Blank lines are left out. A line on which the rule fails gets
+{"score": null, "acc": 0.0, "pred": "[UNJUDGED]", "error": "..."}, and the others are scored.
+
+exit status: 0 all lines are scored, 1 the rule failed on some or could not start, 2 unusable input
 """
 
-FIELDS = ("response", "ground_truth")
 QUIET_S = 2.0  # progress is shown where scoring takes longer
 CHUNK = 64  # responses between two looks at the clock
 
@@ -44,8 +46,10 @@ def main(arguments: list[str] | None = None) -> int:
         if options.workers < 1:
             raise ValueError(f"--workers {options.workers}: must be at least 1")
         responses, prompts = read_responses(options.file)
+        num_failed = 0
         with open_output(options.out) as output:
             for line in score(options.rule, options.workers, responses, prompts):
+                num_failed += "error" in line
                 print(json.dumps(line), file=output)
     except ValueError as error:
         print(f"score: {error}", file=sys.stderr)
@@ -53,11 +57,14 @@ def main(arguments: list[str] | None = None) -> int:
     except RuntimeError as error:
         print(f"score: {error}", file=sys.stderr)
         return 1
-    return 0
+    if num_failed:
+        print(f"score: {num_failed} of {len(responses)} could not be judged: see their `error`", file=sys.stderr)
+    return 1 if num_failed else 0
 
 
 def read_responses(file: Path) -> tuple[list[str], list[Prompt]]:
     """Responses and the problems they answer; a ValueError that names the line where one is unusable."""
+    from fipo_megatron.data.readers import as_text
     from fipo_megatron.types import Prompt
 
     try:
@@ -66,15 +73,19 @@ def read_responses(file: Path) -> tuple[list[str], list[Prompt]]:
         raise ValueError(f"cannot read {file}: {error.strerror}") from error
     responses, prompts = [], []
     for number, line in enumerate(lines, start=1):
+        if not line.strip():
+            continue
         where = f"line {number} of {file}"
         try:
             row = json.loads(line.decode())
         except (ValueError, RecursionError) as error:
             raise ValueError(f"{where} is not JSON: {error}") from error
-        if not isinstance(row, dict) or not all(isinstance(row.get(field), str) for field in FIELDS):
-            raise ValueError(f"{where}: must be an object with the texts {' and '.join(FIELDS)}")
-        responses.append(row["response"])
-        prompts.append(Prompt(uid=where, token_ids=(), ground_truth=row["ground_truth"], data_source=file.name))
+        fields = row if isinstance(row, dict) else {}
+        response, ground_truth = fields.get("response"), as_text(fields.get("ground_truth"))
+        if not isinstance(response, str) or ground_truth is None:
+            raise ValueError(f"{where}: must be an object with the text response and the text or number ground_truth")
+        responses.append(response)
+        prompts.append(Prompt(uid=where, token_ids=(), ground_truth=ground_truth, data_source=file.name))
     return responses, prompts
 
 
@@ -89,7 +100,7 @@ def open_output(path: Path | None) -> contextlib.AbstractContextManager[Any]:
 
 
 def score(rule: Any, num_workers: int, responses: list[str], prompts: list[Prompt]) -> Iterator[dict[str, Any]]:
-    """`score`, `acc` and `pred` of each response."""
+    """`score`, `acc` and `pred` of each response; `error` says why one could not be judged."""
     from fipo_megatron.config.schema import RewardConfig
     from fipo_megatron.reward.judge import make_reward
 
@@ -100,9 +111,10 @@ def score(rule: Any, num_workers: int, responses: list[str], prompts: list[Promp
             chunk = slice(start, start + CHUNK)
             num_tokens = [0] * len(responses[chunk])  # only length penalties read it, and there are none here
             for judgement in reward.judge_many(prompts[chunk], responses[chunk], num_tokens):
+                line = {"score": judgement.reward, "acc": judgement.accuracy, "pred": judgement.prediction}
                 if judgement.failure is not None:
-                    raise RuntimeError(judgement.failure)
-                yield {"score": judgement.reward, "acc": judgement.accuracy, "pred": judgement.prediction}
+                    line |= {"score": None, "error": judgement.failure}
+                yield line
             if time.monotonic() - shown > QUIET_S:
                 shown = time.monotonic()
                 print(f"{min(start + CHUNK, len(responses))} of {len(responses)} scored", file=sys.stderr)

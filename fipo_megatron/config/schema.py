@@ -86,7 +86,7 @@ class KnightsTaskConfig(Section):
     """Knights and knaves, a logic puzzle (data/tasks/knights.py)."""
 
     name: Literal["knights"] = "knights"
-    num_people: int = Field(4, ge=3, le=5, description="the difficulty; two can never tell who is who")
+    num_people: int = Field(5, ge=3, le=5, description="3 have 14 puzzles that differ by more than names, 4 have 314")
     held_out_frac: float = Field(0.1, gt=0, lt=0.5, description="share of puzzles that only evaluation uses")
     slip_prob: float = Field(0.15, ge=0, le=1, description="warm-start traces: chance to overlook a contradiction")
 
@@ -140,7 +140,7 @@ class DataConfig(Section):
         "auto", description="chat: the tokenizer's chat template; plain: the text alone; auto: chat where there is one"
     )
     template: str = Field(ANSWER_TEMPLATE, description="around {question}; rows in DAPO's layout have their own")
-    max_corrupt_frac: float = Field(0.5, ge=0, lt=1, description="share of unreadable rows that refuses a file")
+    max_corrupt_frac: float = Field(0.5, ge=0, lt=1, description="share of bad rows that refuses a training file")
 
     @field_validator("train", mode="before")
     @classmethod

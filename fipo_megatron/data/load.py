@@ -1,12 +1,13 @@
-"""From a file as the configuration names it to its problems."""
+"""From files as the configuration names them to their problems."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 from fipo_megatron.config.schema import DataConfig, DataFileConfig
+from fipo_megatron.data.prepare import bare_questions
 from fipo_megatron.data.readers import (
     QuestionFields,
     ReadResult,
@@ -25,19 +26,22 @@ class ProblemFiles:
     train: tuple[ReadResult, ...]  # in the order of data.train
     evaluation: dict[str, ReadResult]  # by name of the set
 
-    def results(self) -> Iterator[ReadResult]:
-        """All of them."""
-        yield from self.train
-        yield from self.evaluation.values()
-
 
 def load_files(data: DataConfig) -> ProblemFiles:
     """The problems of all files of a configuration.
 
     Raises:
-        ValueError: a file can't be used, or two training files name a problem alike.
+        ValueError: a file can't be used, two training files name a problem alike, or a training file and an evaluation
+            set share a question.
     """
     train = tuple(load_problems(file, data.max_corrupt_frac) for file in data.train)
+    _check_uids(train)
+    evaluation = load_evaluation_sets(data)
+    _check_disjoint(train, evaluation)
+    return ProblemFiles(train, evaluation)
+
+
+def _check_uids(train: Sequence[ReadResult]) -> None:
     paths: dict[str, Path] = {}
     for result in train:
         for problem in result.problems:
@@ -47,31 +51,73 @@ def load_files(data: DataConfig) -> ProblemFiles:
                     "give one of them another data_source"
                 )
         paths |= dict.fromkeys((problem.uid for problem in result.problems), result.path)
-    return ProblemFiles(train, {name: load_problems(file, data.max_corrupt_frac) for name, file in data.eval.items()})
+
+
+def _check_disjoint(train: Sequence[ReadResult], evaluation: Mapping[str, ReadResult]) -> None:
+    """Raises ValueError if a question, compared as data/prepare.py does, is both trained and evaluated on."""
+    held_out = {result.path: _question_texts(result) for result in evaluation.values()}
+    shared = []
+    for result in train if held_out else ():
+        texts = _question_texts(result)
+        counts = {path: len(texts & others) for path, others in held_out.items()}
+        shared += [f"{count} both in {result.path} and in {path}" for path, count in counts.items() if count]
+    if shared:
+        raise ValueError(
+            f"data.train and data.eval share questions: {'; '.join(shared)}; take them out of the training file: "
+            "tools/prepare_data.py decontaminates"
+        )
+
+
+def _question_texts(result: ReadResult) -> set[str]:
+    return {question.text for question in bare_questions(result.problems)}
+
+
+def load_evaluation_sets(data: DataConfig) -> dict[str, ReadResult]:
+    """The evaluation sets of a configuration by name; a ValueError if one can't be used."""
+    return {name: load_evaluation_set(file) for name, file in data.eval.items()}
+
+
+def load_evaluation_set(file: DataFileConfig) -> ReadResult:
+    """All problems of a file.
+
+    Raises:
+        ValueError: the file is missing, of an unknown format, holds no problem, or a row that can't be read.
+    """
+    result = _read(file)
+    if result.rejected:
+        raise ValueError(
+            f"{result.describe_rejected()}; correct the file: an accuracy over a part of an evaluation set can't be "
+            "compared with others"
+        )
+    return result
 
 
 def load_problems(file: DataFileConfig, max_corrupt_frac: float) -> ReadResult:
-    """The problems of a file and the rows that were left out.
+    """The problems of a training file and the rows that were left out.
 
     Raises:
         ValueError: the file is missing, of an unknown format, holds no problem, or more than the share
             `max_corrupt_frac` of its rows can't be read.
     """
+    result = _read(file)
+    check_corrupt_share(result, max_corrupt_frac)
+    return result
+
+
+def _read(file: DataFileConfig) -> ReadResult:
     path = Path(file.path)
     match detect_format(path) if file.format == "auto" else file.format:
         case "parquet":
-            result = read_parquet(path, file.data_source)
+            return read_parquet(path, file.data_source)
         case "gsm8k":
-            result = read_gsm8k(path, file.data_source or "gsm8k")
+            return read_gsm8k(path, file.data_source or "gsm8k")
         case "aime":
-            result = read_aime(path, file.data_source or path.stem)
+            return read_aime(path, file.data_source or path.stem)
         case _:
             assert file.question is not None
             assert file.answer is not None
             fields = QuestionFields(file.question, file.answer, file.uid)
-            result = read_questions(path, fields, file.data_source or path.stem)
-    check_corrupt_share(result, max_corrupt_frac)
-    return result
+            return read_questions(path, fields, file.data_source or path.stem)
 
 
 def detect_format(path: Path) -> str:

@@ -7,11 +7,14 @@ A file without a problem, or of another format altogether, is an error.
 from __future__ import annotations
 
 import json
+import math
 import re
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
+
+import numpy as np
 
 GSM8K_ANSWER = re.compile(r"^####[ \t]*(-?[\d,]*\d(?:\.\d+)?)\s*\Z", re.MULTILINE)
 GSM8K_CALCULATION = re.compile(r"<<[^<>\n]*>>")  # a calculator's note inside a solution
@@ -74,6 +77,7 @@ class Row(NamedTuple):
     """One row before it is understood: a mapping of fields to values, or the reason why it is none."""
 
     place: str
+    number: int  # in the file, from 1; of a stretch the last
     fields: dict[str, Any] | None
     reason: str = ""
     num_rows: int = 1  # more than one where a stretch of a file is damaged
@@ -106,7 +110,7 @@ def read_aime(path: Path, data_source: str) -> ReadResult:
 def read_questions(path: Path, fields: QuestionFields, data_source: str) -> ReadResult:
     """The problems of a file of questions with answers, each question a single message of the user.
 
-    The file is parquet, or has one JSON object a line; whole numbers count as text.
+    The file is parquet, or has one JSON object a line; numbers count as text.
 
     Raises:
         ValueError: the file can't be read, or no row of it.
@@ -152,20 +156,22 @@ def read_parquet(path: Path, data_source: str | None = None) -> ReadResult:
 
 
 def iterate_json_lines(path: Path) -> Iterator[Row]:
-    """One row a line."""
+    """One row a line that is not blank."""
     _check_file(path)
     with path.open("rb") as lines:
         for number, line in enumerate(lines, start=1):
+            if not line.strip():
+                continue
             place = f"line {number}"
             try:
                 fields = json.loads(line)
             except (ValueError, RecursionError) as error:
-                yield Row(place, None, f"is not JSON ({error})")
+                yield Row(place, number, None, f"is not JSON ({error})")
                 continue
             if isinstance(fields, dict):
-                yield Row(place, fields)
+                yield Row(place, number, fields)
             else:
-                yield Row(place, None, f"holds {fields!r:.80}, not an object")
+                yield Row(place, number, None, f"holds {fields!r:.80}, not an object")
 
 
 def parquet_columns(path: Path) -> list[str]:
@@ -205,22 +211,22 @@ def iterate_parquet(path: Path, columns: Iterable[str]) -> Iterator[Row]:
                 for batch in file.iter_batches(row_groups=[group], columns=list(columns)):
                     for fields in batch.to_pylist():
                         number += 1
-                        yield Row(f"row {number}", fields)
+                        yield Row(f"row {number}", number, fields)
             except (ArrowException, OSError, UnicodeDecodeError) as error:
-                yield Row(f"rows {number + 1} to {end}", None, f"are damaged ({error})", num_rows=end - number)
+                place = f"rows {number + 1} to {end}"
+                yield Row(place, end, None, f"are damaged ({error})", num_rows=end - number)
 
 
 def _collect(path: Path, rows: Iterable[Row], parse: Callable[[int, dict[str, Any]], Problem]) -> ReadResult:
     """The problems of all rows that `parse` makes one of; it is given the row's number, from 1."""
     problems: dict[str, Problem] = {}
-    rejected, number = [], 0
+    rejected = []
     for row in rows:
-        number += row.num_rows
         if row.fields is None:
             rejected.append(RejectedRows(row.place, row.num_rows, row.reason))
             continue
         try:
-            problem = parse(number, row.fields)
+            problem = parse(row.number, row.fields)
             if problem.uid in problems:
                 raise ValueError(f"has the uid {problem.uid!r} of an earlier row")
         except ValueError as error:
@@ -248,12 +254,29 @@ def _make_uid(path: Path, data_source: str, identifier: int | str) -> str:
 def _read_text(row: dict[str, Any], field: str) -> str:
     if field not in row:
         raise ValueError(f"has no field {field!r}, only {', '.join(map(repr, row)) or 'an empty object'}")
-    value = row[field]
-    if isinstance(value, int) and not isinstance(value, bool):
-        return str(value)
-    if not isinstance(value, str) or not value.strip():
-        raise ValueError(f"{field} = {value!r:.80}: must be text that is not empty, or a whole number")
-    return value
+    text = as_text(row[field])
+    if text is None or not text.strip():
+        raise ValueError(f"{field} = {row[field]!r:.80}: must be text that is not empty, or a finite number")
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        half = text[error.start]
+        raise ValueError(f"{field} holds {half!r}, one half of a surrogate pair: no text in UTF-8") from None
+    return text
+
+
+def as_text(value: Any) -> str | None:
+    """A text itself, a finite number as a person writes it (0.5; 25 for 25.0); None for any other value."""
+    match value:
+        case str():
+            return value
+        case bool():
+            return None
+        case int():
+            return str(value)
+        case float() if math.isfinite(value):
+            return np.format_float_positional(value, trim="-")
+    return None
 
 
 def _read_chat(prompt: Any) -> tuple[Message, ...]:

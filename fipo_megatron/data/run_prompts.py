@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -44,12 +45,12 @@ def make_run_prompts(config: Config, files: ProblemFiles, encoder: PromptEncoder
         ValueError: a training file has no prompt within `rollout.max_prompt_tokens`, or an evaluation set has one
             beyond it.
     """
-    evaluation = evaluation_sets(config, files, encoder)
+    evaluation = evaluation_sets(config, files.evaluation, encoder)
     sets = [f"evaluation set {name}: {len(prompts)} problems" for name, prompts in evaluation.items()]
-    rejected = [result.describe_rejected() for result in files.results() if result.rejected]
+    rejected = [result.describe_rejected() for result in files.train if result.rejected]
     if not config.data.train:
         train = PromptSampler(make_task(config.task), encoder.encode, config.seed)
-        return RunPrompts(train, evaluation, 0, (*sets, *rejected) if config.data.eval else ())
+        return RunPrompts(train, evaluation, 0, tuple(sets) if config.data.eval else ())
     within, lengths = [], list[str]()
     for result in files.train:
         within.append(_within_limit(result, encoder, config.rollout.max_prompt_tokens))
@@ -63,7 +64,7 @@ def make_run_prompts(config: Config, files: ProblemFiles, encoder: PromptEncoder
     return RunPrompts(stream, evaluation, num_over_limit, (*lengths, *sets, *rejected))
 
 
-def evaluation_sets(config: Config, files: ProblemFiles, encoder: PromptEncoder) -> dict[str, list[Prompt]]:
+def evaluation_sets(config: Config, files: Mapping[str, ReadResult], encoder: PromptEncoder) -> dict[str, list[Prompt]]:
     """The held-out prompts by name of the set, the first `evaluation.num_problems` of each; the same in every run.
 
     Raises:
@@ -74,7 +75,7 @@ def evaluation_sets(config: Config, files: ProblemFiles, encoder: PromptEncoder)
         return {TASK_SET: held_out_prompts(make_task(config.task), encoder.encode, num_problems)}
     sets = {
         name: [encoder.prompt(problem, f"{name}/{problem.uid}") for problem in result.problems[:num_problems]]
-        for name, result in files.evaluation.items()
+        for name, result in files.items()
     }
     for name, prompts in sets.items():
         longest = max(prompts, key=lambda prompt: len(prompt.token_ids))

@@ -75,8 +75,19 @@ def normalize_answer(answer: str) -> str:
 
 
 def score_dapo(response: str, ground_truth: str) -> Verdict:
-    """+1 for the right answer, else -1; a response without an `Answer:` line predicts `[INVALID]`."""
+    """+1 for the right answer, else -1; a response without an `Answer:` line predicts `[INVALID]`.
+
+    Raises:
+        ValueError: the normalisation leaves nothing of the ground truth, or makes it `[INVALID]`: a response that says
+            nothing would be right.
+    """
+    expected = normalize_answer(ground_truth)
+    if expected in ("", NO_ANSWER):
+        raise ValueError(
+            f"the ground truth {ground_truth!r} is {expected!r} to DAPO's rule; correct it or use "
+            "reward.rule=math_verify"
+        )
     answers = ANSWER_LINE.findall(response[-MAX_READ_CHARS:])
     prediction = normalize_answer(answers[-1] if answers else NO_ANSWER)
-    is_right = prediction == normalize_answer(ground_truth)
+    is_right = prediction == expected
     return Verdict(score=1.0 if is_right else -1.0, accuracy=float(is_right), prediction=prediction)

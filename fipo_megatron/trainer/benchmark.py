@@ -19,7 +19,7 @@ from typing import Any, Literal, Self
 from fipo_megatron.config.load import load_config
 from fipo_megatron.config.schema import Config, DataFileConfig, RewardConfig
 from fipo_megatron.data.encoding import PromptEncoder, load_prompt_encoder
-from fipo_megatron.data.load import load_files, load_problems
+from fipo_megatron.data.load import load_evaluation_set, load_evaluation_sets
 from fipo_megatron.data.run_prompts import evaluation_sets
 from fipo_megatron.evaluation.protocol import ProblemResult, accuracy_metrics, judge_problems, summarize, write_results
 from fipo_megatron.evaluation.sets import published_figures
@@ -103,7 +103,7 @@ def evaluate_held_out(run_folder: Path) -> dict[str, float]:
     """
     config = load_run_config(run_folder)
     encoder = load_prompt_encoder(run_folder / "hf", config.data)
-    sets = evaluation_sets(config, load_files(config.data), encoder)
+    sets = evaluation_sets(config, load_evaluation_sets(config.data), encoder)
     prompts = [prompt for prompts in sets.values() for prompt in prompts]
     engine = HfEngine(run_folder / "hf", config, load_weights=True)
     greedy = SamplingSettings(temperature=0.0, top_p=1.0, max_response_tokens=config.rollout.max_response_tokens)
@@ -169,10 +169,7 @@ class Benchmark:
     def _load_sets(self, encoder: PromptEncoder) -> dict[str, list[Prompt]]:
         sets = {}
         for name, path in self._files.items():
-            found = load_problems(DataFileConfig(path=str(path)), self._model.config.data.max_corrupt_frac)
-            if found.rejected:
-                self._progress.note(found.describe_rejected())
-            problems = found.problems[: self._settings.num_problems]
+            problems = load_evaluation_set(DataFileConfig(path=str(path))).problems[: self._settings.num_problems]
             # named as in the evaluation of a run: so both sample with the same seeds
             sets[name] = [encoder.prompt(problem, f"{name}/{problem.uid}") for problem in problems]
         return sets

@@ -19,7 +19,7 @@ from fipo_megatron.trainer.actor import PolicyClient
 from fipo_megatron.types import TrainingBatch
 
 TRACE_STREAM = 3  # keeps the random numbers apart from those of other purposes with the same seed
-FORMAT = 1  # raise it when the same settings make another base policy
+FORMAT = 2  # raise it when the same settings make another base policy
 
 TraceSource = Task[Any] | SolutionTraces  # offers a vocabulary and traces in it
 

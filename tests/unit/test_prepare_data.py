@@ -67,6 +67,23 @@ def test_a_training_set_that_is_compared_with_nothing_says_so(files, capsys):
     assert "no evaluation set is given" in capsys.readouterr().out
 
 
+def test_training_sets_that_an_evaluation_set_came_after_are_named(files, capsys):
+    train, test, out = files
+    assert run(out, f"gsm8k_train={train}") == 0
+    assert capsys.readouterr().err == ""
+    assert run(out, f"gsm8k_test={test}") == 0
+    named = f"prepare_data: {out / 'gsm8k_train.parquet'} was not decontaminated against gsm8k_test; prepare "
+    assert capsys.readouterr().err == f"{named}gsm8k_train again\n"
+    assert truths(out / "gsm8k_train.parquet") == ["1", "4", "6"]
+    assert run(out, f"gsm8k_train={train}") == 0
+    assert capsys.readouterr().err == ""
+    assert run(out, f"gsm8k_test={test}") == 0
+    assert capsys.readouterr().err == ""
+    (out / "report.json").unlink()
+    assert run(out, f"gsm8k_test={test}") == 0
+    assert capsys.readouterr().err == f"{named}gsm8k_train again\n"
+
+
 @pytest.mark.parametrize(
     ("source", "message"),
     [

@@ -50,13 +50,14 @@ def test_equal_mathematics_goes_to_a_file(tmp_path: Path, capsys: pytest.Capture
 @pytest.mark.parametrize(
     ("line", "cause"),
     [
-        (b"", "is not JSON"),
         (b'{"response": "x"', "is not JSON"),
         (b'{"response": "\xff", "ground_truth": "1"}', "is not JSON"),
         (b"[" * 100_000, "is not JSON"),
-        (b"[]", "must be an object with the texts response and ground_truth"),
-        (b'{"response": "x"}', "must be an object with the texts response and ground_truth"),
-        (b'{"response": "x", "ground_truth": 34}', "must be an object with the texts response and ground_truth"),
+        (b"[]", "must be an object with the text response and the text or number ground_truth"),
+        (b'{"response": "x"}', "must be an object with the text response and the text or number ground_truth"),
+        (b'{"response": 34, "ground_truth": "34"}', "must be an object with the text response"),
+        (b'{"response": "x", "ground_truth": true}', "must be an object with the text response"),
+        (b'{"response": "x", "ground_truth": NaN}', "must be an object with the text response"),
     ],
 )
 def test_a_corrupt_line_is_named(tmp_path: Path, capsys: pytest.CaptureFixture[str], line: bytes, cause: str) -> None:
@@ -83,10 +84,28 @@ def test_unusable_arguments(tmp_path: Path, capsys: pytest.CaptureFixture[str]) 
     ]
 
 
-def test_a_rule_that_fails_names_the_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    file = write_rows(tmp_path / "in.jsonl", [("Answer: 1", "1"), ("Answer: 1", "@@#")])
+def test_a_line_that_cannot_be_judged_harms_no_other(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    rows = [("Answer: 1", "1"), ("Answer: 1", "@@#"), ("Answer: 2", "1")]
+    file = write_rows(tmp_path / "in.jsonl", rows)
     assert score.main(["--rule", "math_verify", "--workers", "1", str(file)]) == 1
-    assert f"line 2 of {file}: ValueError: the ground truth '@@#'" in capsys.readouterr().err
+    captured = capsys.readouterr()
+    first, second, third = read_lines(captured.out)
+    assert (first, third["score"]) == ({"score": 1.0, "acc": 1.0, "pred": "1"}, -1.0)
+    assert f"line 2 of {file}: ValueError: the ground truth '@@#'" in second.pop("error")
+    assert second == {"score": None, "acc": 0.0, "pred": "[UNJUDGED]"}
+    assert captured.err == "score: 1 of 3 could not be judged: see their `error`\n"
+
+
+def test_numbers_are_ground_truths_and_blank_lines_are_none(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    file = tmp_path / "in.jsonl"
+    rows = [{"response": f"Answer: {text}", "ground_truth": truth} for text, truth in (("42", 42), ("0.5", 0.5))]
+    file.write_text("\n".join([json.dumps(rows[0]), " ", json.dumps(rows[1]), "", ""]))
+    assert score.main(["--rule", "dapo", str(file)]) == 0
+    assert [line["acc"] for line in read_lines(capsys.readouterr().out)] == [1.0, 1.0]
+    with file.open("a") as rest:
+        rest.write("{")
+    assert score.main(["--rule", "dapo", str(file)]) == 2
+    assert f"line 5 of {file} is not JSON" in capsys.readouterr().err
 
 
 def test_progress_is_shown_on_standard_error(

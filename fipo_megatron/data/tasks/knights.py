@@ -7,13 +7,15 @@ knights first, and names for each the first person whose words contradict it, or
     +++A;++-A;+-+B;+--!
     Answer: +--
 
-The base policy overlooks contradictions with `slip_prob`, and so stops too early.
+The base policy overlooks contradictions with `slip_prob`, and so stops too early. Puzzles that differ by the names of
+their people alone count as one: all of them are held out, or none.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator
-from itertools import product
+from functools import cache
+from itertools import permutations, product
 from typing import NamedTuple
 
 import numpy as np
@@ -30,7 +32,7 @@ class Statement(NamedTuple):
 
     subject: int
     relation: str  # +: is a knight; -: is a knave; =: is the same as `other`; /: is not
-    other: int | None
+    other: int | None  # after the subject: one spelling a statement
 
     def holds(self, is_knight: tuple[bool, ...]) -> bool:
         """Whether it is true in this assignment."""
@@ -46,7 +48,7 @@ Puzzle = tuple[Statement, ...]  # the i-th is what person i says
 
 
 class KnightsTask(Task[Puzzle]):
-    """Puzzles with one solution, traces and tokens. Held out are the puzzles whose prompts hash to it."""
+    """Puzzles with one solution, traces and tokens. Held out are the puzzles whose symmetric forms hash to it."""
 
     name = "knights"
     vocabulary = Vocabulary(NAMES + "+-=/:;?!\n")
@@ -61,25 +63,26 @@ class KnightsTask(Task[Puzzle]):
         """A puzzle that is not held out."""
         while True:
             puzzle = self._draw(rng)
-            if not self._is_held_out(puzzle):
+            if not hashes_to_held_out(symmetric_form(puzzle), self.config.held_out_frac):
                 return puzzle
 
     def held_out_problems(self, n: int) -> list[Puzzle]:
-        """The first `n` of one fixed sequence of distinct held-out puzzles."""
+        """The first `n` of one fixed sequence of held-out puzzles, no two the same but for the names."""
         rng = np.random.default_rng(HELD_OUT_SEED)
-        problems: dict[Puzzle, None] = {}
+        problems: dict[str, Puzzle] = {}  # by symmetric form
         num_draws = 0
         while len(problems) < n:
             puzzle, num_draws = self._draw(rng), num_draws + 1
-            if self._is_held_out(puzzle) and puzzle not in problems:
-                problems[puzzle], num_draws = None, 0
+            form = symmetric_form(puzzle)
+            if hashes_to_held_out(form, self.config.held_out_frac) and form not in problems:
+                problems[form], num_draws = puzzle, 0
             if num_draws > MAX_DRAWS_PER_PROBLEM:
                 raise too_few_held_out(n, len(problems), "task.num_people")
-        return list(problems)
+        return list(problems.values())
 
     def prompt_text(self, problem: Puzzle) -> str:
         """`A:B-;B:A=C;C:A-;?`."""
-        return "".join(f"{NAMES[i]}:{statement};" for i, statement in enumerate(problem)) + "?"
+        return "".join(_line(i, statement) for i, statement in enumerate(problem)) + "?"
 
     def answer(self, problem: Puzzle) -> str:
         """`+` for a knight and `-` for a knave, in the order of names."""
@@ -96,9 +99,6 @@ class KnightsTask(Task[Puzzle]):
             parts.append(f"{_spell(assignment)}{NAMES[liar]};")
         return f"{''.join(parts)}{_spell(assignment)}!\n{ANSWER}{_spell(assignment)}"
 
-    def _is_held_out(self, puzzle: Puzzle) -> bool:
-        return hashes_to_held_out(self.prompt_text(puzzle), self.config.held_out_frac)
-
     def _draw(self, rng: np.random.Generator) -> Puzzle:
         while True:
             puzzle = tuple(_draw_statement(rng, i, self.config.num_people) for i in range(self.config.num_people))
@@ -113,6 +113,33 @@ def solutions(puzzle: Puzzle) -> Iterator[tuple[bool, ...]]:
             yield assignment
 
 
+def symmetric_form(puzzle: Puzzle) -> str:
+    """The same text for all puzzles that differ by the names of their people alone: the smallest of all renamings."""
+    renamings = zip(*(_renamed_lines(i, statement, len(puzzle)) for i, statement in enumerate(puzzle)), strict=True)
+    return min("".join(sorted(lines)) for lines in renamings)
+
+
+@cache
+def _renamed_lines(speaker: int, statement: Statement, num_people: int) -> tuple[str, ...]:
+    """What the speaker says under each renaming of the people, in one order of renamings."""
+    subject, relation, other = statement
+    return tuple(
+        _line(names[speaker], _make_statement(relation, names[subject], None if other is None else names[other]))
+        for names in permutations(range(num_people))
+    )
+
+
+def _line(speaker: int, statement: Statement) -> str:
+    return f"{NAMES[speaker]}:{statement};"
+
+
+def _make_statement(relation: str, subject: int, other: int | None) -> Statement:
+    """`=` and `/` say the same of two people in either order: the first name stands first."""
+    if other is None:
+        return Statement(subject, relation, None)
+    return Statement(min(subject, other), relation, max(subject, other))
+
+
 def _first_contradiction(puzzle: Puzzle, is_knight: tuple[bool, ...]) -> int | None:
     """The first person who as a knight would lie, or as a knave tell the truth."""
     for person, statement in enumerate(puzzle):
@@ -125,7 +152,7 @@ def _draw_statement(rng: np.random.Generator, speaker: int, num_people: int) -> 
     others = [i for i in range(num_people) if i != speaker]
     relation = "+-=/"[rng.integers(4 if len(others) > 1 else 2)]
     first, *rest = rng.permutation(others).tolist()
-    return Statement(first, relation, rest[0] if relation in "=/" else None)
+    return _make_statement(relation, first, rest[0] if relation in "=/" else None)
 
 
 def _spell(assignment: tuple[bool, ...]) -> str:

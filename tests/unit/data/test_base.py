@@ -11,7 +11,7 @@ from fipo_megatron.config.schema import ArithmeticTaskConfig, CheckedSumsTaskCon
 from fipo_megatron.data.tasks import make_task
 from fipo_megatron.data.tasks.base import Task, hashes_to_held_out
 
-CONFIGS = (ArithmeticTaskConfig(), CheckedSumsTaskConfig(), KnightsTaskConfig())
+CONFIGS = (ArithmeticTaskConfig(), CheckedSumsTaskConfig(), KnightsTaskConfig(num_people=5))
 
 
 @pytest.fixture(params=CONFIGS, ids=lambda config: config.name)

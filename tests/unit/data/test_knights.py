@@ -1,13 +1,14 @@
 """Puzzles are solved again from their texts, by trying all assignments."""
 
 import re
-from itertools import product
+from collections.abc import Iterator
+from itertools import combinations, permutations, product
 
 import numpy as np
 import pytest
 
 from fipo_megatron.config.schema import KnightsTaskConfig
-from fipo_megatron.data.tasks.knights import KnightsTask, Statement
+from fipo_megatron.data.tasks.knights import KnightsTask, Statement, symmetric_form
 
 
 def solve(prompt: str) -> list[str]:
@@ -63,3 +64,58 @@ def test_more_problems_than_there_are_is_refused() -> None:
     task = KnightsTask(KnightsTaskConfig(num_people=3))
     with pytest.raises(ValueError, match=r"evaluation.num_problems: 500 is more than .* task.num_people"):
         task.held_out_problems(500)
+
+
+def every_puzzle(num_people: int) -> Iterator[str]:
+    """The prompts of all puzzles with one solution."""
+    people = "ABCDE"[:num_people]
+    said = [
+        [f"{speaker}:{a}{relation};" for a in people for relation in "+-" if a != speaker]
+        + [f"{speaker}:{a}{relation}{b};" for a, b in combinations(people.replace(speaker, ""), 2) for relation in "=/"]
+        for speaker in people
+    ]
+    return (prompt for lines in product(*said) if len(solve(prompt := "".join(lines) + "?")) == 1)
+
+
+def smallest_renaming(prompt: str) -> tuple[str, ...]:
+    """By replacement in the text; `B=A` is written `A=B`."""
+    people = re.findall("([A-E]):", prompt)
+    renamings = []
+    for names in permutations(people):
+        renamed = prompt.translate(str.maketrans("".join(people), "".join(names)))
+        renamed = re.sub("([A-E])([=/])([A-E])", lambda m: m[2].join(sorted((m[1], m[3]))), renamed)
+        renamings.append(tuple(sorted(renamed.rstrip("?;").split(";"))))
+    return min(renamings)
+
+
+def parse(prompt: str) -> tuple[Statement, ...]:
+    index = {"": None, **{name: i for i, name in enumerate("ABCDE")}}
+    said = re.findall("[A-E]:([A-E])([-+=/])([A-E]?);", prompt)
+    return tuple(Statement(index[a], relation, index[b]) for a, relation, b in said)
+
+
+@pytest.mark.parametrize(("num_people", "num_different"), [(3, 14), (4, 314)])
+def test_the_symmetric_form_tells_puzzles_apart_but_for_names(num_people: int, num_different: int) -> None:
+    forms: dict[tuple[str, ...], set[str]] = {}
+    for prompt in every_puzzle(num_people):
+        forms.setdefault(smallest_renaming(prompt), set()).add(symmetric_form(parse(prompt)))
+    assert len(forms) == num_different  # as the schema says
+    assert all(len(mine) == 1 for mine in forms.values())
+    assert len(set.union(*forms.values())) == num_different
+
+
+@pytest.mark.parametrize(("num_people", "num_held_out"), [(3, 3), (4, 60)])
+def test_train_and_held_out_puzzles_differ_by_more_than_names(num_people: int, num_held_out: int) -> None:
+    task = KnightsTask(KnightsTaskConfig(num_people=num_people, held_out_frac=0.3))
+    held_out = {smallest_renaming(task.prompt_text(puzzle)) for puzzle in task.held_out_problems(num_held_out)}
+    assert len(held_out) == num_held_out
+    rng = np.random.default_rng(0)
+    drawn = {task.prompt_text(task.train_problem(rng)) for _ in range(1500)}
+    assert held_out.isdisjoint(map(smallest_renaming, drawn))
+
+
+def test_a_statement_has_one_spelling() -> None:
+    task, rng = KnightsTask(KnightsTaskConfig(num_people=5)), np.random.default_rng(0)
+    pairs = re.findall("([A-E])[=/]([A-E])", "".join(task.prompt_text(task.train_problem(rng)) for _ in range(200)))
+    assert len(pairs) > 100
+    assert all(first < second for first, second in pairs)

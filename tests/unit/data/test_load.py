@@ -5,8 +5,9 @@ from pathlib import Path
 
 import pytest
 
-from fipo_megatron.config.schema import DataFileConfig
-from fipo_megatron.data.load import detect_format, load_problems
+from fipo_megatron.config.schema import DataConfig, DataFileConfig
+from fipo_megatron.data.load import detect_format, load_evaluation_set, load_files, load_problems
+from fipo_megatron.data.prepare import write_problems
 
 GSM8K = {"question": "How many?", "answer": "2 + 2 = <<2+2=4>>4\n#### 4"}
 AIME = {"id": 60, "problem": "Find it.", "answer": "025"}
@@ -75,3 +76,46 @@ def test_unreadable_rows_up_to_a_share_are_left_out(write):
         load(path, 0.49)
     with pytest.raises(ValueError, match="can't be read"):
         load(path, 0)
+
+
+def test_an_evaluation_set_is_whole_or_refused(write):
+    assert len(load_evaluation_set(DataFileConfig(path=write(GSM8K, "", GSM8K))).problems) == 2
+    file = DataFileConfig(path=write(*[GSM8K] * 99, "{"))
+    with pytest.raises(ValueError, match=r"problems.jsonl: 1 of 100 rows can't be read: line 100 .*correct the file"):
+        load_evaluation_set(file)
+    with pytest.raises(ValueError, match="line 100"):
+        load_files(DataConfig(eval={"mine": file}))
+    assert len(load_problems(file, 0.5).problems) == 99
+
+
+@pytest.fixture
+def write_questions(tmp_path):
+    def write_file(name: str, *questions: str) -> DataFileConfig:
+        path = tmp_path / f"{name}.jsonl"
+        path.write_text("".join(json.dumps({"question": q, "answer": "#### 1"}) + "\n" for q in questions))
+        return DataFileConfig(path=str(path), data_source=name)
+
+    return write_file
+
+
+def test_questions_that_are_trained_and_evaluated_on_are_refused(write_questions):
+    a, b = write_questions("a", "One?", "Two?", "Three?"), write_questions("b", "Four?", "Five?")
+    mine, other = write_questions("mine", "two? ", "THREE?", "Six?"), write_questions("other", "Four, too?")
+    both = DataConfig(train=(a, b), eval={"mine": mine, "other": other})
+    with pytest.raises(ValueError, match="share questions") as refused:
+        load_files(both)
+    assert str(refused.value) == (
+        f"data.train and data.eval share questions: 2 both in {a.path} and in {mine.path}; take them out of the "
+        "training file: tools/prepare_data.py decontaminates"
+    )
+    files = load_files(DataConfig(train=(b,), eval={"mine": mine, "other": other}))
+    assert ([len(result.problems) for result in files.train], [*files.evaluation]) == ([2], ["mine", "other"])
+
+
+def test_an_instruction_does_not_hide_a_shared_question(write_questions, tmp_path):
+    pytest.importorskip("pyarrow", reason="pyarrow is not installed: run make install")
+    bare = write_questions("bare", "One?", "Two?", "Three?")
+    path = tmp_path / "instructed.parquet"
+    write_problems(load_problems(bare, 0).problems, "Think hard.\n\n{question}", path)
+    with pytest.raises(ValueError, match=r"3 both in .*instructed.parquet and in .*bare.jsonl"):
+        load_files(DataConfig(train=(DataFileConfig(path=str(path)),), eval={"mine": bare}))

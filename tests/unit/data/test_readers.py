@@ -20,6 +20,7 @@ from fipo_megatron.data.readers import (
 )
 
 FIELDS = QuestionFields("q", "a", uid="n")
+NUMBERED = QuestionFields("q", "a")  # named by line
 
 
 @pytest.fixture
@@ -137,7 +138,6 @@ GOOD = {"q": "one", "a": "1", "n": 1}
     [
         (b'{"q": "cut', r"is not JSON \(Invalid control character"),
         (b'{"q": "\xff", "a": "1", "n": 2}', r"is not JSON \('utf-8' codec"),
-        (b"", r"is not JSON \(Expecting value"),
         (b"[1]", r"holds \[1\], not an object"),
         (b"[" * 100_000, r"is not JSON \(maximum recursion depth"),
         (b"{}", "has no field 'a', only an empty object"),
@@ -145,7 +145,12 @@ GOOD = {"q": "one", "a": "1", "n": 1}
         (GOOD | {"n": 2, "q": " \n"}, r"q = ' \\n': must be text"),
         (GOOD | {"n": 2, "a": None}, "a = None: must be text"),
         (GOOD | {"n": 2, "a": True}, "a = True: must be text"),
-        (GOOD | {"n": 2, "a": 0.5}, "a = 0.5: must be text"),
+        (b'{"q": "one", "a": NaN, "n": 2}', "a = nan: must be text"),
+        (b'{"q": "one", "a": -Infinity, "n": 2}', "a = -inf: must be text"),
+        (GOOD | {"n": 2, "q": "x\ud800"}, r"q holds '\\ud800', one half of a surrogate pair"),
+        (GOOD | {"n": 2, "a": "\udc00"}, r"a holds '\\udc00', one half of a surrogate pair"),
+        (GOOD | {"n": "\ud800"}, r"n holds '\\ud800', one half of a surrogate pair"),
+        (b'{"q": "\xed\xa0\x80", "a": "1", "n": 2}', r"q holds '\\ud800', one half of a surrogate pair"),
         (GOOD, "has the uid 'mine/train/1' of an earlier row"),
     ],
 )
@@ -157,6 +162,28 @@ def test_a_corrupt_line_is_left_out_and_named_with_its_place(write, row, message
     assert (place, num_rows, result.num_rejected, result.num_rows) == ("line 2", 1, 1, 3)
     assert re.match(message, reason)
     assert len(reason) < 200
+
+
+def test_a_whole_surrogate_pair_is_a_character(write):
+    (problem,) = read_questions(write(rb'{"q": "\ud83d\ude00", "a": "1", "n": 1}'), FIELDS, "mine").problems
+    assert problem.messages[0].content == "\N{GRINNING FACE}"
+
+
+@pytest.mark.parametrize(
+    ("number", "text"), [(b"0.5", "0.5"), (b"25.0", "25"), (b"1e-7", "0.0000001"), (b"1E3", "1000"), (b"-3", "-3")]
+)
+def test_numbers_are_written_as_a_person_does(write, number, text):
+    (problem,) = read_questions(write(b'{"q": "one", "a": %b, "n": 1}' % number), FIELDS, "mine").problems
+    assert problem.ground_truth == text
+
+
+def test_blank_lines_are_skipped_and_counted_as_lines(write):
+    result = read_questions(
+        write({"q": "one", "a": 1}, b"", b" \t\r", {"q": "two", "a": 2}, b"{", b""), NUMBERED, "mine"
+    )
+    assert [problem.uid for problem in result.problems] == ["mine/train/000001", "mine/train/000004"]
+    assert [rows.place for rows in result.rejected] == ["line 5"]
+    assert result.num_rows == 3
 
 
 def test_a_summary_counts_all_and_names_the_first(write):
@@ -249,7 +276,7 @@ def test_questions_from_parquet(write_parquet):
     result = read_questions(path, QuestionFields("problem", "answer"), "mine")
     assert [(p.messages, p.ground_truth) for p in result.problems] == [((Message("user", "one"),), "7")]
     assert result.rejected == (
-        RejectedRows("row 2", 1, "answer = None: must be text that is not empty, or a whole number"),
+        RejectedRows("row 2", 1, "answer = None: must be text that is not empty, or a finite number"),
     )
 
 

@@ -67,15 +67,11 @@ def test_training_prompts_over_the_limit_are_left_out_and_counted(write):
 
 
 def test_rejected_rows_are_named_in_the_notes(write):
-    train, test = write("train", "a", "b"), write("test", "a", "b")
-    for path in (train, test):
-        with Path(path).open("a") as file:
-            file.write("broken\n")
-    notes = make(make_config(train=train, eval={"mine": test})).notes
-    assert [
-        f"{path}: 1 of 3 rows can't be read: line 3 is not JSON" in note
-        for path, note in zip((train, test), notes[-2:], strict=True)
-    ] == [True, True]
+    train, test = write("train", "a", "b"), write("test", "c", "d")
+    with Path(train).open("a") as file:
+        file.write("broken\n")
+    *_, note = make(make_config(train=train, eval={"mine": test})).notes
+    assert note.startswith(f"{train}: 1 of 3 rows can't be read: line 3 is not JSON")
 
 
 def test_no_prompt_within_the_limit_is_refused(write):
@@ -86,14 +82,14 @@ def test_no_prompt_within_the_limit_is_refused(write):
 
 def test_evaluation_takes_the_first_of_each_set_and_leaves_none_out(write):
     files = {"one": write("one", "a", "b", "x" * 30), "two": write("two", "c")}
-    sets = make(make_config(train=write("train", "a"), eval=files)).evaluation
+    sets = make(make_config(train=write("train", "t"), eval=files)).evaluation
     assert {name: [text(p.token_ids)[2] for p in prompts] for name, prompts in sets.items()} == {
         "one": ["a", "b"],
         "two": ["c"],
     }
     assert [prompt.uid for prompt in sets["one"]] == ["one/gsm8k/one/000001", "one/gsm8k/one/000002"]
     with pytest.raises(ValueError, match=r"data.eval.one: problem one/gsm8k/one/000003 has 34 tokens, .* is 12; raise"):
-        make(make_config(train=write("train", "a"), eval=files, num_problems=3))
+        make(make_config(train=write("train", "t"), eval=files, num_problems=3))
 
 
 def test_weights_are_those_of_the_files(write):
@@ -123,5 +119,5 @@ def test_without_files_the_prompts_are_the_tasks():
 def test_evaluation_files_can_stand_beside_the_task(write):
     config = make_config(eval={"mine": write("test", "t")})
     encoder = PromptEncoder(Codepoints(), "auto", config.data.template)
-    assert [*evaluation_sets(config, load_files(config.data), encoder)] == ["mine"]
+    assert [*evaluation_sets(config, load_files(config.data).evaluation, encoder)] == ["mine"]
     assert make(config).train.next_prompts(1)[0].data_source == "arithmetic"

@@ -77,3 +77,10 @@ def test_answer_may_follow_on_the_next_line() -> None:
 def test_text_is_data_and_never_code() -> None:
     assert score_dapo("Answer: 30 + 4", "34").accuracy == 0.0
     assert score_dapo("Answer: __import__('os').abort()", "34").prediction == "__import__('os').abort()"
+
+
+@pytest.mark.parametrize("truth", ["units", "points", "", " ", "$", "x =", "[INVALID]", "a [INVALID]"])
+@pytest.mark.parametrize("response", ["I say nothing.", "Answer: 7", "Answer: units", "Answer: [INVALID]"])
+def test_no_response_is_right_by_saying_nothing(truth: str, response: str) -> None:
+    with pytest.raises(ValueError, match="the ground truth .* to DAPO's rule; correct it"):
+        score_dapo(response, truth)

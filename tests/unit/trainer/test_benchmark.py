@@ -10,7 +10,17 @@ import pytest
 
 from fipo_megatron.config.load import save_config
 from fipo_megatron.config.schema import Config
-from fipo_megatron.trainer.benchmark import BenchmarkSettings, find_model, fit_config, load_run_config
+from fipo_megatron.data.encoding import PromptEncoder
+from fipo_megatron.observability.progress import Progress
+from fipo_megatron.trainer import benchmark
+from fipo_megatron.trainer.benchmark import (
+    Benchmark,
+    BenchmarkSettings,
+    evaluate_held_out,
+    find_model,
+    fit_config,
+    load_run_config,
+)
 
 
 def settings(**changed: Any) -> BenchmarkSettings:
@@ -73,3 +83,53 @@ def test_accuracy_is_judged_without_what_only_changes_rewards(tmp_path: Path) ->
     assert (judged.rule, judged.timeout_s) == ("math_verify", 9.0)
     assert (judged.overlong_buffer_tokens, judged.format_score) == (0, 0.0)
     assert fit_config(run, 10, settings(rule="dapo")).reward.rule == "dapo"
+
+
+class Codepoints:
+    chat_template = None
+
+    def encode(self, text: str, *, add_special_tokens: bool) -> list[int]:
+        return [ord(character) for character in text]
+
+    def apply_chat_template(self, *arguments: Any, **options: Any) -> str:
+        raise NotImplementedError
+
+
+@pytest.fixture
+def codepoints(monkeypatch: pytest.MonkeyPatch) -> None:
+    encoder = PromptEncoder(Codepoints(), "plain", "{question}")
+    monkeypatch.setattr(benchmark, "load_prompt_encoder", lambda folder, config: encoder)
+    monkeypatch.setattr(benchmark, "load_decode", lambda folder: str)
+
+
+def write_problems(path: Path, *more: str) -> Path:
+    path.write_text("\n".join([json.dumps({"question": "1 + 1?", "answer": "#### 2"}), *more]))
+    return path
+
+
+@pytest.mark.usefixtures("codepoints")
+def test_a_set_with_a_row_that_cannot_be_read_is_refused(tmp_path: Path) -> None:
+    model = find_model(make_model(tmp_path / "model"))
+    files = {"mine": write_problems(tmp_path / "mine.jsonl")}
+    Benchmark(model, files, settings(), Progress())
+    write_problems(files["mine"], "", "{")
+    with pytest.raises(ValueError, match=r"mine.jsonl: 1 of 2 rows can't be read: line 3 is not JSON"):
+        Benchmark(model, files, settings(), Progress())
+
+
+class ReachedError(Exception):
+    """The problems are read."""
+
+
+@pytest.mark.usefixtures("codepoints")
+def test_held_out_problems_are_found_without_the_training_files(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def reach(*arguments: Any, **options: Any) -> None:
+        raise ReachedError
+
+    monkeypatch.setattr(benchmark, "HfEngine", reach)
+    data = {"train": "gone.jsonl", "eval": {"mine": str(write_problems(tmp_path / "mine.jsonl"))}}
+    run = make_run(tmp_path / "run", data=data)
+    with pytest.raises(ReachedError):
+        evaluate_held_out(run)
