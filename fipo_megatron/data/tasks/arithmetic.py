@@ -28,10 +28,11 @@ class Addition(NamedTuple):
     b: int
 
 
-class OperandSplit:
-    """Train and held-out operands, disjoint as values: of the values in a fixed order the first are held out."""
+class AdditionTask(Task[Addition]):
+    """Two operands to add. Of the operands' values in a fixed order the first are held out, the others for training."""
 
     def __init__(self, num_digits: int, held_out_frac: float) -> None:
+        self.max_prompt_tokens = 2 * num_digits + 2  # the operands, `+` and `=`
         self._smallest: int = 10 ** (num_digits - 1)
         self._num_values: int = 9 * self._smallest
         self._num_held_out = round(self._num_values * held_out_frac)
@@ -63,32 +64,6 @@ class OperandSplit:
             problems[Addition(self._operand(a), self._operand(b))] = None
         return list(problems)
 
-    def _operand(self, rank: int) -> int:
-        """The operand at a place of the fixed order: held out below `_num_held_out`, else of training."""
-        return self._smallest + rank * self._stride % self._num_values
-
-
-class ArithmeticTask(Task[Addition]):
-    """Problems, worked traces and tokens of `num_digits`-digit addition; no operand is in training and held out."""
-
-    name = "arithmetic"
-    vocabulary = Vocabulary("0123456789+=;\n")
-
-    def __init__(self, config: ArithmeticTaskConfig) -> None:
-        self.config = config
-        self.max_prompt_tokens = 2 * config.num_digits + 2  # the operands, `+` and `=`
-        # 9 a column, newline, `Answer: `, one more digit than an operand, end of sequence.
-        self.max_trace_tokens = 9 * config.num_digits + 2 + (config.num_digits + 1) + 1
-        self._split = OperandSplit(config.num_digits, config.held_out_frac)
-
-    def train_problem(self, rng: np.random.Generator) -> Addition:
-        """Two operands of the training split."""
-        return self._split.train_problem(rng)
-
-    def held_out_problems(self, n: int) -> list[Addition]:
-        """The first `n` of one fixed sequence of distinct problems, both operands held out."""
-        return self._split.held_out_problems(n)
-
     def prompt_text(self, problem: Addition) -> str:
         """`a+b=`."""
         return f"{problem.a}+{problem.b}="
@@ -96,6 +71,23 @@ class ArithmeticTask(Task[Addition]):
     def answer(self, problem: Addition) -> str:
         """The sum."""
         return str(problem.a + problem.b)
+
+    def _operand(self, rank: int) -> int:
+        """The operand at a place of the fixed order: held out below `_num_held_out`, else of training."""
+        return self._smallest + rank * self._stride % self._num_values
+
+
+class ArithmeticTask(AdditionTask):
+    """Problems, worked traces and tokens of `num_digits`-digit addition; no operand is in training and held out."""
+
+    name = "arithmetic"
+    vocabulary = Vocabulary("0123456789+=;\n")
+
+    def __init__(self, config: ArithmeticTaskConfig) -> None:
+        super().__init__(config.num_digits, config.held_out_frac)
+        self.config = config
+        # 9 a column, newline, `Answer: `, one more digit than an operand, end of sequence.
+        self.max_trace_tokens = 9 * config.num_digits + 2 + (config.num_digits + 1) + 1
 
     def worked_trace(self, problem: Addition) -> str:
         """The right trace, without the end-of-sequence token."""

@@ -17,38 +17,21 @@ from collections.abc import Sequence
 import numpy as np
 
 from fipo_megatron.config.schema import CheckedSumsTaskConfig
-from fipo_megatron.data.tasks.arithmetic import Addition, OperandSplit
-from fipo_megatron.data.tasks.base import ANSWER, Task, Vocabulary
+from fipo_megatron.data.tasks.arithmetic import Addition, AdditionTask
+from fipo_megatron.data.tasks.base import ANSWER, Vocabulary
 
 
-class CheckedSumsTask(Task[Addition]):
+class CheckedSumsTask(AdditionTask):
     """Problems, traces and tokens of sums with an optional check. The split is that of the arithmetic task."""
 
     name = "checked_sums"
     vocabulary = Vocabulary("0123456789+=;?\n")
 
     def __init__(self, config: CheckedSumsTaskConfig) -> None:
+        super().__init__(config.num_digits, config.held_out_frac)
         self.config = config
-        self.max_prompt_tokens = 2 * config.num_digits + 2
         # 7 a column; `?` and 8 a column; newline, `Answer: `, one more digit than an operand, end of sequence.
         self.max_trace_tokens = 7 * config.num_digits + 1 + 8 * config.num_digits + 2 + (config.num_digits + 1) + 1
-        self._split = OperandSplit(config.num_digits, config.held_out_frac)
-
-    def train_problem(self, rng: np.random.Generator) -> Addition:
-        """Two operands of the training split."""
-        return self._split.train_problem(rng)
-
-    def held_out_problems(self, n: int) -> list[Addition]:
-        """The first `n` of one fixed sequence of distinct problems, both operands held out."""
-        return self._split.held_out_problems(n)
-
-    def prompt_text(self, problem: Addition) -> str:
-        """`a+b=`."""
-        return f"{problem.a}+{problem.b}="
-
-    def answer(self, problem: Addition) -> str:
-        """The sum."""
-        return str(problem.a + problem.b)
 
     def noisy_trace(self, rng: np.random.Generator, problem: Addition) -> str:
         """A trace that checks with `check_prob`; each first sum is random with `digit_error_prob`, and carried on."""
