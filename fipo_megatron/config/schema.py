@@ -1,5 +1,5 @@
 """Every setting of a run: typed, nested, immutable. A value that can be judged alone is judged here; what depends on
-other values is judged in checks.py. Defaults are those of the 32B recipe where the paper names one."""
+other values is judged in checks.py. Defaults of loss, optimizer and rollouts are those of the 32B recipe."""
 
 from __future__ import annotations
 

@@ -150,7 +150,7 @@ def read_run(folder: Path) -> Run:
     if not lines:
         raise ValueError(f"{metrics_path}: no steps yet; leave this run out, or let it finish a step")
     config = dict(_flatten(yaml.safe_load(config_path.read_text(encoding="utf-8"))))
-    return Run(folder, config, [_with_share_of_weights(line, config) for line in lines])
+    return Run(folder, config, lines)
 
 
 def _flatten(section: Mapping[str, Any], prefix: str = "") -> Iterable[tuple[str, Any]]:
@@ -159,14 +159,6 @@ def _flatten(section: Mapping[str, Any], prefix: str = "") -> Iterable[tuple[str
             yield from _flatten(value, f"{prefix}{key}.")
         else:
             yield prefix + key, value
-
-
-def _with_share_of_weights(line: dict[str, Any], config: Mapping[str, Any]) -> dict[str, Any]:
-    """The line, with the share of weights other than 1 also where an older run tells it only by its one-sided clip."""
-    at_lower = line.get("train/influence_clip_frac_lower")
-    if SHARE_OF_WEIGHTS in line or at_lower is None or not config["algorithm.influence_clip_high_only"]:
-        return line
-    return line | {SHARE_OF_WEIGHTS: 1 - at_lower}
 
 
 def group_runs(runs: Sequence[Run], by: str = ALGORITHM, task_key: str = "task.name") -> list[Group]:

@@ -115,15 +115,6 @@ def test_bands_hold_the_steps_that_all_seeds_have(tmp_path: Path) -> None:
     assert group.band("train/entropy") == ([], [])
 
 
-def test_an_older_run_with_a_one_sided_clip_tells_its_share_of_weights(tmp_path: Path) -> None:
-    lines: Lines = [{"step": 1, "train/influence_clip_frac_lower": 0.75}]
-    two_sided = {"preset": "fipo_7b", "objective": "fipo", "influence_clip_high_only": False}
-    assert read_run(write_run(tmp_path / "one", lines, 0)).series(SHARE_OF_WEIGHTS) == {1: 0.25}
-    assert read_run(write_run(tmp_path / "two", lines, 0, algorithm=two_sided)).series(SHARE_OF_WEIGHTS) == {}
-    recorded: Lines = [{"step": 1, "train/influence_clip_frac_lower": 0.75, SHARE_OF_WEIGHTS: 0.2}]
-    assert read_run(write_run(tmp_path / "new", recorded, 0)).series(SHARE_OF_WEIGHTS) == {1: 0.2}
-
-
 def test_groups_are_made_by_any_key_and_by_task(tmp_path: Path) -> None:
     runs = [
         read_run(write_run(tmp_path / f"{name}{lr}", accuracy_lines(0.1), 0, task={"name": name}, optimizer={"lr": lr}))
