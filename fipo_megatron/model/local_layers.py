@@ -5,11 +5,14 @@ Megatron's own local norm refuses sequence parallelism, its local attention cont
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
+from megatron.core.packed_seq_params import PackedSeqParams
 from megatron.core.process_groups_config import ProcessGroupCollection
 from megatron.core.transformer.module import MegatronModule
 from megatron.core.transformer.transformer_config import TransformerConfig
@@ -25,11 +28,67 @@ class LocalRMSNorm(torch.nn.RMSNorm):
         self.weight.sequence_parallel = config.sequence_parallel  # type: ignore[attr-defined]
 
 
-class LocalAttention(MegatronModule):
-    """Causal grouped-query attention on torch's fused kernel.
+@dataclass
+class PackedSequences(PackedSeqParams):
+    """Megatron's description of packed sequences, and what LocalAttention makes of it once for all layers.
 
-    Query `[s, b, heads, dim]`, key and value `[s, b, groups, dim]`, `s` local tokens a sequence. Under context
-    parallelism key and value are all-gathered over `context_group`, and zig-zag positions make the mask.
+    Attention goes over pairs of a run of queries and a run of keys that ends with it: whole sequences, or under context
+    parallelism this rank's two chunks of each sequence with all keys up to the chunk's end.
+    """
+
+    query_lens: tuple[int, ...] = ()
+    key_lens: tuple[int, ...] = ()
+    cu_query_lens: torch.Tensor | None = None  # int32 [pairs + 1]
+    cu_key_lens: torch.Tensor | None = None
+    key_index: torch.Tensor | None = None  # int64 [sum(key_lens)], into the keys gathered rank by rank; None: all
+
+
+def pack_sequences(padded_lens: Sequence[int], group: dist.ProcessGroup, device: torch.device) -> PackedSequences:
+    """The packed sequences of a microbatch, of which this rank of the context-parallel group holds its zig-zag part.
+
+    `padded_lens`: tokens of each sequence over all ranks, a multiple of 2 * cp where cp > 1.
+    """
+    size, rank = group.size(), group.rank()
+    query_lens, key_lens, key_index = list(padded_lens), list(padded_lens), None
+    if size > 1:
+        gathered = torch.cat([zigzag_positions(padded_lens, other, size) for other in range(size)]).argsort()
+        index, query_lens, key_lens, start = [], [], [], 0
+        for length in padded_lens:
+            chunk_len = length // (2 * size)
+            for chunk in (rank, 2 * size - 1 - rank):
+                query_lens.append(chunk_len)
+                key_lens.append((chunk + 1) * chunk_len)
+                index.append(gathered[start : start + key_lens[-1]])
+            start += length
+        key_index = torch.cat(index).to(device)
+    boundaries = _boundaries(padded_lens).to(device)
+    longest = max(padded_lens)
+    return PackedSequences(
+        qkv_format="thd",
+        cu_seqlens_q=boundaries,
+        cu_seqlens_kv=boundaries,
+        cu_seqlens_q_padded=boundaries,
+        cu_seqlens_kv_padded=boundaries,
+        max_seqlen_q=longest,
+        max_seqlen_kv=longest,
+        query_lens=tuple(query_lens),
+        key_lens=tuple(key_lens),
+        cu_query_lens=_boundaries(query_lens).to(device),
+        cu_key_lens=_boundaries(key_lens).to(device),
+        key_index=key_index,
+    )
+
+
+def _boundaries(lengths: Sequence[int]) -> torch.Tensor:
+    return F.pad(torch.tensor(lengths, dtype=torch.int32).cumsum(0, dtype=torch.int32), (1, 0))
+
+
+class LocalAttention(MegatronModule):
+    """Causal grouped-query attention on torch's fused kernels.
+
+    Query `[s, b, heads, dim]`, key and value `[s, b, groups, dim]`, `s` local tokens a sequence; or, with
+    `packed_seq_params`, `[t, heads, dim]` and `[t, groups, dim]`. Under context parallelism key and value are
+    all-gathered over `context_group`.
     """
 
     def __init__(
@@ -56,16 +115,23 @@ class LocalAttention(MegatronModule):
         attention_mask: torch.Tensor | None = None,
         attn_mask_type: Any = None,
         attention_bias: torch.Tensor | None = None,
-        packed_seq_params: Any = None,
+        packed_seq_params: PackedSequences | None = None,
     ) -> torch.Tensor:
-        """Context `[s, b, heads * dim]`."""
-        assert packed_seq_params is None, "the local attention takes padded rows"
+        """Context `[s, b, heads * dim]`, or packed `[t, heads * dim]`."""
+        if self.context_group.size() > 1:
+            key, value = (_AllGatherSequence.apply(t, self.context_group) for t in (key, value))
+        if packed_seq_params is not None:
+            return self._attend_packed(query, key, value, packed_seq_params)
         mask = None
         if self.context_group.size() > 1:
             mask = _zigzag_causal_mask(query.size(0), self.context_group).to(query.device)
-            key, value = (_AllGatherSequence.apply(t, self.context_group) for t in (key, value))
         query, key, value = (t.permute(1, 2, 0, 3) for t in (query, key, value))  # [b, heads, s, dim]
-        context = F.scaled_dot_product_attention(
+        return self._attend(query, key, value, mask).permute(2, 0, 1, 3).flatten(2)
+
+    def _attend(
+        self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, mask: torch.Tensor | None
+    ) -> torch.Tensor:
+        return F.scaled_dot_product_attention(
             query,
             key,
             value,
@@ -74,7 +140,41 @@ class LocalAttention(MegatronModule):
             scale=self.softmax_scale,
             enable_gqa=query.size(1) != key.size(1),
         )
-        return context.permute(2, 0, 1, 3).flatten(2)
+
+    def _attend_packed(
+        self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, packed: PackedSequences
+    ) -> torch.Tensor:
+        if packed.key_index is not None:
+            key, value = key[packed.key_index], value[packed.key_index]
+        if query.is_cuda and query.dtype in (torch.bfloat16, torch.float16):
+            from torch.nn.attention.varlen import varlen_attn
+
+            context = varlen_attn(
+                query,
+                key,
+                value,
+                packed.cu_query_lens,
+                packed.cu_key_lens,
+                max(packed.query_lens),
+                max(packed.key_lens),
+                scale=self.softmax_scale,
+                window_size=(-1, 0),
+                enable_gqa=query.size(1) != key.size(1),
+            )
+            return context.flatten(1)
+        # The slow twin: torch's variable-length kernel takes half precision on CUDA alone.
+        pairs = zip(
+            query.split(packed.query_lens), key.split(packed.key_lens), value.split(packed.key_lens), strict=True
+        )
+        contexts = []
+        for run in pairs:
+            queries, keys, values = (t.transpose(0, 1)[None] for t in run)  # [1, heads, tokens, dim]
+            mask = None
+            if queries.size(2) != keys.size(2):
+                ones = torch.ones(queries.size(2), keys.size(2), dtype=torch.bool, device=query.device)
+                mask = ones.tril(keys.size(2) - queries.size(2))
+            contexts.append(self._attend(queries, keys, values, mask)[0].transpose(0, 1))
+        return torch.cat(contexts).flatten(1)
 
 
 def _zigzag_causal_mask(local_len: int, group: dist.ProcessGroup) -> torch.Tensor:
