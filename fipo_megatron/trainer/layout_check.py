@@ -1,0 +1,268 @@
+"""Whether a layout computes the update that one transformers process computes: tiny models, one batch, one step.
+
+The batch holds responses of one token and up to the limit, and every token of it is at least MARGIN away from each
+threshold of the loss: rounding can't move a token across a branch, so what differs is the layout's fault.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from fipo_megatron.algorithm.fipo_loss import fipo_loss
+from fipo_megatron.algorithm.future_kl import future_kl, influence_bounds, log_ratio
+from fipo_megatron.config.schema import AlgorithmConfig, OptimizerConfig
+from fipo_megatron.types import SegmentTable, TrainingBatch
+
+VOCABULARY = 67  # odd: padded under tensor parallelism, and the phantom columns must not count
+MAX_PROMPT_TOKENS, MAX_RESPONSE_TOKENS = 24, 96
+RESPONSE_LENS = (1, 96, 5, 40, 1, 64, 23, 2, 77, 12, 31, 8)
+MARGIN = 1e-3
+GRAD_FLOOR = 1e-8  # of the global norm: below it a parameter's own gradient is rounding
+# A large epsilon keeps Adam's first step proportional to the gradient, so that rounding isn't blown up to +-lr.
+OPTIMIZER = OptimizerConfig(lr=0.05, weight_decay=0.1, adam_eps=0.05, adam_beta2=0.99, max_grad_norm=1.0)
+
+SIZES: dict[str, Any] = {
+    "vocab_size": VOCABULARY,
+    "hidden_size": 64,
+    "intermediate_size": 96,
+    "num_hidden_layers": 4,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "max_position_embeddings": 128,
+    "bos_token_id": None,
+    "eos_token_id": 1,
+    "pad_token_id": 0,
+}
+
+
+@dataclass(frozen=True)
+class Family:
+    """A family's architecture in transformers, and what its tiny model has beside SIZES."""
+
+    model_type: str
+    settings: Mapping[str, Any]
+
+
+FAMILIES: dict[str, Family] = {
+    "qwen2": Family("qwen2", {"tie_word_embeddings": False}),
+    "qwen2_tied": Family("qwen2", {"tie_word_embeddings": True}),
+    "qwen3_tied": Family("qwen3", {"tie_word_embeddings": True, "head_dim": 32}),
+    "qwen3_moe": Family(
+        "qwen3_moe",
+        {
+            "tie_word_embeddings": False,
+            "head_dim": 32,
+            "num_experts": 4,
+            "num_experts_per_tok": 2,
+            "moe_intermediate_size": 48,
+            "norm_topk_prob": True,
+        },
+    ),
+    "llama3": Family(
+        "llama",
+        {
+            "tie_word_embeddings": False,
+            "rope_parameters": {
+                "rope_type": "llama3",
+                "rope_theta": 500000.0,
+                "factor": 8.0,
+                "low_freq_factor": 1.0,
+                "high_freq_factor": 4.0,
+                "original_max_position_embeddings": 64,
+            },
+        },
+    ),
+}
+
+
+@dataclass(frozen=True)
+class CheckStep:
+    """What one update consists of: by transformers, or by a layout."""
+
+    logprobs: np.ndarray  # [R] before the update, in sample order
+    loss: float
+    grads: dict[str, torch.Tensor]  # by Hugging Face name, before clipping
+    parameters: dict[str, torch.Tensor]  # by Hugging Face name, after the step
+
+
+def write_tiny_model(family: str, folder: Path, seed: int = 1) -> None:
+    """A Hugging Face folder with a random model of a family."""
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    settings = FAMILIES[family]
+    torch.manual_seed(seed)
+    model = AutoModelForCausalLM.from_config(AutoConfig.for_model(settings.model_type, **SIZES, **settings.settings))
+    for name, parameter in model.named_parameters():
+        torch.nn.init.normal_(parameter, mean=1.0 if "norm" in name else 0.0, std=0.15)
+    model.save_pretrained(folder)
+
+
+def make_check_batch(logprobs_of: Callable[[TrainingBatch], np.ndarray], config: AlgorithmConfig) -> TrainingBatch:
+    """Samples with old log-probs that put the loss of `config` to work, no token within MARGIN of a threshold.
+
+    `logprobs_of` gives the policy's log-probs of a batch's response tokens, float64 [R].
+    """
+    rng = np.random.default_rng(0)
+    response_lens = np.array(RESPONSE_LENS)
+    prompt_lens = rng.integers(1, MAX_PROMPT_TOKENS + 1, len(response_lens))
+    lens = prompt_lens + response_lens
+    batch = TrainingBatch(
+        token_ids=rng.integers(2, VOCABULARY, lens.sum()),
+        cu_seqlens=np.concatenate([[0], np.cumsum(lens)]),
+        prompt_lens=prompt_lens,
+        advantages=rng.normal(size=len(lens)).astype(np.float32),
+    )
+    logprobs = logprobs_of(batch)
+    drifts = _draw_drifts(rng, len(logprobs))
+    while True:
+        # float32, as the ranks will read them: the margins are those of what is compared.
+        old = (logprobs - drifts).astype(np.float32)
+        near = branch_margins(logprobs, old, batch.advantages, response_lens, config) < MARGIN
+        if not near.any():
+            return replace(batch, old_logprobs=old)
+        drifts[near] = _draw_drifts(rng, int(near.sum()))
+
+
+def _draw_drifts(rng: np.random.Generator, size: int) -> np.ndarray:
+    """Log-ratios: mostly small, a few beyond the clip, rarely beyond the dual clip."""
+    return rng.normal(scale=0.1, size=size) + rng.choice([0.0, 0.6, -0.6, 3.0], p=[0.9, 0.045, 0.045, 0.01], size=size)
+
+
+def branch_margins(
+    logprobs: np.ndarray, old: np.ndarray, advantages: np.ndarray, response_lens: np.ndarray, config: AlgorithmConfig
+) -> np.ndarray:
+    """How far each response token's ratio and influence weight are from the nearest threshold of the loss, [R]."""
+    segments = SegmentTable(torch.from_numpy(np.cumsum([0, *response_lens])))
+    mask = torch.ones(len(logprobs), dtype=torch.bool)
+    drift = log_ratio(torch.from_numpy(logprobs), torch.from_numpy(old.astype(np.float64)), mask)
+    ratio = drift.exp()
+    raw_weight = future_kl(drift, mask, config, segments).exp()
+    thresholds = [1 - config.clip_ratio_low, 1 + config.clip_ratio_high, config.safety_threshold]
+    if config.dual_clip_ratio is not None:
+        thresholds.append(config.dual_clip_ratio)
+    distances = [(ratio - threshold).abs() for threshold in thresholds]
+    distances += [(raw_weight - bound).abs() for bound in (*influence_bounds(config), 0.8)]
+    return torch.stack(distances).amin(0).numpy()
+
+
+def transformers_step(folder: Path, batch: TrainingBatch, config: AlgorithmConfig, sequence_norm: int) -> CheckStep:
+    """One update by transformers and torch's AdamW in this process, in float64."""
+    model = _load_oracle(folder)
+    rows = [_sample_logprobs(model, batch, sample) for sample in range(batch.num_samples)]
+    response_lens = np.array([len(row) for row in rows])
+    logprobs = torch.cat(rows)
+    assert batch.old_logprobs is not None
+    output = fipo_loss(
+        logprobs,
+        torch.from_numpy(batch.old_logprobs.astype(np.float64)),
+        torch.from_numpy(np.repeat(batch.advantages.astype(np.float64), response_lens)),
+        torch.ones(len(logprobs), dtype=torch.bool),
+        config,
+        segments=SegmentTable(torch.from_numpy(np.cumsum([0, *response_lens]))),
+        sequence_norm=sequence_norm,
+    )
+    loss = output.loss_sum / output.denominator.clamp(min=1)
+    loss.backward()
+    grads = _by_file_name({name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None})
+    _adamw_step(model)
+    parameters = _by_file_name({name: p.detach() for name, p in model.named_parameters()})
+    return CheckStep(logprobs.detach().numpy(), loss.item(), grads, parameters)
+
+
+def transformers_logprobs(folder: Path) -> Callable[[TrainingBatch], np.ndarray]:
+    """A function from a batch to the log-probs of its response tokens, float64 [R], by transformers."""
+    model = _load_oracle(folder)
+
+    @torch.no_grad()
+    def logprobs_of(batch: TrainingBatch) -> np.ndarray:
+        return torch.cat([_sample_logprobs(model, batch, sample) for sample in range(batch.num_samples)]).numpy()
+
+    return logprobs_of
+
+
+def _load_oracle(folder: Path) -> Any:
+    from transformers import AutoModelForCausalLM
+
+    # Eager experts: the fused ones have no float64.
+    return AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float64, experts_implementation="eager")
+
+
+def _by_file_name(tensors: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """Tensors under the names of a Hugging Face folder, where each expert has its own; transformers joins them."""
+    named = {}
+    for name, tensor in tensors.items():
+        prefix, is_experts, joined = name.partition(".mlp.experts.")
+        if not is_experts:
+            named[name] = tensor
+            continue
+        for expert, matrix in enumerate(tensor):
+            parts = {"down_proj": [matrix], "gate_up_proj": matrix.chunk(2)}[joined]
+            for part, rows in zip(joined.removesuffix("_proj").split("_"), parts, strict=True):
+                named[f"{prefix}.mlp.experts.{expert}.{part}_proj.weight"] = rows
+    return named
+
+
+def _sample_logprobs(model: Any, batch: TrainingBatch, sample: int) -> torch.Tensor:
+    start, end = list(pairwise(batch.cu_seqlens))[sample]
+    ids = torch.from_numpy(batch.token_ids[start:end])
+    logprobs = model(ids[None], use_cache=False).logits[0, :-1].log_softmax(-1)
+    return logprobs.gather(-1, ids[1:, None])[int(batch.prompt_lens[sample]) - 1 :, 0]
+
+
+def _adamw_step(model: torch.nn.Module) -> None:
+    """AdamW as Megatron's: clipped by the global norm, no decay of norms and biases."""
+    groups = [
+        {"params": [p for p in model.parameters() if p.dim() > 1], "weight_decay": OPTIMIZER.weight_decay},
+        {"params": [p for p in model.parameters() if p.dim() == 1], "weight_decay": 0.0},
+    ]
+    torch.nn.utils.clip_grad_norm_(model.parameters(), OPTIMIZER.max_grad_norm)
+    betas = (OPTIMIZER.adam_beta1, OPTIMIZER.adam_beta2)
+    torch.optim.AdamW(groups, lr=OPTIMIZER.lr, betas=betas, eps=OPTIMIZER.adam_eps).step()
+
+
+@dataclass(frozen=True)
+class LayoutErrors:
+    """How far a layout's update is from transformers'."""
+
+    abs_err_logprob: float
+    abs_err_loss: float
+    rel_err_grad: float  # the global gradient, and the worst parameter: the larger of both, by L2 norms
+    worst_parameter: str
+    rel_err_parameters: float  # of what the step changed
+
+    @property
+    def ok(self) -> bool:
+        errors = (self.abs_err_logprob / 2e-5, self.abs_err_loss / 1e-6, self.rel_err_grad / 1e-5)
+        return max(*errors, self.rel_err_parameters / 1e-3) <= 1 and not math.isnan(sum(errors))
+
+
+def compare_steps(found: CheckStep, expected: CheckStep, start: Mapping[str, torch.Tensor]) -> LayoutErrors:
+    """Errors of a layout's update against transformers'; `start`: the parameters before it."""
+    norm = _norm(expected.grads)
+    per_parameter = {
+        name: ((found.grads[name] - grad).norm() / grad.norm().clamp(min=GRAD_FLOOR * norm)).item()
+        for name, grad in expected.grads.items()
+    }
+    worst = max(per_parameter, key=per_parameter.__getitem__)
+    difference = _norm({name: found.grads[name] - grad for name, grad in expected.grads.items()})
+    moved = _norm({name: p - start[name] for name, p in expected.parameters.items()})
+    missed = _norm({name: found.parameters[name] - p for name, p in expected.parameters.items()})
+    return LayoutErrors(
+        abs_err_logprob=float(np.abs(found.logprobs - expected.logprobs).max()),
+        abs_err_loss=abs(found.loss - expected.loss),
+        rel_err_grad=max(difference / norm, per_parameter[worst]),
+        worst_parameter=worst,
+        rel_err_parameters=missed / moved,
+    )
+
+
+def _norm(tensors: Mapping[str, torch.Tensor]) -> float:
+    return math.sqrt(sum(tensor.double().pow(2).sum().item() for tensor in tensors.values()))
