@@ -183,12 +183,19 @@ class WarmStartConfig(Section):
 
 
 class ParallelConfig(Section):
-    """Layout of the trainer's processes: world size = tensor * pipeline * context * data."""
+    """Layout of the trainer's processes: world size = tensor * pipeline * context * data.
+
+    Experts have a layout of their own on each stage's tensor * context * data ranks: expert * expert_tensor ranks hold
+    all of them once.
+    """
 
     tensor: int = Field(1, gt=0)
     pipeline: int = Field(1, gt=0)
+    virtual_pipeline: int | None = Field(None, gt=1, description="model chunks a stage, interleaved; null: one")
     context: int = Field(1, gt=0)
     data: int = Field(1, gt=0)
+    expert: int = Field(1, gt=0, description="ranks that share out the experts of a layer")
+    expert_tensor: int = Field(1, gt=0, description="ranks that an expert is cut over")
     sequence_parallel: bool = Field(False, description="shard norms and dropout over the tensor-parallel ranks")
     distributed_optimizer: bool = Field(True, description="shard the optimizer state over data-parallel ranks")
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterator
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -17,17 +18,21 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 
 from fipo_megatron.config.schema import Config, OptimizerConfig, ParallelConfig
 from fipo_megatron.model.hf_config import ModelShape
-from fipo_megatron.model.platform import Platform
+from fipo_megatron.model.platform import Platform, prepare_for_experts
 from fipo_megatron.model.weight_map.entry import padded_vocab_size
 from fipo_megatron.parallel.groups import ParallelGroups
 
 INIT_STD = 0.05  # of a policy that starts from random weights; the small models of warm_start learn fastest near it
 
-# Transformer Engine's layers hold the norm before them; the weight map knows the norms by their own names.
-FUSED_NORMS = {
-    "self_attention.linear_qkv.layer_norm_weight": "input_layernorm.weight",
-    "mlp.linear_fc1.layer_norm_weight": "pre_mlp_layernorm.weight",
-}
+# Names of a layer's parameters that depend on the layer spec, and how the weight map knows them.
+SPEC_NAMES = (
+    # Transformer Engine's layers hold the norm before them.
+    (r"self_attention\.linear_qkv\.layer_norm_weight", "input_layernorm.weight"),
+    (r"mlp\.linear_fc1\.layer_norm_weight", "pre_mlp_layernorm.weight"),
+    # Experts one by one, and in Transformer Engine's grouped layer.
+    (r"mlp\.experts\.local_experts\.(?P<expert>\d+)\.(?P<linear>linear_fc[12])\.weight", "mlp.experts.{}.{}.weight"),
+    (r"mlp\.experts\.(?P<linear>linear_fc[12])\.weight(?P<expert>\d+)", "mlp.experts.{}.{}.weight"),
+)
 
 
 def make_transformer_config(
@@ -47,7 +52,8 @@ def make_transformer_config(
         gated_linear_unit=True,
         activation_func=F.silu,
         add_bias_linear=False,
-        add_qkv_bias=True,
+        add_qkv_bias=shape.qkv_bias,
+        qk_layernorm=shape.qk_norm,
         hidden_dropout=0.0,
         attention_dropout=0.0,
         attention_softmax_in_fp32=True,
@@ -61,6 +67,7 @@ def make_transformer_config(
         bf16=dtype == torch.bfloat16,
         tensor_model_parallel_size=parallel.tensor,
         pipeline_model_parallel_size=parallel.pipeline,
+        virtual_pipeline_model_parallel_size=parallel.virtual_pipeline,
         context_parallel_size=parallel.context,
         sequence_parallel=parallel.sequence_parallel,
         calculate_per_token_loss=True,
@@ -70,7 +77,25 @@ def make_transformer_config(
         recompute_method="uniform" if config.trainer.recompute == "full" else None,
         recompute_num_layers=1 if config.trainer.recompute == "full" else None,
         **platform.fusion_flags(),
+        **(_expert_settings(parallel, shape, platform) if shape.num_experts else {}),
     )
+
+
+def _expert_settings(parallel: ParallelConfig, shape: ModelShape, platform: Platform) -> dict[str, Any]:
+    """No token is dropped, and no loss balances the experts: routing is the policy's, and RL's loss alone moves it."""
+    return {
+        "num_moe_experts": shape.num_experts,
+        "moe_router_topk": shape.experts_per_token,
+        "moe_ffn_hidden_size": shape.moe_intermediate_size,
+        "moe_router_pre_softmax": not shape.norm_topk_prob,  # over all experts; else over the chosen ones
+        "moe_router_load_balancing_type": "none",
+        "moe_aux_loss_coeff": 0.0,
+        "moe_router_dtype": "fp32",
+        "moe_token_dispatcher_type": "alltoall",
+        "moe_grouped_gemm": platform.has_transformer_engine,
+        "expert_model_parallel_size": parallel.expert,
+        "expert_tensor_parallel_size": parallel.expert_tensor,
+    }
 
 
 def _leave_unset(weight: torch.Tensor) -> torch.Tensor:
@@ -86,13 +111,15 @@ def build_model(
     config: Config, shape: ModelShape, platform: Platform, groups: ParallelGroups, random_seed: int | None
 ) -> DistributedDataParallel:
     """This rank's pipeline stage in Megatron's data-parallel wrapper, with random weights, or (None) unset ones."""
+    if shape.num_experts:
+        prepare_for_experts(platform)
     seed = config.seed if random_seed is None else random_seed
     torch.manual_seed(seed)
     model_parallel_cuda_manual_seed(seed)
     transformer_config = make_transformer_config(config, shape, platform, random_weights=random_seed is not None)
     model = GPTModel(
         transformer_config,
-        platform.block_spec(get_num_layers_to_build(transformer_config)),
+        platform.block_spec(get_num_layers_to_build(transformer_config), shape),
         vocab_size=padded_vocab_size(shape.vocab_size, config.parallel.tensor),
         max_sequence_length=shape.max_positions,
         pre_process=groups.is_first_stage,
@@ -100,7 +127,9 @@ def build_model(
         parallel_output=True,
         share_embeddings_and_output_weights=shape.tie_word_embeddings,
         position_embedding_type="rope",
-        rotary_base=int(shape.rope_theta),
+        rotary_base=shape.rope_theta,
+        rope_scaling=shape.rope_factor is not None,
+        rope_scaling_factor=shape.rope_factor,
     )
     ddp_config = DistributedDataParallelConfig(
         grad_reduce_in_fp32=True, use_distributed_optimizer=config.parallel.distributed_optimizer
@@ -134,11 +163,21 @@ def build_optimizer(
 
 
 def named_parameters(model: DistributedDataParallel) -> Iterator[tuple[str, torch.nn.Parameter]]:
-    """This stage's parameters under their global names: layers are numbered through all stages."""
+    """This stage's parameters as the weight map names them: layers and experts are numbered through all ranks."""
     gpt: GPTModel = model.module
     for name, parameter in gpt.named_parameters():
-        match = re.match(r"decoder\.layers\.(\d+)\.(.*)", name)
+        match = re.fullmatch(r"decoder\.layers\.(\d+)\.(.*)", name)
         if match:
-            local = FUSED_NORMS.get(match[2], match[2])
-            name = f"decoder.layers.{gpt.decoder.layers[int(match[1])].layer_number - 1}.{local}"
+            layer = gpt.decoder.layers[int(match[1])]
+            name = f"decoder.layers.{layer.layer_number - 1}.{_name_in_layer(layer, match[2])}"
         yield name, parameter
+
+
+def _name_in_layer(layer: torch.nn.Module, name: str) -> str:
+    for pattern, canonical in SPEC_NAMES:
+        match = re.fullmatch(pattern, name)
+        if match and "expert" in match.groupdict():
+            return canonical.format(layer.mlp.local_expert_indices[int(match["expert"])], match["linear"])
+        if match:
+            return canonical
+    return name

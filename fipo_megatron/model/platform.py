@@ -6,6 +6,7 @@ the CPU: each patch is listed with the layouts that need it, and nothing else is
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import importlib.metadata
 import sys
@@ -17,6 +18,7 @@ import torch
 from packaging.version import Version
 
 from fipo_megatron.config.schema import ParallelConfig
+from fipo_megatron.model.hf_config import ModelShape
 
 # Tested with the patches below; another version may need other ones, so it is refused rather than tried.
 CPU_TESTED_VERSIONS = {"megatron-core": ("0.16.1", "0.20"), "torch": ("2.13", "2.14")}
@@ -55,20 +57,26 @@ class Platform:
             "cross_entropy_loss_fusion": False,
         }
 
-    def block_spec(self, num_layers: int) -> Any:
-        """Megatron's layer spec for one pipeline stage of `num_layers` Qwen2 layers."""
+    def block_spec(self, num_layers: int, shape: ModelShape) -> Any:
+        """Megatron's layer spec for one pipeline stage of `num_layers` layers."""
         from megatron.core.models.gpt import gpt_layer_specs
         from megatron.core.transformer.transformer_block import TransformerBlockSubmodules
 
+        kind = {"num_experts": shape.num_experts or None, "qk_layernorm": shape.qk_norm}
         if self.has_transformer_engine:
             from megatron.core.extensions.transformer_engine import TENorm
 
-            spec = gpt_layer_specs.get_gpt_layer_with_transformer_engine_spec()
+            spec = gpt_layer_specs.get_gpt_layer_with_transformer_engine_spec(
+                moe_grouped_gemm=bool(shape.num_experts), **kind
+            )
             return TransformerBlockSubmodules(layer_specs=[spec] * num_layers, layer_norm=TENorm)
         from fipo_megatron.model.local_layers import LocalAttention, LocalRMSNorm
 
-        spec = gpt_layer_specs.get_gpt_layer_local_spec(normalization="RMSNorm")
-        spec.submodules.self_attention.submodules.core_attention = LocalAttention
+        spec = gpt_layer_specs.get_gpt_layer_local_spec(normalization="RMSNorm", **kind)
+        attention = spec.submodules.self_attention.submodules
+        attention.core_attention = LocalAttention
+        if shape.qk_norm:
+            attention.q_layernorm = attention.k_layernorm = LocalRMSNorm
         spec.submodules.input_layernorm = LocalRMSNorm
         spec.submodules.pre_mlp_layernorm = LocalRMSNorm
         return TransformerBlockSubmodules(layer_specs=[spec] * num_layers, layer_norm=LocalRMSNorm)
@@ -202,9 +210,15 @@ def _patch_cuda_moves() -> None:
 
 
 class _NoStream:
-    """Stands for a CUDA stream where work is done when a call returns: there is nothing to wait for."""
+    """Stands for a CUDA stream, and its events, where work is done when a call returns: nothing to wait for."""
 
     def wait_stream(self, stream: Any) -> None:
+        """Nothing."""
+
+    def record_event(self) -> _NoStream:
+        return self
+
+    def synchronize(self) -> None:
         """Nothing."""
 
 
@@ -222,3 +236,23 @@ CPU_PATCHES = (
     # The slice of rotary embeddings under context parallelism, the copy of tied embeddings in a pipeline.
     Patch("cuda_moves", lambda parallel: parallel.context > 1 or parallel.pipeline > 1, _patch_cuda_moves),
 )
+
+
+def prepare_for_experts(platform: Platform) -> None:
+    """Call in a process that `prepare_process` has prepared, before a model with experts is built."""
+    from megatron.core.transformer.moe import moe_utils, token_dispatcher
+
+    if not hasattr(moe_utils, "te_general_gemm"):  # 0.16 reads it without Transformer Engine, too, to find it None
+        moe_utils.te_general_gemm = None
+    if platform.name != "cpu":
+        return
+    _patch_current_stream()
+    torch.cuda.Stream = _NoStream  # type: ignore[assignment,misc]
+    torch.cuda.stream = lambda _: contextlib.nullcontext()  # type: ignore[assignment,return-value]
+    # The splits of the all-to-all: Megatron makes numpy arrays only of those that come from a device.
+    move = moe_utils.maybe_move_tensor_to_cpu
+
+    def move_to_numpy(tensor: torch.Tensor, as_numpy: bool = False, record_stream: bool = False) -> Any:
+        return tensor.numpy() if as_numpy and isinstance(tensor, torch.Tensor) else move(tensor)
+
+    token_dispatcher.maybe_move_tensor_to_cpu = move_to_numpy

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.distributed as dist
@@ -15,10 +15,18 @@ from safetensors import safe_open
 from fipo_megatron.model.build import named_parameters
 from fipo_megatron.model.hf_config import ModelShape
 from fipo_megatron.model.weight_map.entry import WeightMapEntry, merge_shards, read_shard
-from fipo_megatron.model.weight_map.qwen2 import make_entries
+from fipo_megatron.model.weight_map.families import make_entries
 from fipo_megatron.parallel.groups import ParallelGroups
 
 EMBEDDING, HEAD = "embedding.word_embeddings.weight", "output_layer.weight"
+
+
+class Shards(NamedTuple):
+    """Where the shards of a Megatron parameter are: one replica's ranks, in shard order, and what each of them holds."""
+
+    ranks: list[int]
+    shape: tuple[int, ...]
+    dtype: str  # e.g. "bfloat16"
 
 
 class PolicyWeights:
@@ -29,7 +37,7 @@ class PolicyWeights:
         self.groups = groups
         self.entries = make_entries(shape)
         self.parameters = dict(named_parameters(model))
-        self._shard_of = self._locate_shards()
+        self._shards = self._locate_shards()
 
     def load(self, folder: Path) -> None:
         """Fill this rank's parameters from a Hugging Face folder; only the slices that this rank holds are read.
@@ -41,10 +49,10 @@ class PolicyWeights:
         if self.shape.tie_word_embeddings:  # the last stage of a pipeline holds a copy of the embedding as its head
             by_name[HEAD] = by_name[EMBEDDING]
         source = open_safetensors(folder)
-        rank, size = self.groups.tensor.rank(), self.groups.tensor.size()
         with torch.no_grad():
             for name, parameter in self.parameters.items():
-                shard = read_shard(by_name[name], source, self.shape, rank, size)
+                cut, _ = self._groups_of(by_name[name])
+                shard = read_shard(by_name[name], source, self.shape, cut.rank(), cut.size())
                 assert shard.shape == parameter.shape, (name, shard.shape, parameter.shape)
                 parameter.copy_(shard)
 
@@ -52,53 +60,55 @@ class PolicyWeights:
         """`(name, shape, dtype)` of every tensor that `gather` yields, in its order. Not a collective."""
         metas = []
         for entry in self.entries:
-            _, shape, dtype = self._shard_of[entry.megatron_name]
+            ranks, shape, dtype = self._shards[entry.megatron_name]
             shard = torch.empty(shape, dtype=getattr(torch, dtype), device="meta")
-            merged = merge_shards(entry, [shard] * self.groups.tensor.size(), self.shape)
+            merged = merge_shards(entry, [shard] * len(ranks), self.shape)
             metas += [(name, tuple(tensor.shape), dtype) for name, tensor in merged.items()]
         return metas
 
     def gather(self) -> Iterator[tuple[str, torch.Tensor]]:
         """Full tensors `(Hugging Face name, tensor)` on rank 0, one after the other; nothing elsewhere.
 
-        Collective over the tensor- and pipeline-parallel ranks of the first replica: all must run it to the end.
+        Collective: all ranks must run it to the end.
         """
-        if not self.groups.is_replica_leader:
-            return
+        rank = self.groups.world.rank()
         for entry in self.entries:
-            shard = self._bring_to_first_stage(entry)
-            if not self.groups.is_first_stage:
-                continue
-            shards = [torch.empty_like(shard) for _ in range(self.groups.tensor.size())]
-            dist.all_gather(shards, shard, group=self.groups.tensor)
-            if self.groups.tensor.rank() == 0:
+            holders = self._shards[entry.megatron_name].ranks
+            if rank == 0:
+                shards = [self._receive(entry, holder) for holder in holders]
                 yield from merge_shards(entry, shards, self.shape).items()
+            elif rank in holders:
+                dist.send(self.parameters[entry.megatron_name].detach().contiguous(), 0)
 
-    def _bring_to_first_stage(self, entry: WeightMapEntry) -> torch.Tensor:
-        """This tensor-parallel rank's shard, sent from the stage that holds it to the first."""
-        stage, shape, dtype = self._shard_of[entry.megatron_name]
-        pipeline = self.groups.pipeline
-        if pipeline.rank() == stage:
-            shard = self.parameters[entry.megatron_name].detach().contiguous()
-            if stage != 0:
-                dist.send(shard, group=pipeline, group_dst=0)
-            return shard
+    def _receive(self, entry: WeightMapEntry, holder: int) -> torch.Tensor:
+        if holder == 0:
+            return self.parameters[entry.megatron_name].detach()
+        _, shape, dtype = self._shards[entry.megatron_name]
         shard = torch.empty(shape, dtype=getattr(torch, dtype), device=next(iter(self.parameters.values())).device)
-        if pipeline.rank() == 0:
-            dist.recv(shard, group=pipeline, group_src=stage)
+        dist.recv(shard, holder)
         return shard
 
-    def _locate_shards(self) -> dict[str, tuple[int, tuple[int, ...], str]]:
-        """For every Megatron parameter: the first stage that holds it, its shard's shape and dtype. Collective."""
-        own = {
-            name: (self.groups.pipeline.rank(), tuple(p.shape), str(p.dtype).removeprefix("torch."))
-            for name, p in self.parameters.items()
-        }
-        stages: list[Any] = [None] * self.groups.pipeline.size()
-        dist.all_gather_object(stages, own, group=self.groups.pipeline)
-        located: dict[str, tuple[int, tuple[int, ...], str]] = {}
-        for stage in reversed(stages):
-            located.update(stage)
+    def _groups_of(self, entry: WeightMapEntry) -> tuple[dist.ProcessGroup, dist.ProcessGroup]:
+        """The ranks that the parameter is cut over, and those that hold the same shard."""
+        if entry.expert is None:
+            return self.groups.tensor, self.groups.data_context
+        return self.groups.expert_tensor, self.groups.expert_data
+
+    def _locate_shards(self) -> dict[str, Shards]:
+        """For every Megatron parameter, its shards in the first replica. Collective."""
+        own = {}
+        for entry in self.entries:
+            parameter = self.parameters.get(entry.megatron_name)
+            cut, replicas = self._groups_of(entry)
+            is_copy = entry.rule == "replicated" and cut.rank() > 0
+            if parameter is not None and replicas.rank() == 0 and not is_copy:
+                own[entry.megatron_name] = (tuple(parameter.shape), str(parameter.dtype).removeprefix("torch."))
+        everyone: list[Any] = [None] * self.groups.world.size()
+        dist.all_gather_object(everyone, own)
+        located: dict[str, Shards] = {}
+        for rank, held in enumerate(everyone):  # ranks of one stage follow each other in shard order
+            for name, (shape, dtype) in held.items():
+                located.setdefault(name, Shards([], shape, dtype)).ranks.append(rank)
         return located
 
 

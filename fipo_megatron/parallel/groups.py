@@ -13,7 +13,10 @@ from fipo_megatron.config.schema import ParallelConfig
 
 @dataclass(frozen=True)
 class ParallelGroups:
-    """This rank's groups. `data_context` spans data- and context-parallel ranks: the ranks that share gradients."""
+    """This rank's groups. `data_context` spans data- and context-parallel ranks: the ranks that share gradients.
+
+    Those of experts: `expert` shares them out, `expert_tensor` cuts each, `expert_data` shares their gradients.
+    """
 
     world: dist.ProcessGroup
     tensor: dist.ProcessGroup
@@ -21,6 +24,9 @@ class ParallelGroups:
     context: dist.ProcessGroup
     data: dist.ProcessGroup
     data_context: dist.ProcessGroup
+    expert: dist.ProcessGroup
+    expert_tensor: dist.ProcessGroup
+    expert_data: dist.ProcessGroup
 
     @property
     def is_first_stage(self) -> bool:
@@ -29,11 +35,6 @@ class ParallelGroups:
     @property
     def is_last_stage(self) -> bool:
         return self.pipeline.rank() == self.pipeline.size() - 1
-
-    @property
-    def is_replica_leader(self) -> bool:
-        """Whether this rank's shards stand for its replicas: first of its data- and context-parallel ranks."""
-        return self.data_context.rank() == 0
 
 
 def listening_socket(address: str, port: int = 0) -> socket.socket:
@@ -87,7 +88,10 @@ def initialize_groups(
     parallel_state.initialize_model_parallel(
         tensor_model_parallel_size=parallel.tensor,
         pipeline_model_parallel_size=parallel.pipeline,
+        virtual_pipeline_model_parallel_size=parallel.virtual_pipeline,
         context_parallel_size=parallel.context,
+        expert_model_parallel_size=parallel.expert,
+        expert_tensor_parallel_size=parallel.expert_tensor,
         create_gloo_process_groups=False,
         distributed_timeout_minutes=timeout.total_seconds() / 60,  # a timedelta's minutes
     )
@@ -100,4 +104,7 @@ def initialize_groups(
         context=parallel_state.get_context_parallel_group(),
         data=parallel_state.get_data_parallel_group(),
         data_context=parallel_state.get_data_parallel_group(with_context_parallel=True),
+        expert=parallel_state.get_expert_model_parallel_group(),
+        expert_tensor=parallel_state.get_expert_tensor_parallel_group(),
+        expert_data=parallel_state.get_expert_data_parallel_group(),
     )

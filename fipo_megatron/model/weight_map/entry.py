@@ -1,7 +1,7 @@
 """How one Megatron parameter is cut from, and merged back into, Hugging Face tensors under tensor parallelism.
 
 Pure tensor slicing: no Megatron, no process groups. A source is anything that slices like a tensor (a torch tensor or a
-safetensors slice, of which only the wanted rows are read).
+safetensors slice, of which only the wanted part is read).
 """
 
 from __future__ import annotations
@@ -16,11 +16,12 @@ import torch.nn.functional as F
 from fipo_megatron.model.hf_config import ModelShape
 
 ShardRule = Literal["replicated", "vocab", "row", "qkv", "gated"]
+LayerRow = tuple[str, tuple[str, ...], ShardRule]  # Megatron's name, Hugging Face's names, both without the layer
 
 
 @dataclass(frozen=True)
 class WeightMapEntry:
-    """One Megatron parameter, named with its global layer number.
+    """One Megatron parameter, named with its global layer and expert number.
 
     Rules: `vocab` is cut along dim 0, padded with zero rows to the padded vocabulary; `row` along dim 1; `qkv` holds,
     for each key-value group, its query heads, key head and value head, and is cut by groups; `gated` holds gate rows
@@ -30,6 +31,7 @@ class WeightMapEntry:
     megatron_name: str
     hf_names: tuple[str, ...]
     rule: ShardRule
+    expert: int | None = None  # whose it is: cut over expert-tensor-parallel ranks then, not over tensor-parallel ones
 
 
 def padded_vocab_size(vocab_size: int, tensor_parallel_size: int) -> int:
@@ -49,10 +51,10 @@ def read_shard(
         shard = tensors[0][rank * rows : min((rank + 1) * rows, shape.vocab_size)]
         return F.pad(shard, (0, 0, 0, rows - shard.shape[0]))
     if entry.rule == "row":
-        columns = tensors[0].get_shape()[1] if hasattr(tensors[0], "get_shape") else tensors[0].shape[1]
-        return tensors[0][:, rank * (columns // size) : (rank + 1) * (columns // size)]
+        columns = _lengths(tensors[0])[1] // size
+        return tensors[0][:, rank * columns : (rank + 1) * columns]
     if entry.rule == "gated":
-        rows = shape.intermediate_size // size
+        rows = _lengths(tensors[0])[0] // size
         return torch.cat([tensor[rank * rows : (rank + 1) * rows] for tensor in tensors])
     groups = shape.num_key_value_heads // size
     parts = []
@@ -63,7 +65,10 @@ def read_shard(
 
 
 def merge_shards(entry: WeightMapEntry, shards: Sequence[torch.Tensor], shape: ModelShape) -> dict[str, torch.Tensor]:
-    """The Hugging Face tensors `{name: tensor}` that the shards of all tensor-parallel ranks, in order, make up."""
+    """The Hugging Face tensors `{name: tensor}` that the shards of all tensor-parallel ranks, in order, make up.
+
+    Of a replicated parameter one shard is enough.
+    """
     if entry.rule == "replicated":
         merged = [shards[0]]
     elif entry.rule == "vocab":
@@ -85,3 +90,8 @@ def _qkv_rows(shape: ModelShape) -> tuple[int, int, int]:
     """Rows of query, key and value that one key-value group holds."""
     queries = shape.num_attention_heads // shape.num_key_value_heads * shape.head_dim
     return queries, shape.head_dim, shape.head_dim
+
+
+def _lengths(source: Any) -> Sequence[int]:
+    """Of the dimensions of a torch tensor or a safetensors slice."""
+    return source.get_shape() if hasattr(source, "get_shape") else source.shape
