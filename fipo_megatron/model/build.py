@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig, finalize_model_grads
-from megatron.core.models.gpt.gpt_model import GPTModel
 from megatron.core.optimizer import MegatronOptimizer, get_megatron_optimizer
 from megatron.core.optimizer import OptimizerConfig as MegatronOptimizerConfig
 from megatron.core.tensor_parallel.random import model_parallel_cuda_manual_seed
@@ -19,6 +18,7 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 from fipo_megatron.config.schema import Config, OptimizerConfig, ParallelConfig
 from fipo_megatron.model.hf_config import ModelShape
 from fipo_megatron.model.platform import Platform, prepare_for_experts
+from fipo_megatron.model.response_rows import ResponseRowsModel
 from fipo_megatron.model.weight_map.entry import padded_vocab_size
 from fipo_megatron.parallel.groups import ParallelGroups
 
@@ -72,7 +72,13 @@ def make_transformer_config(
         sequence_parallel=parallel.sequence_parallel,
         calculate_per_token_loss=True,
         finalize_model_grads_func=finalize_model_grads,
-        deallocate_pipeline_outputs=True,
+        # Both neighbours of a stage in an interleaved pipeline of two are one rank, and gloo matches what it gets by
+        # order: batched sends would be mixed up, silently. Each direction sent by itself is exact.
+        overlap_p2p_comm=parallel.virtual_pipeline is not None,
+        batch_p2p_comm=parallel.virtual_pipeline is None,
+        deallocate_pipeline_outputs=parallel.virtual_pipeline is None,
+        variable_seq_lengths=parallel.pipeline > 1,  # packed microbatches have lengths of their own
+        moe_token_dispatcher_type="alltoall",  # variable lengths ask for it, of dense models, too
         recompute_granularity="full" if config.trainer.recompute == "full" else None,
         recompute_method="uniform" if config.trainer.recompute == "full" else None,
         recompute_num_layers=1 if config.trainer.recompute == "full" else None,
@@ -91,7 +97,6 @@ def _expert_settings(parallel: ParallelConfig, shape: ModelShape, platform: Plat
         "moe_router_load_balancing_type": "none",
         "moe_aux_loss_coeff": 0.0,
         "moe_router_dtype": "fp32",
-        "moe_token_dispatcher_type": "alltoall",
         "moe_grouped_gemm": platform.has_transformer_engine,
         "expert_model_parallel_size": parallel.expert,
         "expert_tensor_parallel_size": parallel.expert_tensor,
@@ -109,39 +114,49 @@ def _leave_unset(weight: torch.Tensor) -> torch.Tensor:
 
 def build_model(
     config: Config, shape: ModelShape, platform: Platform, groups: ParallelGroups, random_seed: int | None
-) -> DistributedDataParallel:
-    """This rank's pipeline stage in Megatron's data-parallel wrapper, with random weights, or (None) unset ones."""
+) -> list[DistributedDataParallel]:
+    """This rank's model chunks in Megatron's data-parallel wrapper, with random weights, or (None) unset ones.
+
+    One chunk a rank, or with `parallel.virtual_pipeline` that many, each a part of the layers further on.
+    """
     if shape.num_experts:
         prepare_for_experts(platform)
     seed = config.seed if random_seed is None else random_seed
     torch.manual_seed(seed)
     model_parallel_cuda_manual_seed(seed)
     transformer_config = make_transformer_config(config, shape, platform, random_weights=random_seed is not None)
-    model = GPTModel(
-        transformer_config,
-        platform.block_spec(get_num_layers_to_build(transformer_config), shape),
-        vocab_size=padded_vocab_size(shape.vocab_size, config.parallel.tensor),
-        max_sequence_length=shape.max_positions,
-        pre_process=groups.is_first_stage,
-        post_process=groups.is_last_stage,
-        parallel_output=True,
-        share_embeddings_and_output_weights=shape.tie_word_embeddings,
-        position_embedding_type="rope",
-        rotary_base=shape.rope_theta,
-        rope_scaling=shape.rope_factor is not None,
-        rope_scaling_factor=shape.rope_factor,
-    )
     ddp_config = DistributedDataParallelConfig(
         grad_reduce_in_fp32=True, use_distributed_optimizer=config.parallel.distributed_optimizer
     )
-    return DistributedDataParallel(transformer_config, ddp_config, model.to(platform.device))
+    num_chunks = config.parallel.virtual_pipeline or 1
+    chunks = []
+    for chunk in range(num_chunks):
+        vp_stage = chunk if num_chunks > 1 else None
+        model = ResponseRowsModel(
+            transformer_config,
+            platform.block_spec(get_num_layers_to_build(transformer_config, vp_stage=vp_stage), shape),
+            vocab_size=padded_vocab_size(shape.vocab_size, config.parallel.tensor),
+            max_sequence_length=shape.max_positions,
+            pre_process=groups.is_first_stage and chunk == 0,
+            post_process=groups.is_last_stage and chunk == num_chunks - 1,
+            parallel_output=True,
+            share_embeddings_and_output_weights=shape.tie_word_embeddings,
+            position_embedding_type="rope",
+            rotary_base=shape.rope_theta,
+            rope_scaling=shape.rope_factor is not None,
+            rope_scaling_factor=shape.rope_factor,
+            vp_stage=vp_stage,
+        )
+        chunks.append(DistributedDataParallel(transformer_config, ddp_config, model.to(platform.device)))
+    return chunks
 
 
 def build_optimizer(
-    settings: OptimizerConfig, parallel: ParallelConfig, model: DistributedDataParallel
+    settings: OptimizerConfig, parallel: ParallelConfig, chunks: list[DistributedDataParallel]
 ) -> MegatronOptimizer:
     """AdamW over this rank's parameters; its state is sharded over the data-parallel ranks where the config says so."""
-    dtype = model.config.params_dtype
+    model_config = chunks[0].config
+    dtype = model_config.params_dtype
     optimizer = get_megatron_optimizer(
         MegatronOptimizerConfig(
             optimizer="adam",
@@ -155,22 +170,23 @@ def build_optimizer(
             params_dtype=dtype,
             use_distributed_optimizer=parallel.distributed_optimizer,
         ),
-        [model],
+        chunks,
         use_gloo_process_groups=False,
     )
-    model.config.grad_scale_func = optimizer.scale_loss
+    model_config.grad_scale_func = optimizer.scale_loss
     return optimizer
 
 
-def named_parameters(model: DistributedDataParallel) -> Iterator[tuple[str, torch.nn.Parameter]]:
-    """This stage's parameters as the weight map names them: layers and experts are numbered through all ranks."""
-    gpt: GPTModel = model.module
-    for name, parameter in gpt.named_parameters():
-        match = re.fullmatch(r"decoder\.layers\.(\d+)\.(.*)", name)
-        if match:
-            layer = gpt.decoder.layers[int(match[1])]
-            name = f"decoder.layers.{layer.layer_number - 1}.{_name_in_layer(layer, match[2])}"
-        yield name, parameter
+def named_parameters(chunks: Sequence[DistributedDataParallel]) -> Iterator[tuple[str, torch.nn.Parameter]]:
+    """This rank's parameters as the weight map names them: layers and experts are numbered through all ranks."""
+    for chunk in chunks:
+        gpt: ResponseRowsModel = chunk.module
+        for name, parameter in gpt.named_parameters():
+            match = re.fullmatch(r"decoder\.layers\.(\d+)\.(.*)", name)
+            if match:
+                layer = gpt.decoder.layers[int(match[1])]
+                name = f"decoder.layers.{layer.layer_number - 1}.{_name_in_layer(layer, match[2])}"
+            yield name, parameter
 
 
 def _name_in_layer(layer: torch.nn.Module, name: str) -> str:

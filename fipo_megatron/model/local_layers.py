@@ -32,15 +32,18 @@ class LocalRMSNorm(torch.nn.RMSNorm):
 class PackedSequences(PackedSeqParams):
     """Megatron's description of packed sequences, and what LocalAttention makes of it once for all layers.
 
-    Attention goes over pairs of a run of queries and a run of keys that ends with it: whole sequences, or under context
-    parallelism this rank's two chunks of each sequence with all keys up to the chunk's end.
+    Attention goes over runs of queries, each with a run of keys that ends where it ends: whole sequences, or under
+    context parallelism this rank's two chunks of each sequence with all keys up to the chunk's end.
     """
 
     query_lens: tuple[int, ...] = ()
     key_lens: tuple[int, ...] = ()
-    cu_query_lens: torch.Tensor | None = None  # int32 [pairs + 1]
+    cu_query_lens: torch.Tensor | None = None  # int32 [runs + 1]
     cu_key_lens: torch.Tensor | None = None
     key_index: torch.Tensor | None = None  # int64 [sum(key_lens)], into the keys gathered rank by rank; None: all
+    # Runs of equal lengths together: indices of their queries [n, q] and keys [n, k], and what undoes the order.
+    equal_runs: tuple[tuple[torch.Tensor, torch.Tensor], ...] = ()
+    restore: torch.Tensor | None = None  # int64 [t]
 
 
 def pack_sequences(padded_lens: Sequence[int], group: dist.ProcessGroup, device: torch.device) -> PackedSequences:
@@ -49,18 +52,16 @@ def pack_sequences(padded_lens: Sequence[int], group: dist.ProcessGroup, device:
     `padded_lens`: tokens of each sequence over all ranks, a multiple of 2 * cp where cp > 1.
     """
     size, rank = group.size(), group.rank()
-    query_lens, key_lens, key_index = list(padded_lens), list(padded_lens), None
-    if size > 1:
-        gathered = torch.cat([zigzag_positions(padded_lens, other, size) for other in range(size)]).argsort()
-        index, query_lens, key_lens, start = [], [], [], 0
-        for length in padded_lens:
-            chunk_len = length // (2 * size)
-            for chunk in (rank, 2 * size - 1 - rank):
-                query_lens.append(chunk_len)
-                key_lens.append((chunk + 1) * chunk_len)
-                index.append(gathered[start : start + key_lens[-1]])
-            start += length
-        key_index = torch.cat(index).to(device)
+    gathered = torch.cat([zigzag_positions(padded_lens, other, size) for other in range(size)]).argsort()
+    query_lens, keys, start = [], [], 0
+    for length in padded_lens:
+        chunk_len = length if size == 1 else length // (2 * size)
+        for chunk in (0,) if size == 1 else (rank, 2 * size - 1 - rank):
+            query_lens.append(chunk_len)
+            keys.append(gathered[start : start + (chunk + 1) * chunk_len])
+        start += length
+    key_lens = [len(index) for index in keys]
+    equal_runs, restore = _group_equal_runs(query_lens, keys)
     boundaries = _boundaries(padded_lens).to(device)
     longest = max(padded_lens)
     return PackedSequences(
@@ -75,8 +76,23 @@ def pack_sequences(padded_lens: Sequence[int], group: dist.ProcessGroup, device:
         key_lens=tuple(key_lens),
         cu_query_lens=_boundaries(query_lens).to(device),
         cu_key_lens=_boundaries(key_lens).to(device),
-        key_index=key_index,
+        key_index=torch.cat(keys).to(device) if size > 1 else None,
+        equal_runs=tuple((q.to(device), k.to(device)) for q, k in equal_runs),
+        restore=restore.to(device),
     )
+
+
+def _group_equal_runs(
+    query_lens: Sequence[int], keys: Sequence[torch.Tensor]
+) -> tuple[list[tuple[torch.Tensor, torch.Tensor]], torch.Tensor]:
+    queries = torch.arange(sum(query_lens)).split(list(query_lens))
+    groups: dict[tuple[int, int], list[int]] = {}
+    for i, (query, key) in enumerate(zip(queries, keys, strict=True)):
+        groups.setdefault((len(query), len(key)), []).append(i)
+    equal_runs = [
+        (torch.stack([queries[i] for i in group]), torch.stack([keys[i] for i in group])) for group in groups.values()
+    ]
+    return equal_runs, torch.cat([index.flatten() for index, _ in equal_runs]).argsort()
 
 
 def _boundaries(lengths: Sequence[int]) -> torch.Tensor:
@@ -144,11 +160,11 @@ class LocalAttention(MegatronModule):
     def _attend_packed(
         self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, packed: PackedSequences
     ) -> torch.Tensor:
-        if packed.key_index is not None:
-            key, value = key[packed.key_index], value[packed.key_index]
         if query.is_cuda and query.dtype in (torch.bfloat16, torch.float16):
             from torch.nn.attention.varlen import varlen_attn
 
+            if packed.key_index is not None:
+                key, value = key[packed.key_index], value[packed.key_index]
             context = varlen_attn(
                 query,
                 key,
@@ -163,18 +179,17 @@ class LocalAttention(MegatronModule):
             )
             return context.flatten(1)
         # The slow twin: torch's variable-length kernel takes half precision on CUDA alone.
-        pairs = zip(
-            query.split(packed.query_lens), key.split(packed.key_lens), value.split(packed.key_lens), strict=True
-        )
         contexts = []
-        for run in pairs:
-            queries, keys, values = (t.transpose(0, 1)[None] for t in run)  # [1, heads, tokens, dim]
+        for query_index, key_index in packed.equal_runs:
+            (n, num_queries), num_keys = query_index.shape, key_index.size(1)
             mask = None
-            if queries.size(2) != keys.size(2):
-                ones = torch.ones(queries.size(2), keys.size(2), dtype=torch.bool, device=query.device)
-                mask = ones.tril(keys.size(2) - queries.size(2))
-            contexts.append(self._attend(queries, keys, values, mask)[0].transpose(0, 1))
-        return torch.cat(contexts).flatten(1)
+            if num_keys > num_queries:
+                mask = torch.ones(num_queries, num_keys, dtype=torch.bool, device=query.device)
+                mask = mask.tril(num_keys - num_queries)
+            run = (t.index_select(0, i.flatten()).unflatten(0, (n, -1)).transpose(1, 2)
+                   for t, i in ((query, query_index), (key, key_index), (value, key_index)))  # fmt: skip
+            contexts.append(self._attend(*run, mask).transpose(1, 2).flatten(0, 1))  # [n * q, heads, dim]
+        return torch.cat(contexts).index_select(0, packed.restore).flatten(1)
 
 
 def _zigzag_causal_mask(local_len: int, group: dist.ProcessGroup) -> torch.Tensor:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -32,11 +32,11 @@ class Shards(NamedTuple):
 class PolicyWeights:
     """The policy's weights under their Hugging Face names, read and written shard by shard."""
 
-    def __init__(self, model: DistributedDataParallel, shape: ModelShape, groups: ParallelGroups) -> None:
+    def __init__(self, chunks: Sequence[DistributedDataParallel], shape: ModelShape, groups: ParallelGroups) -> None:
         self.shape = shape
         self.groups = groups
         self.entries = make_entries(shape)
-        self.parameters = dict(named_parameters(model))
+        self.parameters = dict(named_parameters(chunks))
         self._shards = self._locate_shards()
 
     def load(self, folder: Path) -> None:
