@@ -11,8 +11,9 @@ from safetensors.torch import load_file
 
 from fipo_megatron.algorithm.loss_metrics import LossStatistics
 from fipo_megatron.config.schema import OptimizerConfig
+from fipo_megatron.trainer.policy_processes import run_policy
 from fipo_megatron.types import TrainingBatch
-from tests.parity.policy_process import make_config, run_policy
+from tests.parity.policy_config import make_config
 from tests.parity.test_engines import VOCAB, make_model
 
 OPTIMIZER = OptimizerConfig(lr=0.01, weight_decay=0.0)

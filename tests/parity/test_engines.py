@@ -16,7 +16,7 @@ from fipo_megatron.parallel.groups import listening_socket
 from fipo_megatron.reshard.transport.collective import SENDER, BroadcastGroup
 from fipo_megatron.types import Generation, GenerationRequest, SamplingSettings
 from tests.parity.engine_process import EngineProcess
-from tests.parity.policy_process import make_config
+from tests.parity.policy_config import make_config
 
 VOCAB, EOS = 64, 1
 GREEDY = SamplingSettings(temperature=0.0, top_p=1.0, max_response_tokens=48)

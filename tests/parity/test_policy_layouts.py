@@ -18,8 +18,9 @@ from safetensors.torch import load_file
 from fipo_megatron.algorithm.fipo_loss import fipo_loss
 from fipo_megatron.algorithm.loss_metrics import loss_metrics
 from fipo_megatron.config.schema import Config, OptimizerConfig
+from fipo_megatron.trainer.policy_processes import run_policy
 from fipo_megatron.types import TrainingBatch
-from tests.parity.policy_process import make_config, run_policy
+from tests.parity.policy_config import make_config
 from tests.parity.tiny_models import VOCAB, write_model
 
 LR = 0.05

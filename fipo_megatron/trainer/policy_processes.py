@@ -1,20 +1,26 @@
-"""A policy rank in a process of its own, driven by a script of calls: what the parity tests start."""
+"""The ranks of a policy in plain processes over gloo, without Ray, driven by a list of calls: for checks and tests."""
 
 from __future__ import annotations
 
+import multiprocessing as mp
 import traceback
-from collections.abc import Sequence
-from pathlib import Path
+from collections.abc import Callable, Sequence
 from typing import Any
 
 from fipo_megatron.config.schema import Config
-from tests.parity.forkserver import CONTEXT
 
 TIMEOUT_S = 120
 
+CONTEXT = mp.get_context("forkserver")
+# What Megatron imports of torch, but not Megatron itself: it has to come after the patches of model/platform.py.
+CONTEXT.set_forkserver_preload(["fipo_megatron.trainer.policy", "torch.distributed.tensor", "torch._dynamo"])
 
-def run_policy(config: Config, calls: Sequence[tuple[str, tuple[Any, ...]]], **_: Any) -> list[list[Any]]:
-    """Results `[call][rank]` of the calls `(method, arguments)`, made on every rank of a real policy over gloo.
+# A method of MegatronPolicy by name, or a function of the policy; and the arguments.
+Call = tuple[str | Callable[..., Any], tuple[Any, ...]]
+
+
+def run_policy(config: Config, calls: Sequence[Call]) -> list[list[Any]]:
+    """Results `[call][rank]` of calls made on every rank of a policy.
 
     Raises:
         RuntimeError: a rank failed; the message holds its traceback.
@@ -44,7 +50,7 @@ def run_policy(config: Config, calls: Sequence[tuple[str, tuple[Any, ...]]], **_
             process.join()
 
 
-def _run_rank(config: Config, rank: int, calls: list[tuple[str, tuple[Any, ...]]], ports: Any, results: Any) -> None:
+def _run_rank(config: Config, rank: int, calls: list[Call], ports: Any, results: Any) -> None:
     import torch.distributed as dist
 
     from fipo_megatron.trainer.policy import MegatronPolicy
@@ -55,22 +61,12 @@ def _run_rank(config: Config, rank: int, calls: list[tuple[str, tuple[Any, ...]]
             for _ in range(config.parallel.world_size):
                 ports.put(policy.port())
         policy.connect(ports.get(timeout=TIMEOUT_S))
-        values = [getattr(policy, method)(*arguments) for method, arguments in calls]
+        values = [_make_call(policy, method, arguments) for method, arguments in calls]
         dist.destroy_process_group()
         results.put((rank, values, None))
     except BaseException:
         results.put((rank, None, traceback.format_exc()))
 
 
-def make_config(folder: Path | None = None, **sections: dict[str, Any]) -> Config:
-    """A small float32 CPU config; `sections` override single settings."""
-    base: dict[str, Any] = {
-        "platform": "cpu",
-        "model": {"path": str(folder) if folder else None, "dtype": "float32"},
-        "rollout": {"prompts_per_step": 4, "samples_per_prompt": 2, "max_prompt_tokens": 16, "max_response_tokens": 48},
-        "trainer": {"mini_batch_prompts": 4, "microbatch_samples": 3, "max_policy_kl": 10.0},
-        "timeouts": {"startup_s": 100, "call_s": 60, "collective_s": 60},
-    }
-    for name, values in sections.items():
-        base[name] = {**base.get(name, {}), **values}
-    return Config.model_validate(base)
+def _make_call(policy: Any, method: str | Callable[..., Any], arguments: tuple[Any, ...]) -> Any:
+    return getattr(policy, method)(*arguments) if isinstance(method, str) else method(policy, *arguments)
