@@ -30,7 +30,7 @@ class ResponseRowsModel(GPTModel):
     def _postprocess(self, hidden_states: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
         if self.post_process:
             if self.config.sequence_parallel:
-                # Every tensor-parallel rank gets the whole gradient of what the output layer sees: it is cut, not summed.
+                # The output layer hands each rank the whole gradient of its input: it is cut here, not summed.
                 hidden_states = gather_from_sequence_parallel_region(
                     hidden_states, tensor_parallel_output_grad=False, group=self.pg_collection.tp
                 )

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -22,7 +22,7 @@ EMBEDDING, HEAD = "embedding.word_embeddings.weight", "output_layer.weight"
 
 
 class Shards(NamedTuple):
-    """Where the shards of a Megatron parameter are: one replica's ranks, in shard order, and what each of them holds."""
+    """Where the shards of a Megatron parameter are: one replica's ranks, in shard order, and what each holds."""
 
     ranks: list[int]
     shape: tuple[int, ...]
@@ -66,23 +66,25 @@ class PolicyWeights:
             metas += [(name, tuple(tensor.shape), dtype) for name, tensor in merged.items()]
         return metas
 
-    def gather(self) -> Iterator[tuple[str, torch.Tensor]]:
+    def gather(self, values: Mapping[str, torch.Tensor] | None = None) -> Iterator[tuple[str, torch.Tensor]]:
         """Full tensors `(Hugging Face name, tensor)` on rank 0, one after the other; nothing elsewhere.
 
+        Of the parameters, or of `values` of the parameters' names, shapes and dtypes, e.g. their gradients.
         Collective: all ranks must run it to the end.
         """
+        values = self.parameters if values is None else values
         rank = self.groups.world.rank()
         for entry in self.entries:
             holders = self._shards[entry.megatron_name].ranks
             if rank == 0:
-                shards = [self._receive(entry, holder) for holder in holders]
+                shards = [self._receive(entry, holder, values) for holder in holders]
                 yield from merge_shards(entry, shards, self.shape).items()
             elif rank in holders:
-                dist.send(self.parameters[entry.megatron_name].detach().contiguous(), 0)
+                dist.send(values[entry.megatron_name].detach().contiguous(), 0)
 
-    def _receive(self, entry: WeightMapEntry, holder: int) -> torch.Tensor:
+    def _receive(self, entry: WeightMapEntry, holder: int, values: Mapping[str, torch.Tensor]) -> torch.Tensor:
         if holder == 0:
-            return self.parameters[entry.megatron_name].detach()
+            return values[entry.megatron_name].detach()
         _, shape, dtype = self._shards[entry.megatron_name]
         shard = torch.empty(shape, dtype=getattr(torch, dtype), device=next(iter(self.parameters.values())).device)
         dist.recv(shard, holder)

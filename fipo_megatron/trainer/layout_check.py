@@ -7,19 +7,24 @@ threshold of the loss: rounding can't move a token across a branch, so what diff
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import pairwise
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
+import torch.distributed as dist
 
 from fipo_megatron.algorithm.fipo_loss import fipo_loss
 from fipo_megatron.algorithm.future_kl import future_kl, influence_bounds, log_ratio
-from fipo_megatron.config.schema import AlgorithmConfig, OptimizerConfig
+from fipo_megatron.algorithm.loss_metrics import loss_metrics
+from fipo_megatron.config.schema import AlgorithmConfig, Config, OptimizerConfig
 from fipo_megatron.types import SegmentTable, TrainingBatch
+
+if TYPE_CHECKING:
+    from fipo_megatron.trainer.policy import MegatronPolicy
 
 VOCABULARY = 67  # odd: padded under tensor parallelism, and the phantom columns must not count
 MAX_PROMPT_TOKENS, MAX_RESPONSE_TOKENS = 24, 96
@@ -226,6 +231,52 @@ def _adamw_step(model: torch.nn.Module) -> None:
     torch.nn.utils.clip_grad_norm_(model.parameters(), OPTIMIZER.max_grad_norm)
     betas = (OPTIMIZER.adam_beta1, OPTIMIZER.adam_beta2)
     torch.optim.AdamW(groups, lr=OPTIMIZER.lr, betas=betas, eps=OPTIMIZER.adam_eps).step()
+
+
+# ---------------------------------------------------------------- the layout's side
+
+
+def layout_step(config: Config, batch: TrainingBatch, folder: Path, target: Path) -> CheckStep:
+    """One update by the policy in the layout of `config`, in processes of its own; its weights are left in `target`.
+
+    Raises:
+        RuntimeError: a rank failed.
+    """
+    from safetensors.torch import load_file
+
+    from fipo_megatron.trainer.policy_processes import run_policy
+
+    samples = range(batch.num_samples)
+    _, logprobs, gradients, _, _ = run_policy(
+        config,
+        [
+            ("load", (folder, OPTIMIZER)),
+            ("logprobs", (batch,)),
+            (loss_and_gradients, (batch, samples)),
+            ("update", (batch, samples, OPTIMIZER.lr)),
+            ("export", (folder, target)),
+        ],
+    )
+    by_sample = dict(pair for reply in logprobs if reply is not None for pair in reply)
+    loss, grads = gradients[0]
+    parameters = load_file(target / "model.safetensors")
+    return CheckStep(np.concatenate([by_sample[sample] for sample in samples]), loss, grads, parameters)
+
+
+def loss_and_gradients(
+    policy: MegatronPolicy, batch: TrainingBatch, samples: Sequence[int]
+) -> tuple[float, dict[str, torch.Tensor]]:
+    """The loss of a mini-batch, and on rank 0 its gradient by Hugging Face name; nothing is updated. Collective."""
+    loss = loss_metrics(policy.backward(batch, samples), policy.config.algorithm)["loss"]
+    for chunk in policy.chunks:
+        if chunk.ddp_config.use_distributed_optimizer:  # each rank holds the sums of its shard of a bucket alone
+            for group in chunk.bucket_groups + chunk.expert_parallel_bucket_groups:
+                for bucket in group.buckets:
+                    ranks = group.intra_distributed_optimizer_instance_group
+                    shard = bucket.grad_data.view(ranks.size(), -1)[ranks.rank()].clone()
+                    dist.all_gather_into_tensor(bucket.grad_data, shard, group=ranks)
+    grads = {name: parameter.main_grad for name, parameter in policy.weights.parameters.items()}
+    return loss, {name: tensor.clone() for name, tensor in policy.weights.gather(grads)}
 
 
 @dataclass(frozen=True)
