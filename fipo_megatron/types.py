@@ -108,6 +108,7 @@ class TrainingBatch:
     # float32 [R], responses only, in sample order; R = N - sum(prompt_lens)
     old_logprobs: np.ndarray | None = None  # by the trainer, before the first update of the batch
     ref_logprobs: np.ndarray | None = None  # by the frozen reference policy
+    loss_mask: np.ndarray | None = None  # bool [R], response tokens that count, e.g. not those of a tool; None: all
 
     @property
     def num_samples(self) -> int:
@@ -120,10 +121,13 @@ class SegmentTable:
 
     Padded rows `[B, L]` are B segments of L tokens. Under context parallelism of size cp every sequence is padded to a
     multiple of 2 * cp, cut into 2 * cp equal chunks, and rank r holds chunks r and 2 * cp - 1 - r one after the other
-    (zig-zag, Transformer Engine's order): its local segment is those two equal halves.
+    (zig-zag, Transformer Engine's order): its local segment is those two halves, equal if the segment holds every
+    position, and of any length, 0 included, if it holds the response tokens alone.
     """
 
     cu_seqlens: torch.Tensor  # int64 [num_segments + 1], local boundaries, first 0, last the number of local tokens
+    # int64 [num_segments], where the second half of each begins; None: in the middle. Under context parallelism only.
+    second_halves: torch.Tensor | None = None
 
     @property
     def num_segments(self) -> int:

@@ -186,9 +186,11 @@ class LocalAttention(MegatronModule):
             if num_keys > num_queries:
                 mask = torch.ones(num_queries, num_keys, dtype=torch.bool, device=query.device)
                 mask = mask.tril(num_keys - num_queries)
-            run = (t.index_select(0, i.flatten()).unflatten(0, (n, -1)).transpose(1, 2)
-                   for t, i in ((query, query_index), (key, key_index), (value, key_index)))  # fmt: skip
-            contexts.append(self._attend(*run, mask).transpose(1, 2).flatten(0, 1))  # [n * q, heads, dim]
+            queries, keys, values = (
+                t.index_select(0, index.flatten()).unflatten(0, (n, -1)).transpose(1, 2)  # [n, heads, tokens, dim]
+                for t, index in ((query, query_index), (key, key_index), (value, key_index))
+            )
+            contexts.append(self._attend(queries, keys, values, mask).transpose(1, 2).flatten(0, 1))
         return torch.cat(contexts).index_select(0, packed.restore).flatten(1)
 
 

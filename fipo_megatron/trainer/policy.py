@@ -16,9 +16,8 @@ from fipo_megatron.checkpoint.hf_folder import write_hf_folder
 from fipo_megatron.config.schema import Config, OptimizerConfig
 from fipo_megatron.model.hf_config import read_model_shape
 from fipo_megatron.model.platform import prepare_process, resolve_platform
-from fipo_megatron.parallel.context import merge_context_chunks
 from fipo_megatron.parallel.groups import initialize_groups, listening_socket, make_store
-from fipo_megatron.parallel.packing import PaddedRows, make_padded_rows, plan_microbatches
+from fipo_megatron.parallel.packed import PackedTokens, make_packed_tokens
 from fipo_megatron.reshard.transport.collective import SENDER, BroadcastGroup
 from fipo_megatron.types import TrainingBatch
 
@@ -59,13 +58,13 @@ class MegatronPolicy:
         from fipo_megatron.trainer.step import PipelineStep
 
         shape = read_model_shape(folder)
-        model = build_model(self.config, shape, self.platform, self.groups, random_seed)
-        self.weights = PolicyWeights(model, shape, self.groups)
+        self.chunks = build_model(self.config, shape, self.platform, self.groups, random_seed)
+        self.weights = PolicyWeights(self.chunks, shape, self.groups)
         if random_seed is None:
             self.weights.load(folder)
-        self.optimizer = build_optimizer(optimizer, self.config.parallel, model)
+        self.optimizer = build_optimizer(optimizer, self.config.parallel, self.chunks)
         self.optimizer_settings = optimizer
-        self.step = PipelineStep(model, self.groups, shape.vocab_size)
+        self.step = PipelineStep(self.chunks, self.groups, shape.vocab_size)
         self.reference = None
         if self.config.algorithm.reference_kl_coef > 0:
             self.reference = {name: p.detach().to("cpu", copy=True) for name, p in self.weights.parameters.items()}
@@ -80,10 +79,12 @@ class MegatronPolicy:
         microbatches = self._microbatches(batch, range(batch.num_samples))
         found: list[tuple[int, np.ndarray]] = []
         temperature = self.config.rollout.temperature
-        for rows, logprobs in zip(microbatches, self.step.logprobs(microbatches, temperature), strict=False):
-            full = merge_context_chunks(torch.stack([logprobs, rows.response_mask.float()]), self.groups.context)
-            for row, sample in enumerate(rows.samples):
-                found.append((sample, full[0, row][full[1, row] > 0].float().cpu().numpy()))
+        for packed, logprobs in zip(microbatches, self.step.logprobs(microbatches, temperature), strict=False):
+            full = logprobs.new_zeros(sum(packed.response_lens))
+            full[packed.response_positions] = logprobs
+            if self.groups.context.size() > 1:
+                dist.all_reduce(full, group=self.groups.context)
+            found += zip(packed.samples, map(_to_numpy, full.split(packed.response_lens)), strict=True)
         return found if self.reports else None
 
     def ref_logprobs(self, batch: TrainingBatch) -> list[tuple[int, np.ndarray]] | None:
@@ -112,17 +113,7 @@ class MegatronPolicy:
             PolicyDivergedError: the mini-batch's KL is beyond `trainer.max_policy_kl`, or the loss is not finite; the
                 weights are left as they were. Or the gradient is not finite.
         """
-        from fipo_megatron.trainer.step import policy_loss
-
-        config = self.config
-        loss = partial(
-            policy_loss,
-            config=config.algorithm,
-            groups=self.groups,
-            sequence_norm=config.rollout.max_response_tokens,
-        )
-        statistics = self.step.gradients(self._microbatches(batch, samples), config.rollout.temperature, loss)
-        vector = self._all_reduce(statistics, NUM_STATISTICS)
+        config, vector = self.config, self.backward(batch, samples)
         metrics = loss_metrics(vector, config.algorithm)
         if not math.isfinite(metrics["loss"]):
             raise PolicyDivergedError(f"the loss of a mini-batch is {metrics['loss']}; lower optimizer.lr ({lr:g})")
@@ -133,6 +124,21 @@ class MegatronPolicy:
                 "optimizer.warmup_steps, or use larger mini-batches"
             )
         return vector.cpu().numpy(), self._optimizer_step(lr)
+
+    def backward(self, batch: TrainingBatch, samples: Sequence[int]) -> torch.Tensor:
+        """Statistics of FIPO's loss over a mini-batch, float64, equal on every rank; its gradient is left in Megatron's
+        buffers. Collective."""
+        from fipo_megatron.trainer.step import policy_loss
+
+        loss = partial(
+            policy_loss,
+            config=self.config.algorithm,
+            groups=self.groups,
+            sequence_norm=self.config.rollout.max_response_tokens,
+        )
+        microbatches = self._microbatches(batch, samples)
+        statistics = self.step.gradients(microbatches, self.config.rollout.temperature, loss)
+        return self._all_reduce(statistics, NUM_STATISTICS)
 
     def supervised_update(self, batch: TrainingBatch, samples: Sequence[int], lr: float) -> float:
         """Mean negative log-likelihood per response token of one supervised optimizer step. Collective."""
@@ -174,24 +180,22 @@ class MegatronPolicy:
         if self.groups.pipeline.size() > 1:
             dist.broadcast(vector, group=self.groups.pipeline, group_src=self.groups.pipeline.size() - 1)
 
-    def _microbatches(self, batch: TrainingBatch, samples: Sequence[int]) -> list[PaddedRows]:
-        config, context = self.config, self.groups.context
-        multiple = 2 * context.size() if context.size() > 1 else 1
-        if config.parallel.sequence_parallel:
-            multiple *= config.parallel.tensor
-        plan = plan_microbatches(
-            samples,
-            np.diff(batch.cu_seqlens),
-            data_rank=self.groups.data.rank(),
-            data_size=self.groups.data.size(),
-            microbatch_samples=config.trainer.microbatch_samples,
-            column_multiple=multiple,
-        )
+    def _microbatches(self, batch: TrainingBatch, samples: Sequence[int]) -> list[PackedTokens]:
+        parallel, context = self.config.parallel, self.groups.context
+        local = list(samples)[self.groups.data.rank() :: self.groups.data.size()]
+        size = self.config.trainer.microbatch_samples
+        longest = -(-len(samples) // self.groups.data.size())
+        multiple = parallel.pipeline if parallel.virtual_pipeline else 1
+        count = math.ceil(math.ceil(longest / size) / multiple) * multiple
         return [
-            make_padded_rows(batch, plan, i, context_rank=context.rank(), context_size=context.size()).to(
-                self.platform.device
-            )
-            for i in range(len(plan.microbatches))
+            make_packed_tokens(
+                batch,
+                local[i::count],
+                context_rank=context.rank(),
+                context_size=context.size(),
+                tensor_multiple=parallel.tensor if parallel.sequence_parallel else 1,
+            ).to(self.platform.device)
+            for i in range(count)
         ]
 
     def _set_parameters(self, values: dict[str, torch.Tensor]) -> None:
@@ -252,3 +256,7 @@ class MegatronPolicy:
         else:
             for _ in weights:
                 pass
+
+
+def _to_numpy(values: torch.Tensor) -> np.ndarray:
+    return values.float().cpu().numpy()

@@ -28,7 +28,7 @@ def future_kl_scan(
 
     `values` is [N], float32 or float64, finite. With `context_group` the segments are the zig-zag halves of one rank
     (see SegmentTable) and every rank of the group must call, also one without tokens: one all-gather of
-    [num_segments, 2]. Source: equation 3 of the paper, as the linear recurrence it is. The decay is only ever
+    [num_segments, 2, 2]. Source: equation 3 of the paper, as the linear recurrence it is. The decay is only ever
     multiplied, never divided by: gamma**10000 underflows to 0 without harm.
     """
     if impl not in SCANS:
