@@ -6,7 +6,7 @@ Megatron's own local norm refuses sequence parallelism, its local attention cont
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -38,12 +38,12 @@ class PackedSequences(PackedSeqParams):
 
     query_lens: tuple[int, ...] = ()
     key_lens: tuple[int, ...] = ()
-    cu_query_lens: torch.Tensor | None = None  # int32 [runs + 1]
-    cu_key_lens: torch.Tensor | None = None
+    cu_query_lens: torch.Tensor = field(default_factory=torch.Tensor)  # int32 [runs + 1]
+    cu_key_lens: torch.Tensor = field(default_factory=torch.Tensor)
     key_index: torch.Tensor | None = None  # int64 [sum(key_lens)], into the keys gathered rank by rank; None: all
     # Runs of equal lengths together: indices of their queries [n, q] and keys [n, k], and what undoes the order.
     equal_runs: tuple[tuple[torch.Tensor, torch.Tensor], ...] = ()
-    restore: torch.Tensor | None = None  # int64 [t]
+    restore: torch.Tensor = field(default_factory=torch.Tensor)  # int64 [t]
 
 
 def pack_sequences(padded_lens: Sequence[int], group: dist.ProcessGroup, device: torch.device) -> PackedSequences:
@@ -177,6 +177,7 @@ class LocalAttention(MegatronModule):
                 window_size=(-1, 0),
                 enable_gqa=query.size(1) != key.size(1),
             )
+            assert isinstance(context, torch.Tensor)
             return context.flatten(1)
         # The slow twin: torch's variable-length kernel takes half precision on CUDA alone.
         contexts = []

@@ -88,6 +88,38 @@ FAMILIES: dict[str, Family] = {
 }
 
 
+LAYOUTS: dict[str, dict[str, Any]] = {
+    "tp1": {},
+    "tp2": {"tensor": 2},
+    "tp2_sp": {"tensor": 2, "sequence_parallel": True},
+    "pp2": {"pipeline": 2},
+    "pp2_vpp2": {"pipeline": 2, "virtual_pipeline": 2},
+    "pp4": {"pipeline": 4},
+    "cp2": {"context": 2},
+    "cp4": {"context": 4},
+    "tp2_cp2_sp": {"tensor": 2, "context": 2, "sequence_parallel": True},
+    "tp2_pp2_sp": {"tensor": 2, "pipeline": 2, "sequence_parallel": True},
+    "pp2_cp2": {"pipeline": 2, "context": 2},
+    "dp2": {"data": 2},
+    "dp2_plain_optimizer": {"data": 2, "distributed_optimizer": False},
+    "dp2_cp2": {"data": 2, "context": 2},
+    "dp2_tp2_sp": {"data": 2, "tensor": 2, "sequence_parallel": True},
+    "ep2": {"data": 2, "expert": 2},
+    "ep2_tp2_sp": {"tensor": 2, "expert": 2, "sequence_parallel": True},
+    "ep2_pp2": {"data": 2, "expert": 2, "pipeline": 2},
+    "tp2_pp2_cp2": {"tensor": 2, "pipeline": 2, "context": 2, "sequence_parallel": True},
+}
+
+
+def supports(family: str, layout: str) -> bool:
+    """Whether a layout is one of the family's: experts are shared out where there are any, and cut over tensor-parallel
+    ranks only under sequence parallelism."""
+    parallel, has_experts = LAYOUTS[layout], "num_experts" in FAMILIES[family].settings
+    if not has_experts:
+        return "expert" not in parallel
+    return "tensor" not in parallel or "sequence_parallel" in parallel
+
+
 @dataclass(frozen=True)
 class CheckStep:
     """What one update consists of: by transformers, or by a layout."""
@@ -96,6 +128,37 @@ class CheckStep:
     loss: float
     grads: dict[str, torch.Tensor]  # by Hugging Face name, before clipping
     parameters: dict[str, torch.Tensor]  # by Hugging Face name, after the step
+
+
+class Checker:
+    """Checks the layouts of a family; the oracle's step is made once."""
+
+    def __init__(self, family: str, folder: Path) -> None:
+        self.folder = folder
+        self.config = Config.model_validate({
+            "platform": "cpu",
+            "model": {"path": str(folder / "model"), "dtype": "float32"},
+            "rollout": {"max_prompt_tokens": MAX_PROMPT_TOKENS, "max_response_tokens": MAX_RESPONSE_TOKENS},
+            "trainer": {"microbatch_samples": 5, "max_policy_kl": 10.0},
+            "timeouts": {"startup_s": 100, "call_s": 60, "collective_s": 59},
+        })  # fmt: skip
+        write_tiny_model(family, folder / "model")
+        algorithm = self.config.algorithm
+        self.batch = make_check_batch(transformers_logprobs(folder / "model"), algorithm)
+        self.expected = transformers_step(folder / "model", self.batch, algorithm, MAX_RESPONSE_TOKENS)
+
+    def check(self, layout: str, **trainer: Any) -> LayoutErrors:
+        """How far a layout's update is from transformers'; `trainer` replaces settings of that section.
+
+        Raises:
+            RuntimeError: a rank failed.
+        """
+        from safetensors.torch import load_file
+
+        changes = {"parallel": LAYOUTS[layout], "trainer": {**self.config.trainer.model_dump(), **trainer}}
+        config = Config.model_validate({**self.config.model_dump(), **changes})
+        found = layout_step(config, self.batch, self.folder / "model", self.folder / "updated")
+        return compare_steps(found, self.expected, load_file(self.folder / "model" / "model.safetensors"))
 
 
 def write_tiny_model(family: str, folder: Path, seed: int = 1) -> None:
@@ -258,14 +321,15 @@ def layout_step(config: Config, batch: TrainingBatch, folder: Path, target: Path
         ],
     )
     by_sample = dict(pair for reply in logprobs if reply is not None for pair in reply)
-    loss, grads = gradients[0]
+    loss, arrays = gradients[0]
+    grads = {name: torch.from_numpy(array) for name, array in arrays.items()}
     parameters = load_file(target / "model.safetensors")
     return CheckStep(np.concatenate([by_sample[sample] for sample in samples]), loss, grads, parameters)
 
 
 def loss_and_gradients(
     policy: MegatronPolicy, batch: TrainingBatch, samples: Sequence[int]
-) -> tuple[float, dict[str, torch.Tensor]]:
+) -> tuple[float, dict[str, np.ndarray]]:
     """The loss of a mini-batch, and on rank 0 its gradient by Hugging Face name; nothing is updated. Collective."""
     loss = loss_metrics(policy.backward(batch, samples), policy.config.algorithm)["loss"]
     for chunk in policy.chunks:
@@ -275,8 +339,8 @@ def loss_and_gradients(
                     ranks = group.intra_distributed_optimizer_instance_group
                     shard = bucket.grad_data.view(ranks.size(), -1)[ranks.rank()].clone()
                     dist.all_gather_into_tensor(bucket.grad_data, shard, group=ranks)
-    grads = {name: parameter.main_grad for name, parameter in policy.weights.parameters.items()}
-    return loss, {name: tensor.clone() for name, tensor in policy.weights.gather(grads)}
+    grads: dict[str, Any] = {name: vars(p)["main_grad"] for name, p in policy.weights.parameters.items()}
+    return loss, {name: tensor.cpu().numpy().copy() for name, tensor in policy.weights.gather(grads)}
 
 
 @dataclass(frozen=True)
