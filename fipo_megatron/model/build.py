@@ -173,7 +173,7 @@ def named_parameters(model: DistributedDataParallel) -> Iterator[tuple[str, torc
         yield name, parameter
 
 
-def _name_in_layer(layer: torch.nn.Module, name: str) -> str:
+def _name_in_layer(layer: Any, name: str) -> str:
     for pattern, canonical in SPEC_NAMES:
         match = re.fullmatch(pattern, name)
         if match and "expert" in match.groupdict():

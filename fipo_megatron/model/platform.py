@@ -15,6 +15,7 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 import torch
+import torch.distributed as dist
 from packaging.version import Version
 
 from fipo_megatron.config.schema import ParallelConfig
@@ -256,3 +257,32 @@ def prepare_for_experts(platform: Platform) -> None:
         return tensor.numpy() if as_numpy and isinstance(tensor, torch.Tensor) else move(tensor)
 
     token_dispatcher.maybe_move_tensor_to_cpu = move_to_numpy
+    _patch_uneven_splits()
+
+
+def _patch_uneven_splits() -> None:
+    """Ranks that share an expert bring different numbers of tokens: gloo can exchange those only all-to-all."""
+    from megatron.core.tensor_parallel import mappings
+
+    gather, reduce_scatter = mappings._gather_along_first_dim, mappings._reduce_scatter_along_first_dim
+
+    def gather_uneven(local: torch.Tensor, group: dist.ProcessGroup, splits: Any = None, *rest: Any) -> torch.Tensor:
+        if splits is None:
+            return gather(local, group, splits, *rest)
+        size = group.size()
+        whole = local.new_empty((sum(splits), *local.shape[1:]))
+        dist.all_to_all_single(whole, torch.cat([local] * size), list(splits), [len(local)] * size, group=group)
+        return whole
+
+    def reduce_scatter_uneven(
+        whole: torch.Tensor, group: dist.ProcessGroup, splits: Any = None, *rest: Any
+    ) -> torch.Tensor:
+        if splits is None:
+            return reduce_scatter(whole, group, splits, *rest)
+        size, own = group.size(), splits[group.rank()]
+        parts = whole.new_empty((size * own, *whole.shape[1:]))
+        dist.all_to_all_single(parts, whole.contiguous(), [own] * size, list(splits), group=group)
+        return parts.unflatten(0, (size, own)).sum(0)
+
+    mappings._gather_along_first_dim = gather_uneven
+    mappings._reduce_scatter_along_first_dim = reduce_scatter_uneven

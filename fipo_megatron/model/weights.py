@@ -22,7 +22,7 @@ EMBEDDING, HEAD = "embedding.word_embeddings.weight", "output_layer.weight"
 
 
 class Shards(NamedTuple):
-    """Where the shards of a Megatron parameter are: one replica's ranks, in shard order, and what each of them holds."""
+    """Where the shards of a Megatron parameter are: one replica's ranks, in shard order, and what each one holds."""
 
     ranks: list[int]
     shape: tuple[int, ...]
