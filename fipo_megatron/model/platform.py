@@ -1,7 +1,7 @@
 """The one place that decides between CPU and CUDA: device, backend, fusions, layer spec, and what torch must be told.
 
 Megatron-Core assumes CUDA. On a CPU a few torch functions are replaced, in this process only, by ones that answer for
-the CPU: each patch is listed with the layouts that need it, and nothing else is touched. On CUDA nothing is patched.
+the CPU: each patch is listed with the layouts that need it, and nothing else is touched. On CUDA torch is left alone.
 """
 
 from __future__ import annotations
@@ -240,7 +240,7 @@ CPU_PATCHES = (
 
 
 def prepare_for_experts(platform: Platform) -> None:
-    """Call in a process that `prepare_process` has prepared, before a model with experts is built."""
+    """Patch what models with experts need in every layout; after `prepare_process`, before such a model is built."""
     from megatron.core.transformer.moe import moe_utils, token_dispatcher
 
     if not hasattr(moe_utils, "te_general_gemm"):  # 0.16 reads it without Transformer Engine, too, to find it None
