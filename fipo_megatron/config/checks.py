@@ -22,6 +22,7 @@ def check_config(config: Config) -> None:
         *_find_data_problems(config),
         *_find_batch_problems(config),
         *_find_sampling_problems(config),
+        *_find_layout_problems(config.parallel),
         *_find_length_problems(config),
         *_find_objective_problems(config.algorithm),
     ]
@@ -48,6 +49,7 @@ def check_model_folder(path: Path, parallel: ParallelConfig) -> ModelShape:
         raise ValueError(f"{key}: config.json is not a JSON object; copy it from the model again")
     shape = make_model_shape(hf_config, str(path))
     problems = [problem.replace("num_layers", "num_hidden_layers") for problem in _find_shape_problems(shape, parallel)]
+    problems += _find_expert_problems(shape, parallel) if shape.num_experts else _find_dense_problems(parallel)
     _raise([f"{key}: {problem}" for problem in problems], "model folder")
     return shape
 
@@ -141,6 +143,23 @@ def _find_sampling_problems(config: Config) -> Iterator[str]:
         yield f"cluster.address = {config.cluster.address!r}: would listen on every interface; give one address"
 
 
+def _find_layout_problems(parallel: ParallelConfig) -> Iterator[str]:
+    if parallel.sequence_parallel and parallel.tensor == 1:
+        yield "parallel.sequence_parallel = True: shards over tensor-parallel ranks; set parallel.tensor > 1, or false"
+    if parallel.virtual_pipeline is not None and parallel.pipeline == 1:
+        yield (
+            f"parallel.virtual_pipeline = {parallel.virtual_pipeline}: interleaves the model chunks of several stages; "
+            "set parallel.pipeline > 1, or null"
+        )
+    stage_ranks = parallel.world_size // parallel.pipeline
+    expert_ranks = parallel.expert * parallel.expert_tensor
+    if stage_ranks % expert_ranks:
+        yield (
+            f"parallel.expert = {parallel.expert}: times parallel.expert_tensor = {parallel.expert_tensor} must divide "
+            f"the {stage_ranks} ranks of a pipeline stage (tensor * context * data); lower one, or raise data"
+        )
+
+
 def _find_length_problems(config: Config) -> Iterator[str]:
     rollout, parallel, reward = config.rollout, config.parallel, config.reward
     if reward.overlong_buffer_tokens > rollout.max_response_tokens:
@@ -148,8 +167,6 @@ def _find_length_problems(config: Config) -> Iterator[str]:
             f"reward.overlong_buffer_tokens = {reward.overlong_buffer_tokens}: "
             f"must be at most rollout.max_response_tokens = {rollout.max_response_tokens}"
         )
-    if parallel.sequence_parallel and parallel.tensor == 1:
-        yield "parallel.sequence_parallel = True: shards over tensor-parallel ranks; set parallel.tensor > 1, or false"
     longest = rollout.max_prompt_tokens + rollout.max_response_tokens
     if longest < 2 * parallel.context:
         yield (
@@ -186,6 +203,7 @@ def _find_objective_problems(algorithm: AlgorithmConfig) -> Iterator[str]:
 def _find_warm_start_problems(warm_start: WarmStartConfig, config: Config) -> Iterator[str]:
     for problem in _find_shape_problems(warm_start, config.parallel):
         yield f"warm_start.{problem}"
+    yield from _find_dense_problems(config.parallel)
     head_size = warm_start.hidden_size // warm_start.num_attention_heads
     if config.rollout.engine == "vllm" and head_size < MIN_ENGINE_HEAD_SIZE:
         yield (
@@ -203,16 +221,48 @@ def _find_warm_start_problems(warm_start: WarmStartConfig, config: Config) -> It
 
 def _find_shape_problems(shape: ModelShape | WarmStartConfig, parallel: ParallelConfig) -> Iterator[str]:
     """Lines that begin with the size's name, for each pair in which the second doesn't divide the first."""
-    divisors = (
-        ("hidden_size", "num_attention_heads", shape.num_attention_heads),
+    chunks = ("parallel.pipeline", parallel.pipeline)
+    if parallel.virtual_pipeline is not None:
+        chunks = ("parallel.pipeline * parallel.virtual_pipeline", parallel.pipeline * parallel.virtual_pipeline)
+    divisors = [
         ("num_attention_heads", "num_key_value_heads", shape.num_key_value_heads),
         ("num_key_value_heads", "parallel.tensor", parallel.tensor),
-        ("intermediate_size", "parallel.tensor", parallel.tensor),
-        ("num_layers", "parallel.pipeline", parallel.pipeline),
-    )
+        ("num_layers", *chunks),
+    ]
+    if isinstance(shape, WarmStartConfig):  # a model folder may give its heads a size of their own
+        divisors.insert(0, ("hidden_size", "num_attention_heads", shape.num_attention_heads))
+    if isinstance(shape, WarmStartConfig) or not shape.num_experts:
+        divisors.append(("intermediate_size", "parallel.tensor", parallel.tensor))
     for name, divisor_name, divisor in divisors:
         if getattr(shape, name) % divisor:
             yield f"{name} = {getattr(shape, name)}: must be a multiple of {divisor_name} = {divisor}"
+
+
+def _find_expert_problems(shape: ModelShape, parallel: ParallelConfig) -> Iterator[str]:
+    if shape.num_experts % parallel.expert:
+        yield f"num_experts = {shape.num_experts}: must be a multiple of parallel.expert = {parallel.expert}"
+    if shape.moe_intermediate_size % parallel.expert_tensor:
+        yield (
+            f"moe_intermediate_size = {shape.moe_intermediate_size}: must be a multiple of parallel.expert_tensor = "
+            f"{parallel.expert_tensor}"
+        )
+    if parallel.tensor > 1 and not parallel.sequence_parallel:
+        yield (
+            f"parallel.sequence_parallel = False: a model with experts and parallel.tensor = {parallel.tensor} "
+            "shares out its tokens; set it to true"
+        )
+    # Megatron would sum the experts' gradients over the ranks that share those of the other layers.
+    if parallel.expert == 1 and parallel.expert_tensor != parallel.tensor:
+        yield (
+            f"parallel.expert_tensor = {parallel.expert_tensor}: with parallel.expert = 1 the gradients of experts "
+            f"would be wrong; set it to parallel.tensor = {parallel.tensor}, or parallel.expert > 1"
+        )
+
+
+def _find_dense_problems(parallel: ParallelConfig) -> Iterator[str]:
+    for key in ("expert", "expert_tensor"):
+        if getattr(parallel, key) > 1:
+            yield f"parallel.{key} = {getattr(parallel, key)}: the model has no experts; set it to 1"
 
 
 def _find_missing_files(path: Path) -> Iterator[str]:

@@ -40,12 +40,12 @@ FAMILIES = {
 COVERED: dict[str, tuple[Any, str]] = {
     "hidden_act": ("silu", "another activation"),
     "use_sliding_window": (False, "sliding-window attention"),
-    "attention_bias": (False, "biases in the attention"),
-    "mlp_bias": (False, "biases in the MLP"),
-    "decoder_sparse_step": (1, "dense layers between those with experts"),
-    "mlp_only_layers": ([], "dense layers between those with experts"),
+    "attention_bias": (False, "a bias in the attention"),
+    "mlp_bias": (False, "a bias in the MLP"),
+    "decoder_sparse_step": (1, "a dense layer between those with experts"),
+    "mlp_only_layers": ([], "a dense layer between those with experts"),
     "shared_expert_intermediate_size": (0, "a shared expert"),
-    "quantization_config": (None, "quantized weights"),
+    "quantization_config": (None, "a quantized model"),
 }
 # Megatron's constants of rope type llama3; its factor alone can be chosen.
 LLAMA3_ROPE = {"low_freq_factor": 1.0, "high_freq_factor": 4.0, "original_max_position_embeddings": 8192}

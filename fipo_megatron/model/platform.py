@@ -1,7 +1,7 @@
 """The one place that decides between CPU and CUDA: device, backend, fusions, layer spec, and what torch must be told.
 
 Megatron-Core assumes CUDA. On a CPU a few torch functions are replaced, in this process only, by ones that answer for
-the CPU: each patch is listed with the layouts that need it, and nothing else is touched. On CUDA nothing is patched.
+the CPU: each patch is listed with the layouts that need it, and nothing else is touched. On CUDA torch is left alone.
 """
 
 from __future__ import annotations
@@ -15,6 +15,7 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 import torch
+import torch.distributed as dist
 from packaging.version import Version
 
 from fipo_megatron.config.schema import ParallelConfig
@@ -239,7 +240,7 @@ CPU_PATCHES = (
 
 
 def prepare_for_experts(platform: Platform) -> None:
-    """Call in a process that `prepare_process` has prepared, before a model with experts is built."""
+    """Patch what models with experts need in every layout; after `prepare_process`, before such a model is built."""
     from megatron.core.transformer.moe import moe_utils, token_dispatcher
 
     if not hasattr(moe_utils, "te_general_gemm"):  # 0.16 reads it without Transformer Engine, too, to find it None
@@ -256,3 +257,32 @@ def prepare_for_experts(platform: Platform) -> None:
         return tensor.numpy() if as_numpy and isinstance(tensor, torch.Tensor) else move(tensor)
 
     token_dispatcher.maybe_move_tensor_to_cpu = move_to_numpy
+    _patch_uneven_splits()
+
+
+def _patch_uneven_splits() -> None:
+    """Ranks that share an expert bring different numbers of tokens: gloo can exchange those only all-to-all."""
+    from megatron.core.tensor_parallel import mappings
+
+    gather, reduce_scatter = mappings._gather_along_first_dim, mappings._reduce_scatter_along_first_dim
+
+    def gather_uneven(local: torch.Tensor, group: dist.ProcessGroup, splits: Any = None, *rest: Any) -> torch.Tensor:
+        if splits is None:
+            return gather(local, group, splits, *rest)
+        size = group.size()
+        whole = local.new_empty((sum(splits), *local.shape[1:]))
+        dist.all_to_all_single(whole, torch.cat([local] * size), list(splits), [len(local)] * size, group=group)
+        return whole
+
+    def reduce_scatter_uneven(
+        whole: torch.Tensor, group: dist.ProcessGroup, splits: Any = None, *rest: Any
+    ) -> torch.Tensor:
+        if splits is None:
+            return reduce_scatter(whole, group, splits, *rest)
+        size, own = group.size(), splits[group.rank()]
+        parts = whole.new_empty((size * own, *whole.shape[1:]))
+        dist.all_to_all_single(parts, whole.contiguous(), [own] * size, list(splits), group=group)
+        return parts.unflatten(0, (size, own)).sum(0)
+
+    mappings._gather_along_first_dim = gather_uneven
+    mappings._reduce_scatter_along_first_dim = reduce_scatter_uneven

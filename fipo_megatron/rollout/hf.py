@@ -96,11 +96,26 @@ class HfEngine:
 
     def update_weights(self, tensors: Sequence[tuple[str, tuple[int, ...], str]], version: int) -> None:
         """Receive the tensors that the trainer sends."""
-        parameters = dict(self.model.named_parameters())
+        weights = folder_weights(self.model)
         with torch.no_grad():
             for name, tensor in self.group.receive([TensorMeta(*meta) for meta in tensors]):
-                parameters[name].copy_(tensor)
+                weights[name].copy_(tensor)
         self.version = version
+
+
+def folder_weights(model: torch.nn.Module) -> dict[str, torch.Tensor]:
+    """The weights under the names of a Hugging Face folder: each expert has its own, where transformers stacks them."""
+    weights: dict[str, torch.Tensor] = {}
+    for name, parameter in model.named_parameters():
+        layer, stacked, kind = name.partition(".mlp.experts.")
+        names = {"gate_up_proj": ("gate_proj", "up_proj"), "down_proj": ("down_proj",)}.get(kind) if stacked else None
+        if names is None:
+            weights[name] = parameter
+            continue
+        for expert, matrix in enumerate(parameter):
+            for part, rows in zip(names, matrix.chunk(len(names)), strict=True):
+                weights[f"{layer}.mlp.experts.{expert}.{part}.weight"] = rows
+    return weights
 
 
 def _truncate(logits: torch.Tensor, top_p: float) -> torch.Tensor:

@@ -21,7 +21,7 @@ from fipo_megatron.config.schema import Config, OptimizerConfig
 from fipo_megatron.trainer.policy_processes import run_policy
 from fipo_megatron.types import TrainingBatch
 from tests.parity.policy_config import make_config
-from tests.parity.tiny_models import VOCAB, write_model
+from tests.tiny_models import VOCAB, write_model
 
 LR = 0.05
 # A large epsilon keeps Adam's first steps proportional to the gradient, so rounding isn't blown up to +-lr.
@@ -38,9 +38,11 @@ LAYOUTS: dict[str, dict[str, Any]] = {
     "tp2_pp2": {"tensor": 2, "pipeline": 2},
     "tp2_cp2_sp": {"tensor": 2, "context": 2, "sequence_parallel": True},
     "ep2": {"data": 2, "expert": 2},
-    "etp2_sp": {"tensor": 2, "expert_tensor": 2, "sequence_parallel": True},
-    "ep2_tp2_sp": {"tensor": 2, "expert": 2, "sequence_parallel": True},
+    "ep2_cp2": {"context": 2, "expert": 2},
     "ep2_pp2": {"data": 2, "pipeline": 2, "expert": 2},
+    "ep2_tp2_sp": {"tensor": 2, "expert": 2, "sequence_parallel": True},
+    "etp2_tp2_sp": {"tensor": 2, "expert_tensor": 2, "sequence_parallel": True},
+    "ep2_etp2_tp2_sp": {"tensor": 2, "data": 2, "expert": 2, "expert_tensor": 2, "sequence_parallel": True},
 }
 EXPERT_LAYOUTS = [layout for layout in LAYOUTS if layout.startswith("e")]
 DENSE = [layout for layout in LAYOUTS if layout not in EXPERT_LAYOUTS]
@@ -50,11 +52,12 @@ SETTINGS = [
     *(("qwen2", layout, "token-mean") for layout in DENSE),
     *(("qwen2_tied", layout, "token-mean") for layout in TIED_MATTERS),
     *(("qwen2", "dp2", aggregation) for aggregation in AGGREGATIONS),
-    *(("qwen3", layout, "token-mean") for layout in ("tp2", "tp2_sp")),  # q and k norms: a gradient of all heads
+    *(("qwen3", layout, "token-mean") for layout in ("tp2", "tp2_sp")),  # a norm's gradient comes from all heads
     ("qwen3_tied", "pp2", "token-mean"),
-    *((model, "pp2", "token-mean") for model in ("llama3", "llama3_tied")),
-    *(("qwen3_moe", layout, "token-mean") for layout in ("tp1", *EXPERT_LAYOUTS)),
-    ("qwen3_moe_unnormalized", "ep2", "token-mean"),
+    ("llama3", "pp2", "token-mean"),
+    ("llama3_tied", "tp2", "token-mean"),
+    *(("qwen3_moe", layout, "token-mean") for layout in EXPERT_LAYOUTS),
+    ("qwen3_moe_unnormalized", "tp1", "token-mean"),
 ]
 
 
@@ -138,9 +141,10 @@ def test_layout_equals_transformers(
         ("logprobs", (batch,)),
         *[("update", (with_old, samples, LR)) for samples in mini_batches],
         ("export", (folder, tmp_path / "hf")),
+        ("weight_metadata", ()),
         ("logprobs", (batch,)),
     ]
-    _, before, *metrics, _, after = run_policy(config, calls)
+    _, before, *metrics, _, metadata, after = run_policy(config, calls)
 
     logprobs = dict(pair for reply in before if reply is not None for pair in reply)
     assert sorted(logprobs) == list(range(8))
@@ -159,6 +163,9 @@ def test_layout_equals_transformers(
 
     exported = load_file(tmp_path / "hf" / "model.safetensors")
     assert sorted(exported) == sorted(weights)
+    assert all(
+        sorted(rank) == [(n, tuple(exported[n].shape), "float32") for n in sorted(exported)] for rank in metadata
+    )
     start = load_file(folder / "model.safetensors")
     for name, expected in weights.items():
         moved = (expected - start[name]).norm()

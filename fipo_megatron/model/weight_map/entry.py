@@ -48,7 +48,8 @@ def read_shard(
         return tensors[0][:]
     if entry.rule == "vocab":
         rows = padded_vocab_size(shape.vocab_size, size) // size
-        shard = tensors[0][rank * rows : min((rank + 1) * rows, shape.vocab_size)]
+        start, end = (min(r * rows, shape.vocab_size) for r in (rank, rank + 1))
+        shard = tensors[0][start:end]
         return F.pad(shard, (0, 0, 0, rows - shard.shape[0]))
     if entry.rule == "row":
         columns = _lengths(tensors[0])[1] // size

@@ -8,7 +8,7 @@ import pytest
 
 from fipo_megatron.config.checks import check_config, check_model_folder, check_port
 from fipo_megatron.config.load import load_config, save_config
-from fipo_megatron.config.schema import Config, ParallelConfig
+from fipo_megatron.config.schema import Config, ModelConfig, ParallelConfig
 from fipo_megatron.model.hf_config import make_model_shape
 
 SMALL_RUN = """
@@ -28,6 +28,13 @@ HF_CONFIG = {
     "num_key_value_heads": 2,
     "max_position_embeddings": 4096,
     "rms_norm_eps": 1e-6,
+}
+MOE = {
+    "architectures": ["Qwen3MoeForCausalLM"],
+    "head_dim": 32,
+    "num_experts": 8,
+    "num_experts_per_tok": 2,
+    "moe_intermediate_size": 96,
 }
 
 
@@ -63,6 +70,7 @@ def model_folder(tmp_path):
         ["algorithm.objective=grpo", "algorithm.clip_ratio_low=0.3", "algorithm.clip_ratio_high=0.3"],
         ["warm_start=null", "model.path=models/qwen2"],
         ["parallel={tensor: 2, pipeline: 2, context: 2, data: 2, sequence_parallel: true}"],
+        ["parallel={pipeline: 2, virtual_pipeline: 2}"],
         ["parallel.data=16"],  # samples are shared out, not prompts: 8 prompts of 8 samples over 16 ranks
         ["reward.overlong_buffer_tokens=64"],
         ["dynamic_sampling.generation_prompts=8", "dynamic_sampling.max_generation_batches=4"],
@@ -100,6 +108,17 @@ def test_sound_configurations_pass_and_pass_again_when_saved(overrides, small_ru
         (["cluster.address=0.0.0.0"], "cluster.address = '0.0.0.0': would listen on every interface"),
         (["algorithm={objective: grpo, clip_ratio_low: 0.1}"], "algorithm.clip_ratio_low = 0.1: GRPO's clip is symm"),
         (["parallel={sequence_parallel: true}"], "parallel.sequence_parallel = True: shards "),
+        (["parallel={virtual_pipeline: 2}"], "parallel.virtual_pipeline = 2: interleaves the model chunks "),
+        (
+            ["warm_start=null", "model.path=here", "parallel={tensor: 2, pipeline: 2, expert: 4}"],
+            "parallel.expert = 4: times parallel.expert_tensor = 1 must divide the 2 ranks of a pipeline stage ",
+        ),
+        (
+            ["warm_start=null", "model.path=here", "parallel={data: 2, expert: 2, expert_tensor: 2}"],
+            "parallel.expert = 2: times parallel.expert_tensor = 2 must divide the 2 ranks of a pipeline stage ",
+        ),
+        (["parallel={data: 2, expert: 2}"], "parallel.expert = 2: the model has no experts; set it to 1"),
+        (["parallel={data: 2, expert_tensor: 2}"], "parallel.expert_tensor = 2: the model has no experts; "),
         (["parallel.context=41"], "parallel.context = 41: cuts a sequence into 82 chunks, the longest has 80 tokens"),
         (["algorithm={objective: dapo, half_life_tokens: 8}"], "algorithm.half_life_tokens = 8.0: has no effect "),
         (["algorithm={objective: dapo, influence_clip: 0}"], "algorithm.influence_clip = 0.0: has no effect "),
@@ -133,6 +152,10 @@ def test_sound_configurations_pass_and_pass_again_when_saved(overrides, small_ru
             "warm_start.intermediate_size = 255: must be a multiple of parallel.tensor",
         ),
         (["parallel.pipeline=3"], "warm_start.num_layers = 4: must be a multiple of parallel.pipeline = 3"),
+        (
+            ["parallel={pipeline: 2, virtual_pipeline: 4}"],
+            "warm_start.num_layers = 4: must be a multiple of parallel.pipeline * parallel.virtual_pipeline = 8",
+        ),
         (["warm_start.num_attention_heads=8"], "warm_start.num_attention_heads = 8: gives heads of 16, vLLM needs 32 "),
         (["warm_start.hidden_size=132"], "warm_start.hidden_size = 132: heads of 33; "),
         (["parallel.data=4", "warm_start.batch_samples=30"], "warm_start.batch_samples = 30: must be a multiple of "),
@@ -154,6 +177,28 @@ def test_a_model_folder_gives_its_shape(model_folder):
     shape = check_model_folder(model_folder, ParallelConfig(tensor=2, pipeline=4))
     assert shape == make_model_shape(HF_CONFIG, "here")
     assert (shape.num_layers, shape.head_dim, shape.max_positions) == (4, 32, 4096)
+
+
+@pytest.mark.parametrize(
+    "parallel",
+    [
+        {},
+        {"data": 8},
+        {"data": 2, "expert": 2},
+        {"context": 4, "expert": 4},
+        {"pipeline": 2, "virtual_pipeline": 2, "data": 2, "expert": 2},
+        {"tensor": 2, "sequence_parallel": True, "expert": 2},
+        {"tensor": 2, "sequence_parallel": True, "expert_tensor": 2},
+        {"tensor": 2, "sequence_parallel": True, "expert_tensor": 2, "data": 2, "expert": 2},
+    ],
+    ids=str,
+)
+def test_a_model_with_experts_fits_layouts_of_its_own(model_folder, parallel):
+    # No dense layer: nothing is cut of the width that they would have.
+    (model_folder / "config.json").write_text(json.dumps(HF_CONFIG | MOE | {"intermediate_size": 255}))
+    layout = ParallelConfig(**parallel)
+    check_config(Config(model=ModelConfig(path="here"), parallel=layout))
+    assert check_model_folder(model_folder, layout).num_experts == 8
 
 
 def test_a_byte_pair_vocabulary_and_sharded_weights_pass(model_folder):
@@ -201,9 +246,9 @@ def test_a_missing_weight_file_is_named(model_folder):
     ("change", "parallel", "message"),
     [
         (
-            {"architectures": ["LlamaForCausalLM"]},
+            {"architectures": ["MixtralForCausalLM"]},
             {},
-            "is of architecture 'LlamaForCausalLM'; supported: Qwen2",
+            "is of architecture 'MixtralForCausalLM'; supported: Qwen2",
         ),
         ({"architectures": None}, {}, "is of architecture 'none'"),
         ({"hidden_size": None}, {}, "hidden_size = None in config.json"),
@@ -211,7 +256,33 @@ def test_a_missing_weight_file_is_named(model_folder):
         ({"num_attention_heads": 0}, {}, "num_attention_heads = 0 in config.json"),
         ({"num_key_value_heads": 3}, {}, "num_attention_heads = 4: must be a multiple of num_key_value_heads = 3"),
         ({}, {"tensor": 4}, "num_key_value_heads = 2: must be a multiple of parallel.tensor = 4"),
-        ({}, {"pipeline": 3}, "num_hidden_layers = 4: must be a multiple of parallel.pipeline = 3"),
+        ({}, {"tensor": 2, "pipeline": 3}, "num_hidden_layers = 4: must be a multiple of parallel.pipeline = 3"),
+        (
+            {},
+            {"pipeline": 4, "virtual_pipeline": 2},
+            "num_hidden_layers = 4: must be a multiple of parallel.pipeline * parallel.virtual_pipeline = 8",
+        ),
+        ({"intermediate_size": 255}, {"tensor": 2}, "intermediate_size = 255: must be a multiple of parallel.tensor"),
+        ({}, {"data": 2, "expert": 2}, "parallel.expert = 2: the model has no experts; set it to 1"),
+        ({}, {"tensor": 2, "expert_tensor": 2}, "parallel.expert_tensor = 2: the model has no experts; set it to 1"),
+        (MOE, {"data": 3, "expert": 3}, "num_experts = 8: must be a multiple of parallel.expert = 3"),
+        (
+            MOE | {"moe_intermediate_size": 95},
+            {"tensor": 2, "expert_tensor": 2, "sequence_parallel": True},
+            "moe_intermediate_size = 95: must be a multiple of parallel.expert_tensor = 2",
+        ),
+        (
+            MOE,
+            {"tensor": 2, "expert": 2},
+            "parallel.sequence_parallel = False: a model with experts and parallel.tensor = 2 shares out its tokens; ",
+        ),
+        (
+            MOE,
+            {"tensor": 2, "sequence_parallel": True},
+            "parallel.expert_tensor = 1: with parallel.expert = 1 the gradients of experts would be wrong; set it to "
+            "parallel.tensor = 2, or parallel.expert > 1",
+        ),
+        (MOE, {"data": 2, "expert_tensor": 2}, "parallel.expert_tensor = 2: with parallel.expert = 1 the gradients "),
     ],
 )
 def test_an_unusable_model_is_named(model_folder, change, parallel, message):

@@ -5,7 +5,14 @@ import importlib.metadata
 import pytest
 
 from fipo_megatron.config.schema import ParallelConfig
-from fipo_megatron.model.platform import CPU_PATCHES, Platform, check_cpu_versions, prepare_process, resolve_platform
+from fipo_megatron.model.platform import (
+    CPU_PATCHES,
+    Platform,
+    check_cpu_versions,
+    prepare_for_experts,
+    prepare_process,
+    resolve_platform,
+)
 
 EVERY = {"current_device", "factories", "random_state", "tensor_type"}
 
@@ -30,6 +37,18 @@ def test_a_newer_megatron_asks_for_the_current_stream(monkeypatch: pytest.Monkey
 
 def test_cuda_is_left_alone() -> None:
     assert prepare_process(Platform("cuda"), ParallelConfig(tensor=2)) == []
+
+
+def test_experts_need_no_other_streams_on_cuda(monkeypatch: pytest.MonkeyPatch) -> None:
+    import torch
+    from megatron.core.transformer.moe import moe_utils, token_dispatcher
+
+    before = torch.cuda.Stream, torch.cuda.stream, token_dispatcher.maybe_move_tensor_to_cpu
+    monkeypatch.setattr(moe_utils, "te_general_gemm", None, raising=False)
+    monkeypatch.delattr(moe_utils, "te_general_gemm")  # as 0.16 without Transformer Engine
+    prepare_for_experts(Platform("cuda"))
+    assert moe_utils.te_general_gemm is None
+    assert before == (torch.cuda.Stream, torch.cuda.stream, token_dispatcher.maybe_move_tensor_to_cpu)
 
 
 @pytest.mark.parametrize("version", ["0.15.3", "0.20.0"])
