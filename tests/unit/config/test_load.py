@@ -175,7 +175,10 @@ def test_a_base_of_a_base_is_refused(write):
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        ("base: missing.yaml", r"missing\.yaml: no such file"),
+        (
+            "base: missing.yaml",
+            r"base = 'missing.yaml' in .*: no file .*missing\.yaml; give its path from run\.yaml",
+        ),
         ("base: [a, b]", r"base = \['a', 'b'\].*must be the path"),
         ("seed: 1\nseed: 2", r"key 'seed' is given twice[\s\S]*line 2"),
         ("rollout:\n  top_p: 1\n  top_p: 0.5", r"key 'top_p' is given twice[\s\S]*line 3"),
