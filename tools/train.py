@@ -49,11 +49,11 @@ def main() -> int:
         from fipo_megatron.trainer.launch import check_before_start, run_training
         from fipo_megatron.trainer.run import make_run_folder
 
-        check_before_start(config)
+        files = check_before_start(config)
         folder = make_run_folder(config, arguments.config.stem)
         with Progress() as progress:
             progress.note(f"run folder: {folder}")
-            asyncio.run(run_training(config, folder, progress))
+            asyncio.run(run_training(config, files, folder, progress))
         _print_summary(folder)
     except KeyboardInterrupt:
         print("interrupted; all worker processes have ended", file=sys.stderr)

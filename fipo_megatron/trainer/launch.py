@@ -29,8 +29,12 @@ from fipo_megatron.trainer.run import Run
 from fipo_megatron.trainer.warm_start import TraceSource, base_policy_folder, make_base_policy, write_skeleton
 
 
-def check_before_start(config: Config) -> None:
-    """Raises ValueError for everything that would fail later and can be known before a process starts."""
+def check_before_start(config: Config) -> ProblemFiles:
+    """The problems of the run's files, which are large enough to be read only once.
+
+    Raises:
+        ValueError: for everything that would fail later and can be known before a process starts.
+    """
     check_config(config)
     check_trackers(config.run.trackers)
     make_reward(config.reward, config.rollout.max_response_tokens)  # refuses a function that does not exist
@@ -48,6 +52,7 @@ def check_before_start(config: Config) -> None:
     else:
         check_positions(check_model_folder(Path(config.model.path), config.parallel), config.rollout)
     check_port(config.cluster.address, config.cluster.master_port)
+    return files
 
 
 def check_num_gpus(config: Config, available: int) -> None:
@@ -60,10 +65,12 @@ def check_num_gpus(config: Config, available: int) -> None:
         )
 
 
-async def run_training(config: Config, folder: Path, progress: Progress) -> None:
-    """Train into the run folder, in processes that are gone when this returns or raises."""
+async def run_training(config: Config, files: ProblemFiles, folder: Path, progress: Progress) -> None:
+    """Train into the run folder, in processes that are gone when this returns or raises.
+
+    `files` are those of `check_before_start`.
+    """
     progress.note(f"algorithm: {config.algorithm.describe()}")
-    files = load_files(config.data)
     base, source = initial_policy(config, files)
     model_folder = base
     if source is not None and not (base / "config.json").exists():
