@@ -64,7 +64,11 @@ def make_parser() -> argparse.ArgumentParser:
     parser.add_argument("--top-p", type=float, metavar="P", help="of sampling (default: 0.7, the paper's)")
     parser.add_argument("--greedy", action="store_true", default=None, help="the likeliest response, one a problem")
     parser.add_argument("--engine", choices=("vllm", "hf"), help="hf: transformers, slow (default: vllm)")
-    parser.add_argument("--rule", choices=("dapo", "math_verify"), help="that judges (default: the run's, or dapo)")
+    parser.add_argument(
+        "--rule",
+        choices=("dapo", "math_verify"),
+        help="that judges (default: the run's or dapo, if a set allows it)",
+    )
     parser.add_argument("--max-response-tokens", type=int, metavar="N", help="(default: the run's, or up to 20480)")
     parser.add_argument("--num-problems", type=int, metavar="N", help="the first N of each set (default: all)")
     parser.add_argument("--out", type=Path, metavar="DIR", help="where to write; several models: a folder in it each")
@@ -111,8 +115,8 @@ def evaluate_sets(options: argparse.Namespace, progress: Progress) -> None:
         with benchmark:
             for name in files:
                 summary = benchmark.measure(name, out)
-                title = f"{model.name}, {name}: {summary['num_problems']} problems x {k} samples"
-                tables.append((title, *summary_table(name, k, summary["metrics"])))
+                judged = f"{summary['num_problems']} problems x {k} samples, judged by {summary['settings']['rule']}"
+                tables.append((f"{model.name}, {name}: {judged}", *summary_table(name, k, summary["metrics"])))
         progress.note(f"results of {model.name}: {out}")
     for table in tables:
         print_table(*table)

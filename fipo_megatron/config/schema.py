@@ -10,6 +10,7 @@ from pydantic import BaseModel, ConfigDict, Field, field_validator, model_valida
 LossAggregation = Literal["token-mean", "seq-mean-token-mean", "seq-mean-token-sum", "seq-mean-token-sum-norm"]
 Objective = Literal["fipo", "dapo", "grpo"]
 TrackerName = Literal["tensorboard", "wandb"]
+RuleName = Literal["dapo", "math_verify", "custom"]
 
 PresetName = Literal["fipo_32b", "fipo_7b", "dapo", "grpo"]
 
@@ -295,7 +296,7 @@ class TrainerConfig(Section):
 class RewardConfig(Section):
     """The rule that judges an answer, and what is added to its score."""
 
-    rule: Literal["dapo", "math_verify", "custom"] = Field(
+    rule: RuleName = Field(
         "dapo", description="dapo: equal text; math_verify: equal mathematics; custom: your function"
     )
     function: str | None = Field(None, description="of the custom rule: path/to/file.py:function_name")

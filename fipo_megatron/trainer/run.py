@@ -19,7 +19,7 @@ from fipo_megatron.observability.progress import Progress
 from fipo_megatron.observability.samples import TokenRecord, samples_path, write_samples
 from fipo_megatron.observability.timers import PhaseTimers
 from fipo_megatron.observability.trackers import Trackers
-from fipo_megatron.reward.judge import JudgeWithLimit, make_reward
+from fipo_megatron.reward.judge import JudgeWithLimit, make_rewards
 from fipo_megatron.rollout.collect import (
     GroupBuffer,
     SpreadGuard,
@@ -60,11 +60,11 @@ class Run:
         self.trackers = trackers
         self.timers = PhaseTimers(progress.phase)
         self.decode = load_decode(model_folder)
-        self._reward = make_reward(config.reward, config.rollout.max_response_tokens)
+        self._rewards = make_rewards(config.reward, prompts.rules.values(), config.rollout.max_response_tokens)
+        self._reward = self._rewards[config.reward.rule]
         self._prompts = prompts
-        self._evaluation = HeldOutEvaluation(
-            config, prompts.evaluation, self._reward, self.decode, folder / "evaluation"
-        )
+        rewards = {name: self._rewards[rule] for name, rule in prompts.rules.items()}
+        self._evaluation = HeldOutEvaluation(config, prompts.evaluation, rewards, self.decode, folder / "evaluation")
         self._buffer = GroupBuffer(config.dynamic_sampling)
         self._spread = SpreadGuard(config.dynamic_sampling.max_steps_without_spread)
         self._num_generation_batches = 0
@@ -217,8 +217,9 @@ class Run:
         self.progress.step(step, self.config.trainer.steps, metrics)
 
     def close(self) -> None:
-        """End the reward's processes, also in the middle of judging, and close the metrics' file."""
-        self._reward.close()
+        """End the rewards' processes, also in the middle of judging, and close the metrics' file."""
+        for reward in self._rewards.values():
+            reward.close()
         self._metrics.close()
 
 

@@ -3,14 +3,19 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 
 from fipo_megatron.config.load import save_config
-from fipo_megatron.config.schema import Config
+from fipo_megatron.config.schema import ANSWER_TEMPLATE, Config
 from fipo_megatron.data.encoding import PromptEncoder
+from fipo_megatron.data.prepare import prepare
+from fipo_megatron.data.prepare import write_problems as write_prepared
+from fipo_megatron.data.sources import find_source, read_source
 from fipo_megatron.observability.progress import Progress
 from fipo_megatron.trainer import benchmark
 from fipo_megatron.trainer.benchmark import (
@@ -21,6 +26,7 @@ from fipo_megatron.trainer.benchmark import (
     fit_config,
     load_run_config,
 )
+from fipo_megatron.types import FinishedResponse, Generation
 
 
 def settings(**changed: Any) -> BenchmarkSettings:
@@ -115,6 +121,54 @@ def test_a_set_with_a_row_that_cannot_be_read_is_refused(tmp_path: Path) -> None
     write_problems(files["mine"], "", "{")
     with pytest.raises(ValueError, match=r"mine.jsonl: 1 of 2 rows can't be read: line 3 is not JSON"):
         Benchmark(model, files, settings(), Progress())
+
+
+@pytest.mark.usefixtures("codepoints")
+def test_a_set_is_judged_by_the_rule_that_its_answers_need(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def judge(prompts: Any, generations: Any, judge: Any, decode: Any) -> Any:
+        judged.append(judge._reward.config.rule)
+        raise ReachedError
+
+    judged: list[str] = []
+    monkeypatch.setattr(benchmark, "judge_problems", judge)
+    monkeypatch.setattr(benchmark, "_make_engine", lambda *_: HalfEngine())
+    model = find_model(make_model(tmp_path / "model"))
+    files = {name: write_problems(tmp_path / f"{name}.jsonl") for name in ("mine", "hmmt_feb_2025")}
+    with (tmp_path / "log").open("w") as log, Benchmark(model, files, settings(), Progress(log)) as measured:
+        for name in files:
+            with pytest.raises(ReachedError):
+                measured.measure(name, tmp_path)
+    assert judged == ["dapo", "math_verify"]
+    assert "hmmt_feb_2025 is judged by math_verify: dapo can't read its answers" in (tmp_path / "log").read_text()
+    Benchmark(model, files, settings(rule="math_verify"), Progress())
+    with pytest.raises(ValueError, match=r"--rule dapo: the answers of hmmt_feb_2025 .* or give --rule math_verify"):
+        Benchmark(model, files, settings(rule="dapo"), Progress())
+
+
+class HalfEngine:
+    """Answers 1/2."""
+
+    def generate(self, requests: Sequence[Any], sampling: Any) -> Iterator[list[FinishedResponse]]:
+        answer = np.array([*b"Answer: 1/2"], np.int32)
+        for i in range(len(requests)):
+            yield [(i, Generation(answer, np.zeros(len(answer), np.float32), "stop", 0))]
+
+
+@pytest.mark.usefixtures("codepoints")
+def test_the_report_names_the_rule(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Text would say that 1/2 is not \\frac{1}{2}."""
+    monkeypatch.setattr(benchmark, "load_decode", lambda folder: lambda ids: bytes(ids.tolist()).decode())
+    monkeypatch.setattr(benchmark, "_make_engine", lambda *_: HalfEngine())
+    model = find_model(make_model(tmp_path / "model"))
+    row = {"id": 1, "problem": "p", "answer": r"\frac{1}{2}"}
+    (tmp_path / "rows.jsonl").write_text(json.dumps(row))
+    source = find_source("brumo_2025")
+    result = read_source(source, tmp_path / "rows.jsonl")
+    write_prepared(prepare(result, None)[0], ANSWER_TEMPLATE, tmp_path / "half.parquet")
+    with Benchmark(model, {"half": tmp_path / "half.parquet"}, settings(), Progress()) as measured:
+        summary = measured.measure("half", tmp_path)
+    assert summary["metrics"]["avg@2"] == 1.0
+    assert json.loads((tmp_path / "half.json").read_text())["settings"]["rule"] == "math_verify"
 
 
 class ReachedError(Exception):
