@@ -141,6 +141,11 @@ def test_a_set_is_judged_by_the_rule_that_its_answers_need(tmp_path: Path, monke
     assert judged == ["dapo", "math_verify"]
     assert "hmmt_feb_2025 is judged by math_verify: dapo can't read its answers" in (tmp_path / "log").read_text()
     Benchmark(model, files, settings(rule="math_verify"), Progress())
+    monkeypatch.setattr(benchmark, "HfEngine", lambda *_, **options: HalfEngine())
+    run = make_run(tmp_path / "run", data={"eval": {"hmmt_feb_2025": str(files["hmmt_feb_2025"])}})
+    with pytest.raises(ReachedError):
+        evaluate_held_out(run)
+    assert judged == ["dapo", "math_verify", "math_verify"]
     with pytest.raises(ValueError, match=r"--rule dapo: the answers of hmmt_feb_2025 .* or give --rule math_verify"):
         Benchmark(model, files, settings(rule="dapo"), Progress())
 
