@@ -107,7 +107,7 @@ class DataFileConfig(Section):
 
     path: str = Field(min_length=1, description="relative to the working directory")
     format: Literal["auto", "gsm8k", "aime", "jsonl", "parquet"] = Field(
-        "auto", description="parquet: DAPO's layout; auto: by suffix and by the fields of the first line"
+        "auto", description="parquet: DAPO's layout, or prepared; auto: by suffix and by the fields of the first line"
     )
     question: str | None = Field(None, min_length=1, description="jsonl: name of the field with the question")
     answer: str | None = Field(None, min_length=1, description="jsonl: name of the field with the answer")

@@ -8,11 +8,10 @@ from typing import Literal
 
 from fipo_megatron.config.schema import RuleName
 from fipo_megatron.data.readers import (
-    DAPO_COLUMNS,
     GSM8K_FIELDS,
     QuestionFields,
     ReadResult,
-    parquet_columns,
+    parquet_layout,
     parse_aime_answer,
     read_parquet,
     read_questions,
@@ -90,12 +89,12 @@ def download(source: Source) -> Path:
 
 
 def read_source(source: Source, path: Path) -> ReadResult:
-    """The problems of a source's file, which may be a copy as parquet or JSON lines, or one in DAPO's layout.
+    """The problems of a source's file, which may be a copy as parquet or JSON lines, in DAPO's layout, or prepared.
 
     Raises:
         ValueError: the file can't be read, or no row of it.
     """
-    if path.suffix == ".parquet" and (source.fields is None or set(DAPO_COLUMNS) <= set(parquet_columns(path))):
+    if path.suffix == ".parquet" and (source.fields is None or parquet_layout(path) is not None):
         return read_parquet(path, source.name)
     if source.fields is None:
         raise ValueError(f"{source.name}: {path} must be parquet in DAPO's layout; give such a file")

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 from fipo_megatron.config.load import save_config
-from fipo_megatron.config.schema import ANSWER_TEMPLATE, Config
+from fipo_megatron.config.schema import Config
 from fipo_megatron.data.encoding import PromptEncoder
 from fipo_megatron.data.prepare import prepare
 from fipo_megatron.data.prepare import write_problems as write_prepared
@@ -169,7 +169,7 @@ def test_the_report_names_the_rule(tmp_path: Path, monkeypatch: pytest.MonkeyPat
     (tmp_path / "rows.jsonl").write_text(json.dumps(row))
     source = find_source("brumo_2025")
     result = read_source(source, tmp_path / "rows.jsonl")
-    write_prepared(prepare(result, None)[0], ANSWER_TEMPLATE, tmp_path / "half.parquet")
+    write_prepared(prepare(result, None)[0], tmp_path / "half.parquet")
     with Benchmark(model, {"half": tmp_path / "half.parquet"}, settings(), Progress()) as measured:
         summary = measured.measure("half", tmp_path)
     assert summary["metrics"]["avg@2"] == 1.0
