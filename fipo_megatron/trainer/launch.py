@@ -11,11 +11,17 @@ from typing import Any
 
 import torch
 
-from fipo_megatron.config.checks import check_config, check_model_folder, check_port, check_positions
+from fipo_megatron.config.checks import (
+    check_config,
+    check_judging_keys,
+    check_model_folder,
+    check_port,
+    check_positions,
+)
 from fipo_megatron.config.schema import Config
 from fipo_megatron.data.encoding import load_prompt_encoder
 from fipo_megatron.data.load import ProblemFiles, load_files
-from fipo_megatron.data.run_prompts import make_run_prompts
+from fipo_megatron.data.run_prompts import evaluation_rules, make_run_prompts
 from fipo_megatron.data.solution_traces import SolutionTraces
 from fipo_megatron.data.tasks import make_task
 from fipo_megatron.data.tasks.base import Task
@@ -43,6 +49,7 @@ def check_before_start(config: Config) -> ProblemFiles:
     else:
         check_num_gpus(config, torch.cuda.device_count())
     files = load_files(config.data)
+    check_judging_keys(config.reward, {config.reward.rule, *evaluation_rules(config, files.evaluation).values()})
     if not config.data.eval:
         make_task(config.task).held_out_problems(config.evaluation.num_problems)
     if config.model.path is None:

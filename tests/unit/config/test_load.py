@@ -252,6 +252,27 @@ def test_all_problems_come_in_one_message(write):
     ]
 
 
+@pytest.mark.parametrize(
+    "overrides",
+    [
+        ["dynamic_sampling.enabled=false"],
+        ["dynamic_sampling.enabled=true"],
+        ["rollout.engine=hf"],
+        ["algorithm=dapo"],
+        ["algorithm=grpo"],
+        ["reward.rule=math_verify"],
+        ["reward.overlong_buffer_tokens=0"],
+        ["platform=cuda"],
+        ["warm_start=null", "model.path=models/qwen2"],
+        ["evaluation.samples_per_problem=4"],
+    ],
+    ids=" ".join,
+)
+@pytest.mark.parametrize("path", sorted(CONFIGS.glob("*.yaml")), ids=lambda path: path.stem)
+def test_a_shipped_configuration_takes_an_override(path, overrides):
+    check_config(load_config(path, overrides))
+
+
 @pytest.mark.parametrize("path", sorted(CONFIGS.glob("*.yaml")), ids=lambda path: path.stem)
 def test_a_shipped_configuration_is_sound_and_survives_saving(path, tmp_path):
     config = load_config(path)

@@ -82,3 +82,12 @@ def test_each_file_is_read_once(make_config, tmp_path: Path, monkeypatch: pytest
         asyncio.run(run_training(config, files, tmp_path, Progress(log)))
     assert "train.jsonl: 2 of 2 prompts" in (tmp_path / "log").read_text()
     assert reads == ["train.jsonl", "test.jsonl"]
+
+
+def test_limits_of_judging_count_where_an_evaluation_set_needs_them(make_config) -> None:
+    config = make_config(reward={"timeout_s": 9.0})
+    with pytest.raises(ValueError, match=r"reward.timeout_s = 9.0: has no effect where only the rule dapo judges"):
+        check_before_start(config)
+    sets = {"hmmt_feb_2025": config.data.eval["mine"]}
+    data = config.data.model_copy(update={"eval": sets})
+    check_before_start(config.model_copy(update={"data": data}))
