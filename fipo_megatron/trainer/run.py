@@ -16,7 +16,7 @@ from fipo_megatron.data.run_prompts import RunPrompts
 from fipo_megatron.observability.metrics import MetricsWriter, throughput
 from fipo_megatron.observability.plots import plot_curves
 from fipo_megatron.observability.progress import Progress
-from fipo_megatron.observability.samples import TokenRecord, samples_path, write_samples
+from fipo_megatron.observability.samples import TokenRecord, groups_to_record, samples_path, write_samples
 from fipo_megatron.observability.timers import PhaseTimers
 from fipo_megatron.observability.trackers import Trackers
 from fipo_megatron.reward.judge import JudgeWithLimit, make_reward
@@ -181,14 +181,22 @@ class Run:
 
     def record_samples(
         self, step: int, groups: Sequence[SampleGroup], batch: TrainingBatch, logprobs: np.ndarray
-    ) -> None:
-        """Write the samples of the step's first `run.sample_groups` groups, with what the updates did to their tokens.
+    ) -> dict[str, float]:
+        """Write samples of the step, with what the updates did to their tokens; how many of its groups were written.
 
-        `logprobs` is float32 [R], by the policy after the updates.
+        These are the first within `run.sample_groups` and `run.sample_tokens`. `logprobs` is float32 [R], by the policy
+        after the updates.
         """
-        recorded = groups[: self.config.run.sample_groups]
-        if not recorded:
-            return
+        settings = self.config.run
+        recorded = groups_to_record(groups, settings.sample_groups, settings.sample_tokens)
+        if recorded:
+            with self.timers.phase("samples"):
+                self._write_samples(step, recorded, batch, logprobs)
+        return {"rollout/recorded_groups": len(recorded)}
+
+    def _write_samples(
+        self, step: int, recorded: Sequence[SampleGroup], batch: TrainingBatch, logprobs: np.ndarray
+    ) -> None:
         assert batch.old_logprobs is not None
         lengths = np.array([len(sample.response_ids) for group in recorded for sample in group.samples])
         num_samples, num_tokens = len(lengths), lengths.sum()
