@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+import time
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -37,6 +39,7 @@ from fipo_megatron.trainer.placement import Workers
 from fipo_megatron.types import Decode, SampleGroup, SamplingSettings, TrainingBatch
 
 MINI_BATCH_STREAM = 2  # keeps the random numbers apart from those of other purposes with the same seed
+CURVES_EVERY_S = 60.0  # between evaluations: to draw them takes a second or so
 
 
 class Run:
@@ -69,6 +72,7 @@ class Run:
         self._spread = SpreadGuard(config.dynamic_sampling.max_steps_without_spread)
         self._num_generation_batches = 0
         self._metrics = MetricsWriter(folder / "metrics.jsonl")
+        self._drawn_s = -math.inf  # when the curves were
 
     async def collect_groups(self, version: int) -> tuple[list[SampleGroup], dict[str, float]]:
         """The groups that a step trains on, sampled by weights `version` or left over, and their metrics."""
@@ -220,8 +224,10 @@ class Run:
         metrics |= throughput(metrics)
         self._metrics.write(step, metrics)
         self.trackers.log(step, metrics)
-        if any(name.startswith("eval/") for name in metrics):
-            plot_curves(self.folder / "metrics.jsonl", self.folder / "curves.png")
+        if any(name.startswith("eval/") for name in metrics) or time.perf_counter() - self._drawn_s > CURVES_EVERY_S:
+            with self.timers.phase("curves"):  # its time is the next step's: the figure shows this one
+                plot_curves(self.folder / "metrics.jsonl", self.folder / "curves.png")
+            self._drawn_s = time.perf_counter()
         self.progress.step(step, self.config.trainer.steps, metrics)
 
     def close(self) -> None:

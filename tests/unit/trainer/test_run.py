@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import asyncio
 import random
+import time
 from collections.abc import AsyncIterator, Iterator, Sequence
 from contextlib import closing, contextmanager
 from dataclasses import replace
@@ -213,7 +214,7 @@ def test_curves_are_drawn_with_evaluations_and_once_a_minute_between_them(
     drawn: list[int] = []
     now = 1000.0
     monkeypatch.setattr("fipo_megatron.trainer.run.plot_curves", lambda lines, png: drawn.append(step))
-    monkeypatch.setattr("fipo_megatron.trainer.run.monotonic", lambda: now)
+    monkeypatch.setattr(time, "perf_counter", lambda: now)
     with make_run(tmp_path / "run", 0, 0) as (run, _):
         for step in range(10):
             run.record(step, {"eval/sampled_accuracy": 0.5} if step in (0, 5) else {"train/loss": 0.5})
