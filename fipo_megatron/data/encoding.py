@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, Literal, Protocol
 
@@ -67,6 +68,17 @@ def instructed(problem: Problem, template: str) -> tuple[Message, ...]:
         return problem.messages
     *before, question = problem.messages
     return (*before, Message(question.role, template.replace("{question}", question.content)))
+
+
+def without_template(problem: Problem, template: str) -> Problem | None:
+    """The problem with its bare question, of which `instructed` made it; None if it wasn't this template."""
+    before, after = template.split("{question}")
+    *messages, question = problem.messages
+    text = question.content
+    if len(text) < len(before) + len(after) or not (text.startswith(before) and text.endswith(after)):
+        return None
+    bare = Message(question.role, text[len(before) : len(text) - len(after)])
+    return replace(problem, messages=(*messages, bare), has_instruction=False)
 
 
 def plain_text(messages: Iterable[Message]) -> str:

@@ -8,7 +8,7 @@ import json
 import math
 import os
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from contextlib import closing
 from dataclasses import dataclass
 from itertools import chain
@@ -17,9 +17,10 @@ from types import TracebackType
 from typing import Any, Literal, Self
 
 from fipo_megatron.config.load import load_config
-from fipo_megatron.config.schema import Config, DataFileConfig, RewardConfig
-from fipo_megatron.data.encoding import PromptEncoder, load_prompt_encoder
+from fipo_megatron.config.schema import ANSWER_TEMPLATE, Config, DataConfig, DataFileConfig
+from fipo_megatron.data.encoding import PromptEncoder, load_prompt_encoder, without_template
 from fipo_megatron.data.load import load_evaluation_set, load_evaluation_sets
+from fipo_megatron.data.readers import Problem
 from fipo_megatron.data.run_prompts import evaluation_sets
 from fipo_megatron.evaluation.protocol import ProblemResult, accuracy_metrics, judge_problems, summarize, write_results
 from fipo_megatron.evaluation.sets import published_figures
@@ -60,6 +61,8 @@ class BenchmarkSettings:
     rule: Literal["dapo", "math_verify"] | None = None  # None: the run's, or dapo
     max_response_tokens: int | None = None  # None: the run's, or as many as the model has positions for
     num_problems: int | None = None  # the first of each set; None: all
+    prompt: Literal["auto", "chat", "plain"] | None = None  # None: the run's, or auto
+    template: str | None = None  # around {question}; None: the rows' own instruction, or else the run's, or the default
 
 
 def find_model(path: Path) -> FinishedModel:
@@ -128,7 +131,8 @@ class Benchmark:
             ValueError: a file can't be used, or responses as long as asked don't fit the model.
         """
         self._model, self._files, self._settings, self._progress = model, files, settings, progress
-        encoder = load_prompt_encoder(model.folder, model.config.data)
+        self._data = data_config(model.config.data, settings)
+        encoder = load_prompt_encoder(model.folder, self._data)
         self._is_chat = encoder.is_chat
         self._sets = self._load_sets(encoder)
         longest = max(len(prompt.token_ids) for prompts in self._sets.values() for prompt in prompts)
@@ -170,6 +174,8 @@ class Benchmark:
         sets = {}
         for name, path in self._files.items():
             problems = load_evaluation_set(DataFileConfig(path=str(path))).problems[: self._settings.num_problems]
+            if self._settings.template is not None:
+                problems = bare_problems(problems, path)
             # named as in the evaluation of a run: so both sample with the same seeds
             sets[name] = [encoder.prompt(problem, f"{name}/{problem.uid}") for problem in problems]
         return sets
@@ -204,9 +210,34 @@ class Benchmark:
             "engine": settings.engine,
             "dtype": config.model.dtype,
             "prompt": "chat" if self._is_chat else "plain",
+            "template": self._data.template,  # rows with an instruction of their own are given as they are
             "rule": config.reward.rule,
             "seed": settings.seed,
         }
+
+
+def data_config(config: DataConfig, settings: BenchmarkSettings) -> DataConfig:
+    """How problems are put to the model: as the settings say, else as in its run."""
+    asked = {"prompt": settings.prompt, "template": settings.template}
+    return config.model_copy(update={key: value for key, value in asked.items() if value is not None})
+
+
+def bare_problems(problems: Sequence[Problem], path: Path) -> tuple[Problem, ...]:
+    """The problems without the instruction that tools/prepare_data.py puts around them, ready for another template.
+
+    Raises:
+        ValueError: a row has another instruction, which a template would only be added to.
+    """
+    bare = []
+    for problem in problems:
+        question = without_template(problem, ANSWER_TEMPLATE) if problem.has_instruction else problem
+        if question is None:
+            raise ValueError(
+                f"--template: {path} has rows with an instruction of their own, e.g. {problem.uid}; leave the option "
+                "out, or give a file of bare questions"
+            )
+        bare.append(question)
+    return tuple(bare)
 
 
 def fit_config(model: FinishedModel, max_prompt_tokens: int, settings: BenchmarkSettings) -> Config:
@@ -230,10 +261,8 @@ def fit_config(model: FinishedModel, max_prompt_tokens: int, settings: Benchmark
     rollout = model.config.rollout.model_copy(
         update={"max_prompt_tokens": max_prompt_tokens, "max_response_tokens": limit}
     )
-    if settings.rule is not None:
-        reward = RewardConfig(rule=settings.rule)
-    else:
-        reward = model.config.reward.model_copy(update={"overlong_buffer_tokens": 0, "format_score": 0.0})
+    rule = {} if settings.rule is None else {"rule": settings.rule, "function": None}
+    reward = model.config.reward.model_copy(update={"overlong_buffer_tokens": 0, "format_score": 0.0} | rule)
     return model.config.model_copy(update={"rollout": rollout, "reward": reward, "seed": settings.seed})
 
 

@@ -1,9 +1,11 @@
 """Prompts by a small tokenizer that shows what it was given."""
 
+from dataclasses import replace
+
 import pytest
 
 from fipo_megatron.config.schema import ANSWER_TEMPLATE
-from fipo_megatron.data.encoding import PromptEncoder, instructed, plain_text
+from fipo_megatron.data.encoding import PromptEncoder, instructed, plain_text, without_template
 from fipo_megatron.data.readers import Message, Problem
 
 BARE = Problem("gsm8k/train/000001", (Message("user", r"What is \frac{1}{2} of {question} 4?"),), "2", "gsm8k")
@@ -63,3 +65,12 @@ def test_auto_takes_the_chat_template_where_there_is_one():
 def test_a_prompt_keeps_what_the_reward_needs():
     prompt = PromptEncoder(Codepoints(), "auto", "{question}").prompt(BARE, "train/0/x")
     assert (prompt.uid, prompt.ground_truth, prompt.data_source) == ("train/0/x", "2", "gsm8k")
+
+
+def test_a_template_is_taken_off_as_it_was_put_on() -> None:
+    problem = Problem("x/1", (Message("system", "Be brief."), Message("user", "a {question} b")), "2", "x")
+    prepared = replace(problem, messages=instructed(problem, "ab {question} ba"), has_instruction=True)
+    assert without_template(prepared, "ab {question} ba") == problem
+    assert without_template(prepared, "ab {question} bb") is None
+    overlapping = replace(problem, messages=(Message("user", "aba"),), has_instruction=True)
+    assert without_template(overlapping, "ab{question}ba") is None

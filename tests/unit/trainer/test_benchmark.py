@@ -9,13 +9,16 @@ from typing import Any
 import pytest
 
 from fipo_megatron.config.load import save_config
-from fipo_megatron.config.schema import Config
+from fipo_megatron.config.schema import ANSWER_TEMPLATE, Config, DataConfig, RewardConfig
 from fipo_megatron.data.encoding import PromptEncoder
+from fipo_megatron.data.prepare import write_problems as write_prepared
+from fipo_megatron.data.readers import Message, Problem
 from fipo_megatron.observability.progress import Progress
 from fipo_megatron.trainer import benchmark
 from fipo_megatron.trainer.benchmark import (
     Benchmark,
     BenchmarkSettings,
+    data_config,
     evaluate_held_out,
     find_model,
     fit_config,
@@ -82,7 +85,16 @@ def test_accuracy_is_judged_without_what_only_changes_rewards(tmp_path: Path) ->
     judged = fit_config(run, 10, settings(max_response_tokens=100)).reward
     assert (judged.rule, judged.timeout_s) == ("math_verify", 9.0)
     assert (judged.overlong_buffer_tokens, judged.format_score) == (0, 0.0)
-    assert fit_config(run, 10, settings(rule="dapo")).reward.rule == "dapo"
+    judged = fit_config(run, 10, settings(rule="dapo", max_response_tokens=100)).reward
+    assert (judged.rule, judged.timeout_s, judged.format_score) == ("dapo", 9.0, 0.0)
+
+
+def test_another_rule_keeps_how_the_run_judges(tmp_path: Path) -> None:
+    limits = {"num_workers": 7, "timeout_s": 9.0, "memory_gib": 3.0, "max_unjudged_frac": 0.5}
+    reward = {"rule": "custom", "function": "mine.py:judge", **limits}
+    run = find_model(make_run(tmp_path / "run", reward=reward))
+    judged = fit_config(run, 10, settings(rule="math_verify", max_response_tokens=100)).reward
+    assert judged == RewardConfig(rule="math_verify", **limits)
 
 
 class Codepoints:
@@ -97,8 +109,11 @@ class Codepoints:
 
 @pytest.fixture
 def codepoints(monkeypatch: pytest.MonkeyPatch) -> None:
-    encoder = PromptEncoder(Codepoints(), "plain", "{question}")
-    monkeypatch.setattr(benchmark, "load_prompt_encoder", lambda folder, config: encoder)
+    monkeypatch.setattr(
+        benchmark,
+        "load_prompt_encoder",
+        lambda folder, config: PromptEncoder(Codepoints(), config.prompt, config.template),
+    )
     monkeypatch.setattr(benchmark, "load_decode", lambda folder: str)
 
 
@@ -115,6 +130,38 @@ def test_a_set_with_a_row_that_cannot_be_read_is_refused(tmp_path: Path) -> None
     write_problems(files["mine"], "", "{")
     with pytest.raises(ValueError, match=r"mine.jsonl: 1 of 2 rows can't be read: line 3 is not JSON"):
         Benchmark(model, files, settings(), Progress())
+
+
+def texts_of(benchmark: Benchmark) -> dict[str, str]:
+    """The first prompt of each set."""
+    return {name: "".join(map(chr, prompts[0].token_ids)) for name, prompts in benchmark._sets.items()}
+
+
+@pytest.mark.usefixtures("codepoints")
+def test_a_run_puts_problems_as_it_was_trained_unless_asked(tmp_path: Path) -> None:
+    run = find_model(make_run(tmp_path / "run", data={"template": "<{question}>"}, rollout={"max_response_tokens": 9}))
+    model = find_model(make_model(tmp_path / "model"))
+    files = {"bare": write_problems(tmp_path / "bare.jsonl"), "prepared": tmp_path / "prepared.parquet"}
+    problem = Problem("x/1", (Message("user", "1 + 1?"),), "2", "x")
+    write_prepared([problem], ANSWER_TEMPLATE, files["prepared"])
+    default = ANSWER_TEMPLATE.replace("{question}", "1 + 1?") + "\n\n"
+    own = Benchmark(run, files, settings(), Progress())
+    assert texts_of(own) == {"bare": "<1 + 1?>\n\n", "prepared": default}
+    assert texts_of(Benchmark(model, files, settings(), Progress())) == {"bare": default, "prepared": default}
+    other = Benchmark(run, files, settings(template="Q: {question}"), Progress())
+    assert texts_of(other) == dict.fromkeys(files, "Q: 1 + 1?\n\n")
+    assert [b._describe_settings()["template"] for b in (own, other)] == ["<{question}>", "Q: {question}"]
+    write_prepared([problem], "How much is {question}", files["prepared"])
+    assert texts_of(Benchmark(model, files, settings(), Progress()))["prepared"] == "How much is 1 + 1?\n\n"
+    with pytest.raises(ValueError, match=r"--template: .*prepared.parquet has rows with an instruction of their own"):
+        Benchmark(model, files, settings(template="Q: {question}"), Progress())
+
+
+def test_the_form_of_prompts_can_be_asked_for() -> None:
+    config = DataConfig(prompt="plain", template="<{question}>")
+    assert data_config(config, settings()) == config
+    assert data_config(config, settings(prompt="chat")) == DataConfig(prompt="chat", template="<{question}>")
+    assert data_config(config, settings(template="{question}")) == DataConfig(prompt="plain", template="{question}")
 
 
 class ReachedError(Exception):
