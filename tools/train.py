@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import argparse
 import asyncio
+import math
 import shlex
 import signal
 import sys
+import time
 import traceback
 from pathlib import Path
 
@@ -23,6 +25,10 @@ says how to look at its samples and how to compare it.
 """
 
 
+IMPATIENCE_S = 5.0  # a second Ctrl-C so soon must not cut off the ending that the first one began
+interrupted_at = -math.inf
+
+
 def main() -> int:
     """Exit status of the command."""
     parser = argparse.ArgumentParser(
@@ -32,7 +38,8 @@ def main() -> int:
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="settings that replace the file's")
     arguments = parser.parse_args()
     for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
-        signal.signal(number, _interrupt)
+        if signal.getsignal(number) is not signal.SIG_IGN:  # as nohup leaves it: the run outlives its terminal
+            signal.signal(number, _interrupt)
     folder: Path | None = None
     try:
         from fipo_megatron.config.load import load_config
@@ -96,7 +103,10 @@ def _short(path: Path) -> Path:
 
 
 def _interrupt(signum: int, frame: object) -> None:
-    raise KeyboardInterrupt
+    global interrupted_at
+    since, interrupted_at = time.monotonic() - interrupted_at, time.monotonic()
+    if since > IMPATIENCE_S:
+        raise KeyboardInterrupt
 
 
 def _log(folder: Path | None) -> None:

@@ -5,6 +5,8 @@ from __future__ import annotations
 import hashlib
 import json
 import math
+import shutil
+import uuid
 from pathlib import Path
 from typing import Any
 
@@ -70,7 +72,10 @@ def write_skeleton(config: Config, source: TraceSource, folder: Path) -> None:
 async def make_base_policy(
     config: Config, source: TraceSource, policy: PolicyClient, skeleton: Path, folder: Path, progress: Progress
 ) -> None:
-    """Train a random policy of the skeleton's shape on traces and write it to `folder`."""
+    """Train a random policy of the skeleton's shape on traces and write it to `folder`.
+
+    Another run that makes the same base policy at the same time does no harm: the first to finish leaves its folder.
+    """
     warm_start = config.warm_start
     assert warm_start is not None
     optimizer = OptimizerConfig(lr=warm_start.lr, weight_decay=0.01, adam_beta2=0.95)
@@ -82,7 +87,16 @@ async def make_base_policy(
             )
             loss = await policy.supervised_update(batch, learning_rate(warm_start, step))
             advance(f"loss {loss:.3f}")
-    await policy.export(skeleton, folder)
+    made = folder.with_name(f"{folder.name}.made-{uuid.uuid4().hex}")
+    try:
+        await policy.export(skeleton, made)
+        try:
+            made.rename(folder)
+        except OSError:
+            if not (folder / "config.json").exists():
+                raise
+    finally:
+        shutil.rmtree(made, ignore_errors=True)
 
 
 def learning_rate(warm_start: WarmStartConfig, step: int) -> float:

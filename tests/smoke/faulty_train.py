@@ -13,10 +13,6 @@ from fipo_megatron.reward.base import Verdict
 from fipo_megatron.trainer.actor import EngineClient
 
 
-def reward_raises(response: str, ground_truth: str) -> Verdict:
-    raise KeyError("no such rule")
-
-
 def reward_is_nan(response: str, ground_truth: str) -> Verdict:
     return Verdict(math.nan, 0.0, "")
 
@@ -40,5 +36,5 @@ if __name__ == "__main__":
     if fault == "engine_dies_in_second_update":
         EngineClient.update_weights = engine_dies_in_second_update  # type: ignore[method-assign]
     else:
-        judge.RULES["dapo"] = {"reward_raises": reward_raises, "reward_is_nan": reward_is_nan}[fault]
+        judge.RULES["dapo"] = {"reward_is_nan": reward_is_nan}[fault]
     runpy.run_path(str(Path(__file__).parents[2] / "tools" / "train.py"), run_name="__main__")

@@ -16,21 +16,34 @@ from tests.smoke.train_process import TrainProcess
 pytestmark = pytest.mark.multiproc
 
 
-def run_once(folder: Path, cache: Path, *overrides: str) -> Path:
+Addresses = list[str]
+
+
+def run_once(folder: Path, cache: Path, *overrides: str) -> tuple[Path, Addresses]:
+    """The run's folder, and the addresses that its processes listened on in its first step."""
     folder.mkdir()
-    finished = TrainProcess(folder, [f"warm_start.cache_dir={cache}", *overrides]).finish(timeout_s=240)
+    run = TrainProcess(folder, [f"warm_start.cache_dir={cache}", *overrides])
+    run.wait_for("step 1/")
+    pids = {process.pid for process in run.tree()}
+    sockets = [c for c in psutil.net_connections("inet") if c.pid in pids and c.status == psutil.CONN_LISTEN]
+    finished = run.finish(timeout_s=240)
     assert finished.code == 0, finished.output
-    return finished.folder
+    return finished.folder, [socket.laddr.ip for socket in sockets]
 
 
 @pytest.fixture(scope="module")
-def runs(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+def ended(tmp_path_factory: pytest.TempPathFactory) -> dict[str, tuple[Path, Addresses]]:
     root = tmp_path_factory.mktemp("runs")
     return {
         "first": run_once(root / "first", root / "cache"),
         "again": run_once(root / "again", root / "cache_again"),  # its base policy made anew
         "other_seed": run_once(root / "other_seed", root / "cache", "seed=1"),
     }
+
+
+@pytest.fixture(scope="module")
+def runs(ended: dict[str, tuple[Path, Addresses]]) -> dict[str, Path]:
+    return {name: folder for name, (folder, _) in ended.items()}
 
 
 def metrics(run: Path) -> list[dict[str, float]]:
@@ -93,13 +106,8 @@ def test_one_seed_gives_one_run_bit_for_bit(runs: dict[str, Path]) -> None:
     assert any(not torch.equal(weights[0][name], weights[2][name]) for name in weights[0])
 
 
-def test_nothing_listens_beyond_loopback(tmp_path: Path) -> None:
-    run = TrainProcess(tmp_path, [f"warm_start.cache_dir={tmp_path / 'cache'}"])
-    run.wait_for("step 1/")
-    pids = {process.pid for process in run.tree()}
-    listening = [c for c in psutil.net_connections("inet") if c.pid in pids and c.status == psutil.CONN_LISTEN]
-    assert len(listening) > 3, "found the run's sockets"
-    beyond = [c for c in listening if not c.laddr.ip.removeprefix("::ffff:").startswith("127.") and c.laddr.ip != "::1"]
-    finished = run.finish(timeout_s=120)
-    assert finished.code == 0, finished.output
-    assert not beyond
+def test_nothing_listens_beyond_loopback(ended: dict[str, tuple[Path, Addresses]]) -> None:
+    for _, addresses in ended.values():
+        assert len(addresses) > 3, "found the run's sockets"
+        beyond = [ip for ip in addresses if not ip.removeprefix("::ffff:").startswith("127.") and ip != "::1"]
+        assert not beyond

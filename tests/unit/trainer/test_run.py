@@ -192,6 +192,32 @@ def test_a_step_served_from_surplus_samples_nothing_and_says_so(tmp_path: Path) 
     assert "rollout/reward_mean" not in metrics
 
 
+def test_a_policy_that_the_engine_does_not_hold_or_that_ran_away_is_refused(tmp_path: Path) -> None:
+    """The engine's log-probs are -0.5; one of the trainer's is 2e-3 off; the updates move them by 0.5 a token."""
+    with make_run(
+        tmp_path / "run",
+        0,
+        0,
+        dynamic_sampling={"enabled": False},
+        rollout={"max_logprob_mismatch": 1e-3, "prompts_per_step": PROMPTS, "samples_per_prompt": GROUP},
+        trainer={"max_policy_kl": 0.4},
+    ) as (run, _):
+        groups, _ = asyncio.run(run.collect_groups(version=0))
+        batch = make_training_batch(groups, np.zeros(PROMPTS * GROUP, np.float32))
+        num_tokens = sum(len(sample.response_ids) for group in groups for sample in group.samples)
+        old_logprobs = np.full(num_tokens, -0.5, np.float32)
+        batch = replace(batch, old_logprobs=old_logprobs)
+        assert run.check_mismatch(groups, batch, 0)["rollout/mismatch_max"] == 0
+        old_logprobs[7] -= 2e-3
+        with pytest.raises(RuntimeError, match=r"differ by 0\.002, beyond rollout\.max_logprob_mismatch = 0\.001"):
+            run.check_mismatch(groups, batch, 0)
+        assert "rollout/mismatch_max" not in run.check_mismatch(groups, batch, 1)  # no sample is fresh
+        assert run.check_kl(batch, old_logprobs - 0.25)["train/batch_kl"] == pytest.approx(0.25, abs=1e-6)
+        for logprobs in (old_logprobs - 0.5, old_logprobs + 0.5, old_logprobs * np.nan):
+            with pytest.raises(RuntimeError, match=r"trainer\.max_policy_kl = 0\.4; lower optimizer\.lr"):
+                run.check_kl(batch, logprobs)
+
+
 def test_samples_are_written_within_the_tokens_counted_and_timed(tmp_path: Path) -> None:
     with make_run(tmp_path / "run", 0, 0, run={"sample_tokens": 300}) as (run, _):
         groups, _ = asyncio.run(run.collect_groups(version=0))
