@@ -49,8 +49,9 @@ class RunConfig(Section):
         (), strict=False, description="where metrics go beside metrics.jsonl; a list, e.g. [tensorboard]"
     )
     wandb_project: str = Field("fipo", min_length=1, description="project of the wandb tracker")
-    sample_groups: int = Field(
-        32, ge=0, description="groups a step whose samples are written, about 100 bytes a token; 0: none"
+    sample_groups: int = Field(32, ge=0, description="groups a step whose samples are written, at most; 0: none")
+    sample_tokens: int = Field(
+        200_000, gt=0, description="tokens of their responses, at most, about 100 bytes each; one group is always whole"
     )
 
 
@@ -304,7 +305,9 @@ class RewardConfig(Section):
         0.0, ge=0, lt=2, description="added to a wrong answer that can be read: right is +1, wrong -1"
     )
     num_workers: int = Field(2, gt=0, description="processes in which math_verify and custom judge")
-    timeout_s: float = Field(3.0, gt=0, description="of judging one response there; beyond it the answer is wrong")
+    timeout_s: float = Field(
+        3.0, gt=0, description="processor time to judge one response there, 4 times that on the clock; else it is wrong"
+    )
     memory_gib: float = Field(1.0, gt=0, description="that judging one response there may take")
     max_unjudged_frac: float = Field(
         0.1, ge=0, lt=1, description="share of a step's responses on which the rule may fail; beyond it the run ends"

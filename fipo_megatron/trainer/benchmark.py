@@ -17,7 +17,7 @@ from types import TracebackType
 from typing import Any, Literal, Self
 
 from fipo_megatron.config.load import load_config
-from fipo_megatron.config.schema import Config, DataFileConfig, RewardConfig, RuleName
+from fipo_megatron.config.schema import Config, DataConfig, DataFileConfig, RuleName
 from fipo_megatron.data.encoding import PromptEncoder, load_prompt_encoder
 from fipo_megatron.data.load import load_evaluation_set, load_evaluation_sets
 from fipo_megatron.data.readers import ReadResult
@@ -62,6 +62,8 @@ class BenchmarkSettings:
     rule: Literal["dapo", "math_verify"] | None = None  # None: the run's, or dapo; what a set needs comes before
     max_response_tokens: int | None = None  # None: the run's, or as many as the model has positions for
     num_problems: int | None = None  # the first of each set; None: all
+    prompt: Literal["auto", "chat", "plain"] | None = None  # None: the run's, or auto
+    template: str | None = None  # around {question}; None: the rows' own instruction, or else the run's, or the default
 
 
 def find_model(path: Path) -> FinishedModel:
@@ -137,7 +139,8 @@ class Benchmark:
             ValueError: a file can't be used, or responses as long as asked don't fit the model.
         """
         self._model, self._files, self._settings, self._progress = model, files, settings, progress
-        encoder = load_prompt_encoder(model.folder, model.config.data)
+        self._data = data_config(model.config.data, settings)
+        encoder = load_prompt_encoder(model.folder, self._data)
         self._is_chat = encoder.is_chat
         self._rules: dict[str, RuleName] = {}
         self._sets = self._load_sets(encoder)
@@ -181,8 +184,10 @@ class Benchmark:
         sets = {}
         for name, path in self._files.items():
             result = load_evaluation_set(DataFileConfig(path=str(path)))
-            problems = result.problems[: self._settings.num_problems]
+            if self._settings.template is not None:
+                check_bare(result)
             self._rules[name] = self._choose_rule(name, result)
+            problems = result.problems[: self._settings.num_problems]
             # named as in the evaluation of a run: so both sample with the same seeds
             sets[name] = [encoder.prompt(problem, f"{name}/{problem.uid}") for problem in problems]
         return sets
@@ -231,8 +236,25 @@ class Benchmark:
             "engine": settings.engine,
             "dtype": config.model.dtype,
             "prompt": "chat" if self._is_chat else "plain",
+            "template": self._data.template,  # rows with an instruction of their own are given as they are
             "seed": settings.seed,
         }
+
+
+def data_config(config: DataConfig, settings: BenchmarkSettings) -> DataConfig:
+    """How problems are put to the model: as the settings say, else as in its run."""
+    asked = {"prompt": settings.prompt, "template": settings.template}
+    return config.model_copy(update={key: value for key, value in asked.items() if value is not None})
+
+
+def check_bare(result: ReadResult) -> None:
+    """Raises ValueError if a problem has an instruction of its own: it would not be put into a template."""
+    instructed = next((problem for problem in result.problems if problem.has_instruction), None)
+    if instructed is not None:
+        raise ValueError(
+            f"--template: {result.path} has rows with an instruction of their own, e.g. {instructed.uid}; leave the "
+            "option out, or give a file of bare questions, as tools/prepare_data.py makes it"
+        )
 
 
 def fit_config(model: FinishedModel, max_prompt_tokens: int, settings: BenchmarkSettings) -> Config:
@@ -256,10 +278,8 @@ def fit_config(model: FinishedModel, max_prompt_tokens: int, settings: Benchmark
     rollout = model.config.rollout.model_copy(
         update={"max_prompt_tokens": max_prompt_tokens, "max_response_tokens": limit}
     )
-    if settings.rule is not None:
-        reward = RewardConfig(rule=settings.rule)
-    else:
-        reward = model.config.reward.model_copy(update={"overlong_buffer_tokens": 0, "format_score": 0.0})
+    rule = {} if settings.rule is None else {"rule": settings.rule, "function": None}
+    reward = model.config.reward.model_copy(update={"overlong_buffer_tokens": 0, "format_score": 0.0} | rule)
     return model.config.model_copy(update={"rollout": rollout, "reward": reward, "seed": settings.seed})
 
 

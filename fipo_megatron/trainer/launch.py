@@ -6,6 +6,7 @@ import asyncio
 import shutil
 from collections.abc import Coroutine
 from contextlib import closing
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +22,7 @@ from fipo_megatron.config.checks import (
 from fipo_megatron.config.schema import Config
 from fipo_megatron.data.encoding import load_prompt_encoder
 from fipo_megatron.data.load import ProblemFiles, load_files
-from fipo_megatron.data.run_prompts import evaluation_rules, make_run_prompts
+from fipo_megatron.data.run_prompts import RunPrompts, evaluation_rules, make_run_prompts
 from fipo_megatron.data.solution_traces import SolutionTraces
 from fipo_megatron.data.tasks import make_task
 from fipo_megatron.data.tasks.base import Task
@@ -72,10 +73,23 @@ def check_num_gpus(config: Config, available: int) -> None:
         )
 
 
-async def run_training(config: Config, files: ProblemFiles, folder: Path, progress: Progress) -> None:
-    """Train into the run folder, in processes that are gone when this returns or raises.
+@dataclass(frozen=True)
+class TrainingPlan:
+    """Everything that a run has before its first process starts."""
 
-    `files` are those of `check_before_start`.
+    config: Config
+    folder: Path  # of the run
+    base: Path  # folder of the policy that it begins with
+    source: TraceSource | None  # what that is made of if it is the warm start's to make
+    model_folder: Path  # with model configuration and tokenizer: the base, or its skeleton until it is made
+    prompts: RunPrompts
+
+
+def plan_training(config: Config, files: ProblemFiles, folder: Path, progress: Progress) -> TrainingPlan:
+    """What a run into the folder trains, on what; the last moment to refuse it. `files` are `check_before_start`'s.
+
+    Raises:
+        ValueError: the model's tokenizer makes prompts too long of the problems, or has no chat template.
     """
     progress.note(f"algorithm: {config.algorithm.describe()}")
     base, source = initial_policy(config, files)
@@ -86,6 +100,12 @@ async def run_training(config: Config, files: ProblemFiles, folder: Path, progre
     prompts = make_run_prompts(config, files, load_prompt_encoder(model_folder, config.data))
     for note in prompts.notes:
         progress.note(note)
+    return TrainingPlan(config, folder, base, source, model_folder, prompts)
+
+
+async def run_training(plan: TrainingPlan, progress: Progress) -> None:
+    """Train into the run folder, in processes that are gone when this returns or raises."""
+    config, folder, base, source, model_folder = plan.config, plan.folder, plan.base, plan.source, plan.model_folder
     with Trackers(config, folder) as trackers, Workers(config, folder) as workers:
         workers.start_engine(model_folder)
 
@@ -99,7 +119,7 @@ async def run_training(config: Config, files: ProblemFiles, folder: Path, progre
         await _together(prepare_policy(), workers.engine.ready())
         workers.model_folder = base
         shutil.rmtree(folder / "skeleton", ignore_errors=True)
-        with closing(Run(config, folder, workers, base, prompts, progress, trackers)) as run:
+        with closing(Run(config, folder, workers, base, plan.prompts, progress, trackers)) as run:
             await train(run)
 
 

@@ -1,6 +1,5 @@
 from __future__ import annotations
 
-import asyncio
 import json
 from pathlib import Path
 from typing import Any
@@ -12,7 +11,7 @@ from fipo_megatron.data import load
 from fipo_megatron.data.encoding import PromptEncoder
 from fipo_megatron.observability.progress import Progress
 from fipo_megatron.trainer import launch
-from fipo_megatron.trainer.launch import check_before_start, check_num_gpus, run_training
+from fipo_megatron.trainer.launch import check_before_start, check_num_gpus, plan_training
 
 
 def test_ranks_and_engine_need_a_device_each() -> None:
@@ -37,10 +36,6 @@ class Codepoints:
 
     def apply_chat_template(self, *arguments: Any, **options: Any) -> str:
         raise NotImplementedError
-
-
-class ReachedError(Exception):
-    """Everything is ready for processes to start."""
 
 
 @pytest.fixture
@@ -68,18 +63,15 @@ def test_each_file_is_read_once(make_config, tmp_path: Path, monkeypatch: pytest
         reads.append(Path(file.path).name)
         return read(file)
 
-    def reach(*arguments: Any) -> None:
-        raise ReachedError
-
     reads, read = list[str](), load._read
     monkeypatch.setattr(load, "_read", count)
     monkeypatch.setattr(launch, "load_prompt_encoder", lambda *_: PromptEncoder(Codepoints(), "plain", "{question}"))
-    monkeypatch.setattr(launch, "Workers", reach)
     config = make_config()
     files = check_before_start(config)
     assert [len(result.problems) for result in files.train] == [2]
-    with pytest.raises(ReachedError), (tmp_path / "log").open("w") as log:
-        asyncio.run(run_training(config, files, tmp_path, Progress(log)))
+    with (tmp_path / "log").open("w") as log:
+        plan = plan_training(config, files, tmp_path, Progress(log))
+    assert [prompt.ground_truth for prompt in plan.prompts.train.next_prompts(2)] == ["1", "1"]
     assert "train.jsonl: 2 of 2 prompts" in (tmp_path / "log").read_text()
     assert reads == ["train.jsonl", "test.jsonl"]
 
