@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from pathlib import Path
+from typing import Any
 
 # Before torch, Megatron, vLLM or Ray is imported by a test or by a process that a test starts.
 SESSION_MARK = "FIPO_TEST_SESSION"
@@ -70,9 +71,19 @@ def find_leftovers() -> list[psutil.Process]:
     return found
 
 
+@pytest.hookimpl(optionalhook=True)
+def pytest_testnodedown(node: Any) -> None:
+    """With `-n`, in the process that hands out the tests: what one of the processes that ran them has found."""
+    leftovers.extend(getattr(node, "workeroutput", {}).get("leftovers", []))
+
+
 @pytest.hookimpl(trylast=True)
 def pytest_sessionfinish(session: pytest.Session) -> None:
     """Ends what the tests left running, and fails the session for it."""
+    if session.config.pluginmanager.hasplugin("dsession"):  # its own children ran the tests, and have looked
+        if leftovers:
+            session.exitstatus = pytest.ExitCode.TESTS_FAILED
+        return
     _, alive = psutil.wait_procs(find_leftovers(), timeout=EXIT_GRACE_S)
     for process in alive:
         try:
@@ -82,6 +93,8 @@ def pytest_sessionfinish(session: pytest.Session) -> None:
             continue
     if alive:
         session.exitstatus = pytest.ExitCode.TESTS_FAILED
+    if hasattr(session.config, "workeroutput"):
+        session.config.workeroutput["leftovers"] = leftovers
 
 
 def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:

@@ -14,7 +14,7 @@ examples:
   tools/compare_runs.py runs/* --markdown > comparison.md
 
 Runs with one value of the key are a group, its seeds are the observations. Intervals are Student's t over seeds, 95 %.
-Differences are taken seed by seed. Tasks get a row of panels each.
+Differences are taken seed by seed. Tasks, or training files by name, get a row of panels each.
 """
 
 
@@ -27,7 +27,12 @@ def main() -> int:
     parser.add_argument(
         "--by", default="algorithm", metavar="KEY", help="configuration key that makes the groups (default: algorithm)"
     )
-    parser.add_argument("--row-key", default="task.name", metavar="KEY", help="one row of panels for each value of it")
+    parser.add_argument(
+        "--row-key",
+        default="data",
+        metavar="KEY",
+        help="one row of panels for each value (default: task or data files)",
+    )
     parser.add_argument("--title", default="Comparison of runs", help="of the figure")
     parser.add_argument(
         "--out", type=Path, default=Path("compare.png"), metavar="FILE.png", help="the figure (default: compare.png)"

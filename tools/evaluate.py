@@ -18,6 +18,7 @@ examples:
   tools/evaluate.py models/Qwen2.5-32B runs/fipo_32b-seed0 --sets aime_2024 aime_2025
   tools/evaluate.py runs/gsm8k_debug_cpu-seed0 --sets mine=problems.parquet --k 4 --max-response-tokens 160
   tools/evaluate.py models/Qwen2.5-Math-7B --sets gsm8k_test --greedy --rule math_verify
+  tools/evaluate.py models/Qwen2.5-Math-7B --sets gsm8k_test --prompt plain --template 'Q: {question} A:'
 
 Without --sets: what a run measured of its held-out problems before and after training, and the greedy accuracy of its
 hf/ folder by transformers alone. With --sets: avg@k, cons@k and pass@k with 95 % intervals, lengths, and how many
@@ -64,7 +65,15 @@ def make_parser() -> argparse.ArgumentParser:
     parser.add_argument("--top-p", type=float, metavar="P", help="of sampling (default: 0.7, the paper's)")
     parser.add_argument("--greedy", action="store_true", default=None, help="the likeliest response, one a problem")
     parser.add_argument("--engine", choices=("vllm", "hf"), help="hf: transformers, slow (default: vllm)")
-    parser.add_argument("--rule", choices=("dapo", "math_verify"), help="that judges (default: the run's, or dapo)")
+    parser.add_argument(
+        "--rule",
+        choices=("dapo", "math_verify"),
+        help="that judges (default: the run's or dapo, if a set allows it)",
+    )
+    parser.add_argument("--prompt", choices=("auto", "chat", "plain"), help="form (default: the run's, or auto)")
+    parser.add_argument(
+        "--template", metavar="TEXT_OR_FILE", help="around {question} (default: the run's, or `Answer:`)"
+    )
     parser.add_argument("--max-response-tokens", type=int, metavar="N", help="(default: the run's, or up to 20480)")
     parser.add_argument("--num-problems", type=int, metavar="N", help="the first N of each set (default: all)")
     parser.add_argument("--out", type=Path, metavar="DIR", help="where to write; several models: a folder in it each")
@@ -111,8 +120,8 @@ def evaluate_sets(options: argparse.Namespace, progress: Progress) -> None:
         with benchmark:
             for name in files:
                 summary = benchmark.measure(name, out)
-                title = f"{model.name}, {name}: {summary['num_problems']} problems x {k} samples"
-                tables.append((title, *summary_table(name, k, summary["metrics"])))
+                judged = f"{summary['num_problems']} problems x {k} samples, judged by {summary['settings']['rule']}"
+                tables.append((f"{model.name}, {name}: {judged}", *summary_table(name, k, summary["metrics"])))
         progress.note(f"results of {model.name}: {out}")
     for table in tables:
         print_table(*table)
@@ -147,7 +156,23 @@ def make_settings(options: argparse.Namespace) -> BenchmarkSettings:
         rule=options.rule,
         max_response_tokens=options.max_response_tokens,
         num_problems=options.num_problems,
+        prompt=options.prompt,
+        template=None if options.template is None else read_template(options.template),
     )
+
+
+def read_template(given: str) -> str:
+    """The template that the option is or names as a file; a ValueError if it has no one place for a question."""
+    text = given
+    if "{question}" not in given:
+        try:
+            text = Path(given).read_text(encoding="utf-8").removesuffix("\n")  # that an editor puts after the last line
+        except (OSError, ValueError) as error:
+            reason = error.strerror if isinstance(error, OSError) else "not UTF-8"
+            raise ValueError(f"--template {given}: neither a text with {{question}} nor a file ({reason})") from None
+    if text.count("{question}") != 1:
+        raise ValueError(f"--template {given}: must hold {{question}} once, holds it {text.count('{question}')} times")
+    return text
 
 
 def evaluate_runs(runs: list[Path], progress: Progress) -> None:

@@ -19,8 +19,9 @@ examples:
   tools/prepare_data.py dapo_math_17k aime_2024 aime_2025
   tools/prepare_data.py gsm8k_train=train.jsonl gsm8k_test=test.jsonl --out data
 
-A name alone is fetched from the Hugging Face hub, name=path reads a local file. Each source becomes OUT/name.parquet in
-DAPO's layout, for data.train and data.eval of a configuration; OUT/report.json says what became of every row. Training
+A name alone is fetched from the Hugging Face hub, name=path reads a local file. Each source becomes OUT/name.parquet,
+for data.train and data.eval of a configuration: questions with answers and solutions, which a run puts into its
+data.template, or rows in DAPO's layout, which have their own. OUT/report.json says what became of every row. Training
 sets lose the problems that are in an evaluation set of this call or in one that OUT holds already.
 
 sources:
@@ -94,7 +95,6 @@ def prepare_one(
     progress: Progress,
 ) -> Report:
     """Writes one source's file, fetched if no path is given; its report."""
-    from fipo_megatron.config.schema import ANSWER_TEMPLATE
     from fipo_megatron.data.load import check_corrupt_share
     from fipo_megatron.data.prepare import prepare, write_problems
     from fipo_megatron.data.sources import download, read_source
@@ -111,7 +111,7 @@ def prepare_one(
         problems, report = prepare(result, evaluation)
     if not problems:
         raise ValueError(f"{source.name}: of {report.rows_read} rows none is left to write; see the rules in --help")
-    write_problems(problems, ANSWER_TEMPLATE, file_of(source.name, out))
+    write_problems(problems, file_of(source.name, out))
     return report
 
 

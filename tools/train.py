@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import asyncio
+import contextlib
 import math
 import shlex
 import signal
@@ -11,6 +12,7 @@ import sys
 import time
 import traceback
 from pathlib import Path
+from typing import TextIO
 
 EXAMPLES = """\
 examples:
@@ -20,56 +22,73 @@ examples:
   tools/train.py configs/quickstart_cpu.yaml parallel='{tensor: 1, data: 2}'
 
 The run folder (runs/<config>-seed<seed>/) gets config.yaml, metrics.jsonl, curves.png, samples/ and hf/, a Hugging Face
-folder of the trained policy. A failed run also leaves error.log, and the cause is the last line printed. A finished one
-says how to look at its samples and how to compare it.
+folder of the trained policy. A failed run also leaves error.log, and the cause is the last line printed. However a run
+ends, it says what is where, how to look at its samples and how to compare it.
+
+exit status: 0 trained, 1 a failure in the run, 2 refused before a process started, 130 interrupted
 """
 
+CONTENTS = (
+    ("config", "config.yaml"),
+    ("curves", "curves.png"),
+    ("policy", "hf"),
+    ("held-out problems, one by one", "evaluation"),
+    ("traceback", "error.log"),
+    ("logs of the workers", "worker_logs"),
+)
 
 IMPATIENCE_S = 5.0  # a second Ctrl-C so soon must not cut off the ending that the first one began
 interrupted_at = -math.inf
 
 
-def main() -> int:
+def main(arguments: list[str] | None = None) -> int:
     """Exit status of the command."""
     parser = argparse.ArgumentParser(
         description=__doc__, epilog=EXAMPLES, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("config", type=Path, help="YAML file, e.g. configs/quickstart_cpu.yaml")
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="settings that replace the file's")
-    arguments = parser.parse_args()
+    options = parser.parse_args(arguments)
     for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
         if signal.getsignal(number) is not signal.SIG_IGN:  # as nohup leaves it: the run outlives its terminal
             signal.signal(number, _interrupt)
     folder: Path | None = None
+    has_started = False
     try:
         from fipo_megatron.config.load import load_config
 
-        config = load_config(arguments.config, arguments.overrides)
+        config = load_config(options.config, options.overrides)
         from fipo_megatron.observability.progress import Progress
-        from fipo_megatron.trainer.launch import check_before_start, run_training
+        from fipo_megatron.trainer.launch import check_before_start, plan_training, run_training
         from fipo_megatron.trainer.run import make_run_folder
 
-        check_before_start(config)
-        folder = make_run_folder(config, arguments.config.stem)
+        files = check_before_start(config)
+        folder = make_run_folder(config, options.config.stem)
         with Progress() as progress:
             progress.note(f"run folder: {folder}")
-            asyncio.run(run_training(config, folder, progress))
-        _print_summary(folder)
+            plan = plan_training(config, files, folder, progress)
+            del files  # gigabytes, where they are large
+            has_started = True
+            asyncio.run(run_training(plan, progress))
+        _print_accuracies(folder)
+        _print_contents(folder, sys.stdout)
+        return 0
     except KeyboardInterrupt:
-        print("interrupted; all worker processes have ended", file=sys.stderr)
-        return 130
-    except ValueError as error:
-        _log(folder)
-        print(f"error: {error}", *getattr(error, "__notes__", []), file=sys.stderr)
-        return 2
+        status, ending = 130, "interrupted; all worker processes have ended"
     except Exception as error:
-        _log(folder)
-        print(f"error: {type(error).__name__}: {error}", *getattr(error, "__notes__", []), file=sys.stderr)
-        return 1
-    return 0
+        is_refusal = isinstance(error, ValueError) and not has_started
+        cause = str(error) if is_refusal else f"{type(error).__name__}: {error}"
+        status, ending = 2 if is_refusal else 1, " ".join(["error:", cause, *getattr(error, "__notes__", [])])
+        if folder is not None:
+            with contextlib.suppress(OSError):  # a full disk must not hide the cause
+                (folder / "error.log").write_text(traceback.format_exc(), encoding="utf-8")
+    if folder is not None:
+        _print_contents(folder, sys.stderr)
+    print(ending, file=sys.stderr)
+    return status
 
 
-def _print_summary(folder: Path) -> None:
+def _print_accuracies(folder: Path) -> None:
     from fipo_megatron.observability.metrics import read_metrics
     from fipo_megatron.observability.progress import print_table
 
@@ -80,15 +99,34 @@ def _print_summary(folder: Path) -> None:
         if f"eval/{name}_accuracy" in lines[0]
     ]
     print_table("held-out accuracy", ("", "before", "after"), rows)
+
+
+def _print_contents(folder: Path, stream: TextIO) -> None:
+    """Says where everything is that a run has left, however it ended."""
+    from fipo_megatron.observability.trackers import WANDB_URL
+
     shown = _short(folder)
-    print(f"curves: {shown / 'curves.png'}\nmetrics: {shown / 'metrics.jsonl'}\npolicy: {shown / 'hf'}")
-    print(f"config: {shown / 'config.yaml'}\nheld-out problems, one by one: {shown / 'evaluation'}")
+    print(f"run folder: {shown}", file=stream)
+    for name, entry in CONTENTS:
+        if (folder / entry).exists():
+            print(f"{name}: {shown / entry}", file=stream)
+    metrics = folder / "metrics.jsonl"
+    num_lines = metrics.read_bytes().count(b"\n") if metrics.exists() else 0
+    if num_lines:
+        print(f"metrics: {shown / metrics.name}, to step {num_lines - 1}", file=stream)
+    if not (folder / "hf").exists():
+        print("policy: none, a run that completes writes hf/", file=stream)
     if (folder / "samples").is_dir():
-        print(f"samples: {_command('view_samples.py', str(shown))}")
+        print(f"samples: {_command('view_samples.py', str(shown))}", file=stream)
     if (folder / "tensorboard").is_dir():
         command = [str(_short(Path(sys.executable))), "-m", "tensorboard.main", "--logdir", str(shown.parent)]
-        print(f"tensorboard: {shlex.join(command)}")
-    print(f"compare: {_command('compare_runs.py', str(shown))} OTHER_RUN ...")
+        print(f"tensorboard: {shlex.join(command)}", file=stream)
+    if (folder / WANDB_URL).exists():
+        print(f"wandb: {(folder / WANDB_URL).read_text(encoding='utf-8').strip()}", file=stream)
+    for offline in sorted(folder.glob("wandb/offline-run-*")):
+        print(f"wandb, not sent yet: wandb sync {shlex.quote(str(_short(offline)))}", file=stream)
+    if num_lines:
+        print(f"compare: {_command('compare_runs.py', str(shown))} OTHER_RUN ...", file=stream)
 
 
 def _command(tool: str, *arguments: str) -> str:
@@ -107,13 +145,6 @@ def _interrupt(signum: int, frame: object) -> None:
     since, interrupted_at = time.monotonic() - interrupted_at, time.monotonic()
     if since > IMPATIENCE_S:
         raise KeyboardInterrupt
-
-
-def _log(folder: Path | None) -> None:
-    if folder is None:
-        return
-    (folder / "error.log").write_text(traceback.format_exc())
-    print(f"traceback: {folder / 'error.log'}", file=sys.stderr)
 
 
 if __name__ == "__main__":

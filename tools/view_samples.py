@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import sys
+from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -81,13 +82,21 @@ def choose_steps(recorded: list[int], asked: list[int] | None) -> list[int]:
 
 def read_steps(run: Path, paths: dict[int, Path], steps: list[int]) -> list[StepSamples]:
     """The samples of the steps, each with its metrics in a line."""
-    from fipo_megatron.observability.live_panel import step_summary
     from fipo_megatron.observability.metrics import read_metrics
     from fipo_megatron.observability.sample_viewer import StepSamples
     from fipo_megatron.observability.samples import read_samples
 
     metrics = {line["step"]: line for line in read_metrics(run / "metrics.jsonl")}
-    return [StepSamples(step, step_summary(metrics.get(step, {})), read_samples(paths[step])) for step in steps]
+    return [StepSamples(step, summarize(metrics.get(step, {})), read_samples(paths[step])) for step in steps]
+
+
+def summarize(metrics: Mapping[str, float]) -> str:
+    """A step's metrics in a line, and how many of its groups the run wrote."""
+    from fipo_megatron.observability.live_panel import step_summary
+
+    keys = ("rollout/recorded_groups", "rollout/trained_groups")
+    recorded = ["written {} of {} groups".format(*(metrics[key] for key in keys))] if keys[0] in metrics else []
+    return "  ".join([step_summary(metrics), *recorded])
 
 
 def find_tokenizer(run: Path, config: Config) -> Path:

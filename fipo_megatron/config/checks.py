@@ -5,10 +5,21 @@ from __future__ import annotations
 import errno
 import json
 import socket
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from pathlib import Path
 
-from fipo_megatron.config.schema import PRESETS, AlgorithmConfig, Config, ParallelConfig, RolloutConfig, WarmStartConfig
+from fipo_megatron.config.schema import (
+    PRESETS,
+    AlgorithmConfig,
+    ArithmeticTaskConfig,
+    Config,
+    ParallelConfig,
+    RewardConfig,
+    RolloutConfig,
+    RuleName,
+    Section,
+    WarmStartConfig,
+)
 from fipo_megatron.model.hf_config import ModelShape, make_model_shape
 
 MIN_ENGINE_HEAD_SIZE = 32  # vLLM's attention on CPU dies at start with smaller heads
@@ -25,10 +36,18 @@ def check_config(config: Config) -> None:
         *_find_layout_problems(config.parallel),
         *_find_length_problems(config),
         *_find_objective_problems(config.algorithm),
+        *_find_idle_keys(config),
     ]
     if config.warm_start is not None:
         problems += _find_warm_start_problems(config.warm_start, config)
     _raise(problems, "configuration")
+
+
+def check_judging_keys(reward: RewardConfig, rules: Collection[RuleName]) -> None:
+    """Raises ValueError for limits of the processes that judge if none of a run's rules is judged in processes."""
+    if set(rules) == {"dapo"}:
+        why = "where only the rule dapo judges, which needs no process; remove it, or set reward.rule=math_verify"
+        _raise([*_idle_keys("reward", reward, ("num_workers", "timeout_s", "memory_gib"), why)], "configuration")
 
 
 def check_model_folder(path: Path, parallel: ParallelConfig) -> ModelShape:
@@ -190,14 +209,43 @@ def _find_objective_problems(algorithm: AlgorithmConfig) -> Iterator[str]:
             f"algorithm.clip_ratio_low = {algorithm.clip_ratio_low}: GRPO's clip is symmetric, clip_ratio_high is "
             f"{algorithm.clip_ratio_high}; set both"
         )
-    for key in INFLUENCE_KEYS:
-        # Compared with the default, not with "was it given": so a saved configuration, which gives all, loads again.
-        value, default = getattr(algorithm, key), AlgorithmConfig.model_fields[key].default
+    why = f"with objective = {algorithm.objective!r}; remove it, or set algorithm.objective: fipo"
+    yield from _idle_keys("algorithm", algorithm, INFLUENCE_KEYS, why)
+
+
+def _find_idle_keys(config: Config) -> Iterator[str]:
+    """Settings that nothing would read, and whose author believes otherwise.
+
+    Those of a part that one key switches off for a while (dynamic_sampling.enabled, run.trackers) are none of them.
+    """
+    data, reward = config.data, config.reward
+    if data.train and config.task != ArithmeticTaskConfig():
+        yield (
+            f"task.name = {config.task.name!r}: has no effect beside data.train, the files of all problems; remove the "
+            "section task, or data"
+        )
+    if not data.train and not data.eval:
+        yield from _idle_keys("data", data, ("prompt", "template"), "on problems of the task; remove it, or name files")
+    if not data.train:
+        yield from _idle_keys(
+            "data", data, ("max_corrupt_frac",), "without training files; remove it, or set data.train"
+        )
+    if config.rollout.engine == "hf":
+        yield from _idle_keys("rollout", config.rollout, ("kv_cache_gib",), "on rollout.engine = 'hf'; remove it")
+    if reward.overlong_buffer_tokens == 0:
+        why = "with reward.overlong_buffer_tokens = 0: nothing is penalised; remove it, or set the buffer"
+        yield from _idle_keys("reward", reward, ("overlong_penalty_factor",), why)
+
+
+def _idle_keys(name: str, section: Section, keys: Collection[str], why: str) -> Iterator[str]:
+    """A line for each of the section's keys that has another value than its default.
+
+    Compared with the default, not with "was it given": so a saved configuration, which gives all, loads again.
+    """
+    for key in keys:
+        value, default = getattr(section, key), type(section).model_fields[key].default
         if value != default:
-            yield (
-                f"algorithm.{key} = {value!r}: has no effect with objective = {algorithm.objective!r}; "
-                f"remove it, or set algorithm.objective: fipo"
-            )
+            yield f"{name}.{key} = {value!r}: has no effect {why}"
 
 
 def _find_warm_start_problems(warm_start: WarmStartConfig, config: Config) -> Iterator[str]:

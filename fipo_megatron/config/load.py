@@ -95,10 +95,13 @@ def _read_mapping(path: Path) -> dict[str, Any]:
 def _read_base(path: Path, base: Any) -> dict[str, Any]:
     if not isinstance(base, str):
         raise ValueError(f"base = {base!r} in {path}: must be the path of another configuration, relative to this one")
-    values = _read_mapping(path.parent / base)
+    base_path = path.parent / base
+    if not base_path.is_file():
+        raise ValueError(f"base = {base!r} in {path}: no file {base_path}; give its path from {path.name}'s folder")
+    values = _read_mapping(base_path)
     if "base" in values:
         raise ValueError(
-            f"base = {values['base']!r} in {path.parent / base}: a base has no base of its own; "
+            f"base = {values['base']!r} in {base_path}: a base has no base of its own; "
             f"write its values into one of the two files"
         )
     return values

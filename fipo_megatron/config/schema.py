@@ -10,6 +10,7 @@ from pydantic import BaseModel, ConfigDict, Field, field_validator, model_valida
 LossAggregation = Literal["token-mean", "seq-mean-token-mean", "seq-mean-token-sum", "seq-mean-token-sum-norm"]
 Objective = Literal["fipo", "dapo", "grpo"]
 TrackerName = Literal["tensorboard", "wandb"]
+RuleName = Literal["dapo", "math_verify", "custom"]
 
 PresetName = Literal["fipo_32b", "fipo_7b", "dapo", "grpo"]
 
@@ -48,8 +49,9 @@ class RunConfig(Section):
         (), strict=False, description="where metrics go beside metrics.jsonl; a list, e.g. [tensorboard]"
     )
     wandb_project: str = Field("fipo", min_length=1, description="project of the wandb tracker")
-    sample_groups: int = Field(
-        32, ge=0, description="groups a step whose samples are written, about 100 bytes a token; 0: none"
+    sample_groups: int = Field(32, ge=0, description="groups a step whose samples are written, at most; 0: none")
+    sample_tokens: int = Field(
+        200_000, gt=0, description="tokens of their responses, at most, about 100 bytes each; one group is always whole"
     )
 
 
@@ -106,7 +108,7 @@ class DataFileConfig(Section):
 
     path: str = Field(min_length=1, description="relative to the working directory")
     format: Literal["auto", "gsm8k", "aime", "jsonl", "parquet"] = Field(
-        "auto", description="parquet: DAPO's layout; auto: by suffix and by the fields of the first line"
+        "auto", description="parquet: DAPO's layout, or prepared; auto: by suffix and by the fields of the first line"
     )
     question: str | None = Field(None, min_length=1, description="jsonl: name of the field with the question")
     answer: str | None = Field(None, min_length=1, description="jsonl: name of the field with the answer")
@@ -302,7 +304,7 @@ class TrainerConfig(Section):
 class RewardConfig(Section):
     """The rule that judges an answer, and what is added to its score."""
 
-    rule: Literal["dapo", "math_verify", "custom"] = Field(
+    rule: RuleName = Field(
         "dapo", description="dapo: equal text; math_verify: equal mathematics; custom: your function"
     )
     function: str | None = Field(None, description="of the custom rule: path/to/file.py:function_name")
@@ -310,7 +312,9 @@ class RewardConfig(Section):
         0.0, ge=0, lt=2, description="added to a wrong answer that can be read: right is +1, wrong -1"
     )
     num_workers: int = Field(2, gt=0, description="processes in which math_verify and custom judge")
-    timeout_s: float = Field(3.0, gt=0, description="of judging one response there; beyond it the answer is wrong")
+    timeout_s: float = Field(
+        3.0, gt=0, description="processor time to judge one response there, 4 times that on the clock; else it is wrong"
+    )
     memory_gib: float = Field(1.0, gt=0, description="that judging one response there may take")
     max_unjudged_frac: float = Field(
         0.1, ge=0, lt=1, description="share of a step's responses on which the rule may fail; beyond it the run ends"

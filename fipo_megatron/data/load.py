@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from fipo_megatron.config.schema import DataConfig, DataFileConfig
+from fipo_megatron.config.schema import ANSWER_TEMPLATE, DataConfig, DataFileConfig
 from fipo_megatron.data.prepare import bare_questions
 from fipo_megatron.data.readers import (
     QuestionFields,
@@ -31,13 +31,14 @@ def load_files(data: DataConfig) -> ProblemFiles:
     """The problems of all files of a configuration.
 
     Raises:
-        ValueError: a file can't be used, two training files name a problem alike, or a training file and an evaluation
-            set share a question.
+        ValueError: a file can't be used, two training files name a problem alike, a training file and an evaluation set
+            share a question, or `data.template` is set and no problem would be put into it.
     """
     train = tuple(load_problems(file, data.max_corrupt_frac) for file in data.train)
     _check_uids(train)
     evaluation = load_evaluation_sets(data)
     _check_disjoint(train, evaluation)
+    _check_template(data, [*train, *evaluation.values()])
     return ProblemFiles(train, evaluation)
 
 
@@ -65,6 +66,14 @@ def _check_disjoint(train: Sequence[ReadResult], evaluation: Mapping[str, ReadRe
         raise ValueError(
             f"data.train and data.eval share questions: {'; '.join(shared)}; take them out of the training file: "
             "tools/prepare_data.py decontaminates"
+        )
+
+
+def _check_template(data: DataConfig, results: Sequence[ReadResult]) -> None:
+    instructed = all(problem.has_instruction for result in results for problem in result.problems)
+    if results and instructed and data.template != ANSWER_TEMPLATE:
+        raise ValueError(
+            f"data.template = {data.template!r:.80}: has no effect: all rows have their own instruction; remove it"
         )
 
 

@@ -18,7 +18,6 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from fipo_megatron.data.encoding import instructed
 from fipo_megatron.data.readers import Problem, ReadResult
 
 NGRAM_WORDS = 13
@@ -158,30 +157,45 @@ def _describe_conflict(copies: Sequence[Question]) -> str:
     return f"{copies[0].problem.uid}: {', '.join(map(repr, answers))}"
 
 
-def write_problems(problems: Sequence[Problem], template: str, path: Path) -> None:
-    """Writes parquet in DAPO's layout; a bare question is put into the template. The file appears whole or not at all.
+def write_problems(problems: Sequence[Problem], path: Path) -> None:
+    """Writes parquet that `readers.read_parquet` reads: problems with an instruction in DAPO's layout, bare questions
+    bare, so that each run chooses the template. All problems are of one kind. The file appears whole or not at all.
 
-    `extra_info.index` is the problem's uid, which names the row that it was read from.
+    `extra_info.index`, or `uid`, is the problem's uid, which names the row that it was read from.
     """
     import pyarrow
     from pyarrow import parquet
 
-    rows = [
-        {
-            "data_source": problem.data_source,
-            "prompt": [message._asdict() for message in instructed(problem, template)],
-            "ability": "MATH",
-            "reward_model": {"ground_truth": problem.ground_truth, "style": "rule"},
-            "extra_info": {"index": problem.uid},
-        }
-        for problem in problems
-    ]
+    (has_instruction,) = {problem.has_instruction for problem in problems}
+    rows = list(map(_dapo_row if has_instruction else _bare_row, problems))
+    schema = None if has_instruction else pyarrow.schema([(name, pyarrow.string()) for name in rows[0]])
     temporary = path.with_name(f".{path.name}.{os.getpid()}")
     try:
-        parquet.write_table(pyarrow.Table.from_pylist(rows), temporary, write_page_checksum=True)
+        parquet.write_table(pyarrow.Table.from_pylist(rows, schema), temporary, write_page_checksum=True)
         temporary.replace(path)
     finally:
         temporary.unlink(missing_ok=True)
+
+
+def _dapo_row(problem: Problem) -> dict[str, Any]:
+    return {
+        "data_source": problem.data_source,
+        "prompt": [message._asdict() for message in problem.messages],
+        "ability": "MATH",
+        "reward_model": {"ground_truth": problem.ground_truth, "style": "rule"},
+        "extra_info": {"index": problem.uid},
+    }
+
+
+def _bare_row(problem: Problem) -> dict[str, Any]:
+    (question,) = problem.messages
+    return {
+        "uid": problem.uid,
+        "data_source": problem.data_source,
+        "question": question.content,
+        "answer": problem.ground_truth,
+        "solution": problem.solution,
+    }
 
 
 def write_reports(reports: Mapping[str, Report], path: Path) -> None:

@@ -1,4 +1,4 @@
-"""Problems from files: GSM8K, AIME, any JSON lines with a question and an answer, and parquet in DAPO's layout.
+"""Problems from files: GSM8K, AIME, any JSON lines with a question and an answer, and parquet in two layouts.
 
 Rows that can't be read are left out, and named in what the readers return: whoever asked decides how many are too many.
 A file without a problem, or of another format altogether, is an error.
@@ -18,7 +18,9 @@ import numpy as np
 
 GSM8K_ANSWER = re.compile(r"^####[ \t]*(-?[\d,]*\d(?:\.\d+)?)\s*\Z", re.MULTILINE)
 GSM8K_CALCULATION = re.compile(r"<<[^<>\n]*>>")  # a calculator's note inside a solution
-DAPO_COLUMNS = ("prompt", "reward_model", "data_source")
+# Layouts of parquet files.
+DAPO_COLUMNS = ("prompt", "reward_model", "data_source")  # a chat with its instruction, and reward_model.ground_truth
+BARE_COLUMNS = ("question", "answer", "solution", "data_source")  # as prepared: the instruction is the run's matter
 ROLES = ("system", "user", "assistant")
 NUM_NAMED = 3  # rejected rows that a summary names; all are counted
 
@@ -132,7 +134,7 @@ def read_questions(path: Path, fields: QuestionFields, data_source: str) -> Read
 
 
 def read_parquet(path: Path, data_source: str | None = None) -> ReadResult:
-    """The problems of a parquet file in DAPO's layout: a chat in `prompt`, `reward_model.ground_truth`, `data_source`.
+    """The problems of a parquet file in DAPO's layout or as data/prepare.py writes it: bare questions.
 
     `data_source` replaces the rows' own.
 
@@ -140,19 +142,27 @@ def read_parquet(path: Path, data_source: str | None = None) -> ReadResult:
         ValueError: the file is not parquet, lacks a column, or no row can be read.
     """
 
+    columns = parquet_layout(path) or DAPO_COLUMNS
+
     def parse(number: int, row: dict[str, Any]) -> Problem:
         source = _read_text(row, "data_source") if data_source is None else data_source
-        if not isinstance(row["reward_model"], dict):
-            raise ValueError(f"reward_model = {row['reward_model']!r}: must hold a ground_truth")
-        return Problem(
-            uid=_make_uid(path, source, number),
-            messages=_read_chat(row["prompt"]),
-            ground_truth=_read_text(row["reward_model"], "ground_truth"),
-            data_source=source,
-            has_instruction=True,
-        )
+        read = _read_bare_row if columns == BARE_COLUMNS else _read_dapo_row
+        return read(row, _make_uid(path, source, number), source)
 
-    return _collect(path, iterate_parquet(path, DAPO_COLUMNS), parse)
+    return _collect(path, iterate_parquet(path, columns), parse)
+
+
+def _read_dapo_row(row: dict[str, Any], uid: str, data_source: str) -> Problem:
+    if not isinstance(row["reward_model"], dict):
+        raise ValueError(f"reward_model = {row['reward_model']!r}: must hold a ground_truth")
+    ground_truth = _read_text(row["reward_model"], "ground_truth")
+    return Problem(uid, _read_chat(row["prompt"]), ground_truth, data_source, has_instruction=True)
+
+
+def _read_bare_row(row: dict[str, Any], uid: str, data_source: str) -> Problem:
+    messages = (Message("user", _read_text(row, "question")),)
+    solution = None if row["solution"] is None else _read_text(row, "solution")
+    return Problem(uid, messages, _read_text(row, "answer"), data_source, solution=solution)
 
 
 def iterate_json_lines(path: Path) -> Iterator[Row]:
@@ -174,10 +184,15 @@ def iterate_json_lines(path: Path) -> Iterator[Row]:
                 yield Row(place, number, None, f"holds {fields!r:.80}, not an object")
 
 
-def parquet_columns(path: Path) -> list[str]:
-    """Names of the columns of a parquet file; a ValueError if it is none."""
+def parquet_layout(path: Path) -> tuple[str, ...] | None:
+    """The columns of the layout that a parquet file has, `BARE_COLUMNS` or `DAPO_COLUMNS`; None for any other.
+
+    Raises:
+        ValueError: the file is not parquet.
+    """
     with _open_parquet(path) as file:
-        return list(file.schema_arrow.names)
+        names = set(file.schema_arrow.names)
+    return next((columns for columns in (BARE_COLUMNS, DAPO_COLUMNS) if names.issuperset(columns)), None)
 
 
 def _open_parquet(path: Path) -> Any:

@@ -6,12 +6,13 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Protocol
 
-from fipo_megatron.config.schema import Config
+from fipo_megatron.config.schema import Config, RuleName
 from fipo_megatron.data.encoding import PromptEncoder
 from fipo_megatron.data.load import ProblemFiles
 from fipo_megatron.data.mixture import MixtureSampler
 from fipo_megatron.data.prompts import PromptSampler, held_out_prompts
 from fipo_megatron.data.readers import ReadResult
+from fipo_megatron.data.sources import rule_of_set
 from fipo_megatron.data.tasks import make_task
 from fipo_megatron.types import Prompt
 
@@ -34,6 +35,7 @@ class RunPrompts:
 
     train: PromptStream
     evaluation: dict[str, list[Prompt]]  # by name of the set
+    rules: dict[str, RuleName]  # that judge the sets, by name
     num_over_limit: int  # training prompts left out because they are longer than rollout.max_prompt_tokens
     notes: tuple[str, ...]  # for people: what was read, and what was left out
 
@@ -46,11 +48,16 @@ def make_run_prompts(config: Config, files: ProblemFiles, encoder: PromptEncoder
             beyond it.
     """
     evaluation = evaluation_sets(config, files.evaluation, encoder)
-    sets = [f"evaluation set {name}: {len(prompts)} problems" for name, prompts in evaluation.items()]
+    rules = evaluation_rules(config, files.evaluation)
+    sets = [
+        f"evaluation set {name}: {len(evaluation[name])} of {len(result.problems)} problems, judged by {rules[name]}"
+        + ("" if rules[name] == config.reward.rule else f": reward.rule = {config.reward.rule} can't read its answers")
+        for name, result in files.evaluation.items()
+    ]
     rejected = [result.describe_rejected() for result in files.train if result.rejected]
     if not config.data.train:
         train = PromptSampler(make_task(config.task), encoder.encode, config.seed)
-        return RunPrompts(train, evaluation, 0, tuple(sets) if config.data.eval else ())
+        return RunPrompts(train, evaluation, rules, 0, tuple(sets))
     within, lengths = [], list[str]()
     for result in files.train:
         within.append(_within_limit(result, encoder, config.rollout.max_prompt_tokens))
@@ -61,7 +68,7 @@ def make_run_prompts(config: Config, files: ProblemFiles, encoder: PromptEncoder
     num_over_limit = sum(len(result.problems) for result in files.train) - sum(map(len, within))
     weights = [file.weight for file in config.data.train]
     stream = MixtureSampler(within, weights, config.seed)
-    return RunPrompts(stream, evaluation, num_over_limit, (*lengths, *sets, *rejected))
+    return RunPrompts(stream, evaluation, rules, num_over_limit, (*lengths, *sets, *rejected))
 
 
 def evaluation_sets(config: Config, files: Mapping[str, ReadResult], encoder: PromptEncoder) -> dict[str, list[Prompt]]:
@@ -85,6 +92,13 @@ def evaluation_sets(config: Config, files: Mapping[str, ReadResult], encoder: Pr
                 f"rollout.max_prompt_tokens is {limit}; raise it"
             )
     return sets
+
+
+def evaluation_rules(config: Config, files: Mapping[str, ReadResult]) -> dict[str, RuleName]:
+    """The rule that judges each held-out set, by name of the set: `reward.rule`, or what the set's answers need."""
+    if not config.data.eval:
+        return {TASK_SET: config.reward.rule}
+    return {name: rule_of_set(name, result, config.reward.rule) for name, result in files.items()}
 
 
 def _within_limit(result: ReadResult, encoder: PromptEncoder, max_prompt_tokens: int) -> list[Prompt]:

@@ -6,12 +6,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
+from fipo_megatron.config.schema import RuleName
 from fipo_megatron.data.readers import (
-    DAPO_COLUMNS,
     GSM8K_FIELDS,
     QuestionFields,
     ReadResult,
-    parquet_columns,
+    parquet_layout,
     parse_aime_answer,
     read_parquet,
     read_questions,
@@ -27,6 +27,7 @@ class Source:
     repository: str  # of the hub, a dataset
     file: str  # in the repository
     fields: QuestionFields | None  # None: in DAPO's layout
+    rule: Literal["dapo", "math_verify"] = "dapo"  # the simplest that can judge its answers; dapo: plain numbers
 
 
 ONE_FILE = "data/train-00000-of-00001.parquet"
@@ -42,9 +43,9 @@ SOURCES = {
         Source("aime_2024", "evaluation", "HuggingFaceH4/aime_2024", ONE_FILE, INTEGER_ANSWERS),
         Source("aime_2025", "evaluation", "MathArena/aime_2025", ONE_FILE, INTEGER_ANSWERS),
         Source("aime_2026", "evaluation", "MathArena/aime_2026", ONE_FILE, INTEGER_ANSWERS),
-        Source("hmmt_feb_2025", "evaluation", "MathArena/hmmt_feb_2025", ONE_FILE, LATEX_ANSWERS),
-        Source("hmmt_feb_2026", "evaluation", "MathArena/hmmt_feb_2026", ONE_FILE, LATEX_ANSWERS),
-        Source("brumo_2025", "evaluation", "MathArena/brumo_2025", ONE_FILE, LATEX_ANSWERS),
+        Source("hmmt_feb_2025", "evaluation", "MathArena/hmmt_feb_2025", ONE_FILE, LATEX_ANSWERS, "math_verify"),
+        Source("hmmt_feb_2026", "evaluation", "MathArena/hmmt_feb_2026", ONE_FILE, LATEX_ANSWERS, "math_verify"),
+        Source("brumo_2025", "evaluation", "MathArena/brumo_2025", ONE_FILE, LATEX_ANSWERS, "math_verify"),
     )
 }
 
@@ -54,6 +55,19 @@ def find_source(name: str) -> Source:
     if name not in SOURCES:
         raise ValueError(f"{name!r}: no such source; known: {', '.join(SOURCES)}")
     return SOURCES[name]
+
+
+def rule_of_set(name: str, result: ReadResult, rule: RuleName) -> RuleName:
+    r"""The rule that judges an evaluation set where `rule` judges the rest: `math_verify` in the place of `dapo` if the
+    set is one whose answers are not plain numbers, by its name, its file's or its problems' data source.
+
+    As text, right answers to such problems would count as wrong: 1/2 is not \frac{1}{2}.
+    """
+    names = {name, result.path.stem, *(problem.data_source for problem in result.problems)}
+    sources = names & SOURCES.keys()
+    if rule == "dapo" and any(SOURCES[source].rule == "math_verify" for source in sources):
+        return "math_verify"
+    return rule
 
 
 def download(source: Source) -> Path:
@@ -75,12 +89,12 @@ def download(source: Source) -> Path:
 
 
 def read_source(source: Source, path: Path) -> ReadResult:
-    """The problems of a source's file, which may be a copy as parquet or JSON lines, or one in DAPO's layout.
+    """The problems of a source's file, which may be a copy as parquet or JSON lines, in DAPO's layout, or prepared.
 
     Raises:
         ValueError: the file can't be read, or no row of it.
     """
-    if path.suffix == ".parquet" and (source.fields is None or set(DAPO_COLUMNS) <= set(parquet_columns(path))):
+    if path.suffix == ".parquet" and (source.fields is None or parquet_layout(path) is not None):
         return read_parquet(path, source.name)
     if source.fields is None:
         raise ValueError(f"{source.name}: {path} must be parquet in DAPO's layout; give such a file")

@@ -26,6 +26,8 @@ T_QUANTILES = (
 NORMAL_QUANTILE = 1.959964
 
 ALGORITHM = "algorithm"  # as a key: the preset's name, or the objective's
+DATA = "data"  # as a key: the names of the training files, or the task's
+SPLITS = ("train", "training", "test")  # files of these names are called by their folder, too
 SHARE_OF_WEIGHTS = "train/influence_active_frac"
 OWN_OF_A_RUN = ("seed", "run.")  # keys in which the runs of one group may differ
 
@@ -161,8 +163,9 @@ def _flatten(section: Mapping[str, Any], prefix: str = "") -> Iterable[tuple[str
             yield prefix + key, value
 
 
-def group_runs(runs: Sequence[Run], by: str = ALGORITHM, task_key: str = "task.name") -> list[Group]:
-    """Runs of one task and one value of the key `by` together, in order of appearance.
+def group_runs(runs: Sequence[Run], by: str = ALGORITHM, task_key: str = DATA) -> list[Group]:
+    """Runs of one task (training files, or whatever `task_key` says) and one value of `by` together, in order of
+    appearance.
 
     A key that no run has, and a seed twice in a group, are ValueErrors.
     """
@@ -170,7 +173,8 @@ def group_runs(runs: Sequence[Run], by: str = ALGORITHM, task_key: str = "task.n
         raise ValueError(f"--by {by}: no run has this key; name one of config.yaml, e.g. algorithm.half_life_tokens")
     found: dict[tuple[str, str], list[Run]] = {}
     for run in runs:
-        found.setdefault((str(run.config.get(task_key, "")), _label(run, by)), []).append(run)
+        task = _data_names(run) if task_key == DATA else str(run.config.get(task_key, ""))
+        found.setdefault((task, _label(run, by)), []).append(run)
     for (task, label), members in found.items():
         for first, second in itertools.combinations(members, 2):
             if first.seed == second.seed:
@@ -179,6 +183,19 @@ def group_runs(runs: Sequence[Run], by: str = ALGORITHM, task_key: str = "task.n
                     f"{first.seed}; leave one out, or tell them apart with --by KEY"
                 )
     return [Group(task, label, tuple(members)) for (task, label), members in found.items()]
+
+
+def _data_names(run: Run) -> str:
+    """`gsm8k/train + dapo_math_17k`, or the task's name where no files are given, whose task is but a default."""
+    files = run.config.get("data.train")
+    if not files:
+        return str(run.config.get("task.name", ""))
+    names = []
+    for file in files:
+        path = Path(file["path"])
+        stem = f"{path.parent.name}/{path.stem}" if path.stem in SPLITS else path.stem
+        names.append(file.get("data_source") or stem)
+    return " + ".join(names)
 
 
 def _label(run: Run, by: str) -> str:

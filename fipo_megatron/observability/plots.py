@@ -84,7 +84,9 @@ def plot_curves(metrics_path: Path, png_path: Path) -> None:
         _draw_panel(ax, panel, lines)
     _draw_step_time(axes[len(PANELS)], lines)
     png_path.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(png_path, dpi=120)
+    unfinished = png_path.with_name(f".{png_path.name}")  # who follows a run never sees half a figure
+    figure.savefig(unfinished, format="png", dpi=120)
+    unfinished.replace(png_path)
 
 
 def _draw_panel(ax: Any, panel: Panel, lines: Sequence[dict[str, Any]]) -> None:

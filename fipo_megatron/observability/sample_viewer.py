@@ -67,7 +67,7 @@ def render_page(run: str, algorithm: str, steps: Sequence[StepSamples], texts: T
 
     What the model wrote stands in a JSON block without a character that HTML reads; the script inserts it as text.
     """
-    shown = [(step, _groups(step.samples)[:num_groups]) for step in steps]
+    shown = [(step, _groups(step)[:num_groups]) for step in steps]
     ids = sorted({i for _, groups in shown for group in groups for sample in group["samples"] for i in sample["ids"]})
     data = {
         "run": run,
@@ -88,26 +88,28 @@ def render_page(run: str, algorithm: str, steps: Sequence[StepSamples], texts: T
     return re.sub("@@([A-Z]+)@@", lambda match: parts[match[1]], (ASSETS / "page.html").read_text(encoding="utf-8"))
 
 
-def _groups(samples: Iterable[Mapping[str, Any]]) -> list[dict[str, Any]]:
+def _groups(step: StepSamples) -> list[dict[str, Any]]:
     groups = []
-    for uid, members in groupby(samples, key=lambda sample: sample["uid"]):
+    for uid, members in groupby(step.samples, key=lambda sample: sample["uid"]):
         group = list(members)
         groups.append({
             "uid": uid,
             "prompt": group[0]["prompt"],
             "truth": group[0]["ground_truth"],
-            "samples": [_sample(sample) for sample in group],
+            "samples": [_sample(sample, step.step - 1) for sample in group],
         })  # fmt: skip
     return groups
 
 
-def _sample(sample: Mapping[str, Any]) -> dict[str, Any]:
+def _sample(sample: Mapping[str, Any], weight_version: int) -> dict[str, Any]:
+    """What the page shows of a sample, in a step whose fresh samples are of `weight_version`."""
     return {
         "reward": sample["reward"],
         "accuracy": sample["accuracy"],
         "advantage": sample["advantage"],
         "prediction": sample["prediction"],
         "truncated": sample["finish_reason"] == "length",
+        "stale": weight_version - sample["weight_version"],  # steps
         "ids": sample["response_ids"],
         "rollout": _rounded(sample["rollout_logprobs"]),
         "old": _rounded(sample["old_logprobs"]),

@@ -30,6 +30,16 @@ def samples_path(run_folder: Path, step: int) -> Path:
     return run_folder / SAMPLES_FOLDER / f"step_{step:06d}.jsonl"
 
 
+def groups_to_record(groups: Sequence[SampleGroup], max_groups: int, max_tokens: int) -> Sequence[SampleGroup]:
+    """The first groups within both limits, each whole; the first of all, unless `max_groups` is 0, however long.
+
+    `max_tokens` counts the tokens of responses.
+    """
+    ends = np.cumsum([sum(len(sample.response_ids) for sample in group.samples) for group in groups])
+    num_within = int(np.searchsorted(ends, max_tokens, side="right"))
+    return groups[: min(max_groups, max(num_within, 1))]
+
+
 def write_samples(path: Path, groups: Sequence[SampleGroup], tokens: TokenRecord, decode: Decode) -> None:
     """Writes one line of JSON for every sample, in order. The same samples give the same bytes; log-probs are exact."""
     path.parent.mkdir(parents=True, exist_ok=True)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
 from importlib.util import find_spec
@@ -10,6 +11,8 @@ from types import TracebackType
 from typing import Any, Protocol
 
 from fipo_megatron.config.schema import Config, TrackerName
+
+WANDB_URL = "wandb_url.txt"  # in the run folder: the address of the run's page
 
 
 class Tracker(Protocol):
@@ -55,10 +58,12 @@ class WandbTracker:
             config=config.model_dump(mode="json"),
             settings=wandb.Settings(console="off"),  # the live panel needs the terminal for itself
         )
+        if self._run.url:  # offline there is none
+            (run_folder / WANDB_URL).write_text(f"{self._run.url}\n", encoding="utf-8")
 
     def log(self, step: int, metrics: Mapping[str, float]) -> None:
-        """Sends the metrics of a step."""
-        self._run.log(dict(metrics), step=step)
+        """Sends the metrics of a step, under names by which W&B can sort and filter."""
+        self._run.log(wandb_names(metrics), step=step)
 
     def close(self, failed: bool) -> None:
         """Waits until all is sent, and ends W&B's own process."""
@@ -67,6 +72,20 @@ class WandbTracker:
         exit_code = 1 if failed else 0
         self._run.finish(exit_code=exit_code)
         wandb.teardown(exit_code=exit_code)
+
+
+def wandb_names(metrics: Mapping[str, float]) -> dict[str, float]:
+    """The metrics with `_` for every character that W&B's sorting and filtering do not take: `eval/avg_32`.
+
+    The slash stays: W&B groups charts by what stands before it. A metric whose new name another has keeps its own.
+    Source: docs.wandb.ai, metric naming constraints.
+    """
+    renamed: dict[str, float] = {}
+    for key, value in metrics.items():
+        name = re.sub(r"[^A-Za-z0-9_/]", "_", key)
+        is_taken = name in renamed or (name != key and name in metrics)
+        renamed[key if is_taken else name] = value
+    return renamed
 
 
 TRACKERS: dict[TrackerName, type[TensorBoardTracker] | type[WandbTracker]] = {

@@ -7,7 +7,7 @@ from typing import Protocol
 
 # Predictions of a response without an answer that can be judged.
 NO_ANSWER = "[INVALID]"  # it has no answer line
-TIMED_OUT = "[TIMEOUT]"  # judging it took longer than reward.timeout_s
+TIMED_OUT = "[TIMEOUT]"  # judging it took more than reward.timeout_s
 CRASHED = "[CRASHED]"  # judging it ended the process, e.g. by deep recursion or beyond reward.memory_gib
 UNJUDGED = "[UNJUDGED]"  # the rule failed on it: it raised, or returned no verdict
 

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 
-from fipo_megatron.config.schema import RewardConfig
+from fipo_megatron.config.schema import RewardConfig, RuleName
 from fipo_megatron.reward.base import CRASHED, NO_ANSWER, TIMED_OUT, UNJUDGED, RewardFunction, Verdict
 from fipo_megatron.reward.custom_function import as_verdict, check_function
 from fipo_megatron.reward.length import overlong_penalty
@@ -33,6 +33,14 @@ def make_reward(config: RewardConfig, max_response_tokens: int) -> Reward:
     if config.function is not None:
         check_function(config.function)
     return Reward(config, max_response_tokens)
+
+
+def make_rewards(config: RewardConfig, rules: Iterable[RuleName], max_response_tokens: int) -> dict[RuleName, Reward]:
+    """The configured reward, and the same by other rules, by rule."""
+    return {
+        rule: make_reward(config.model_copy(update={"rule": rule}), max_response_tokens)
+        for rule in {config.rule: None} | dict.fromkeys(rules)
+    }
 
 
 class Reward:

@@ -1,15 +1,18 @@
 """Calls of one function in processes that can be killed: a call that hangs, crashes or eats memory harms itself alone.
 
 A worker is a spawned process that knows one function. Its main thread calls; a second thread reads the pipe, so that
-the worker ends when the driver is gone, even while a call runs. A call that holds the interpreter's lock for ever
-stops that thread, too: then the limit on processor time ends the worker.
+the worker ends when the driver is gone, even while a call runs.
+
+The limit on a call's time is one on processor time: a right answer must not become wrong because the machine is busy.
+The kernel keeps it, by a signal that ends the worker, also one without a driver in a call that holds the interpreter's
+lock and so stops the second thread, too. A call that sleeps uses no processor time: the driver ends it when a multiple
+of the limit has passed on the clock.
 """
 
 from __future__ import annotations
 
 import importlib
 import importlib.util
-import math
 import multiprocessing
 import os
 import pickle
@@ -27,6 +30,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 STARTUP_S = 60.0  # imports included, on a busy machine
+CLOCK_FACTOR = 4.0  # a call has so many times its processor time on the clock
 Kind = Literal["value", "error", "timeout", "crash"]
 
 
@@ -41,7 +45,8 @@ class Outcome:
 class WorkerPool:
     """Up to `num_workers` processes, started when first needed. Threads may share a pool: their calls queue up.
 
-    `function` is `package.module:name` or `path/to/file.py:name`. The processes end with `close()` and with the driver.
+    `function` is `package.module:name` or `path/to/file.py:name`. A call may take `timeout_s` of processor time, and
+    CLOCK_FACTOR times as long on the clock. The processes end with `close()` and with the driver.
     """
 
     def __init__(self, function: str, num_workers: int, timeout_s: float, memory_bytes: int) -> None:
@@ -163,13 +168,15 @@ class _Worker:
 
     def start_call(self, index: int, arguments: tuple[Any, ...], timeout_s: float) -> None:
         self.connection.send(arguments)
-        self.call, self.deadline = index, time.monotonic() + timeout_s
+        self.call, self.deadline = index, time.monotonic() + CLOCK_FACTOR * timeout_s
 
     def receive(self) -> Outcome:
         try:
             message = self.connection.recv_bytes()
         except (EOFError, OSError):
-            return Outcome("crash")
+            self.process.kill()  # if it closed its end otherwise than by dying; if not, what it dies of is settled
+            self.process.join()
+            return Outcome("timeout" if self.process.exitcode == -signal.SIGPROF else "crash")
         try:
             return Outcome(*pickle.loads(message))
         except Exception as error:  # e.g. of a class that only the worker can import
@@ -202,6 +209,7 @@ def _serve(connection: Connection, function: str, timeout_s: float, memory_bytes
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # an interrupt is for the driver, which then closes the pipe
     os.dup2(sys.stderr.fileno(), 1)  # what the function prints must not mix with the driver's output
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
+    signal.signal(signal.SIGPROF, signal.SIG_DFL)  # ends the process
     calls: queue.SimpleQueue[tuple[Any, ...]] = queue.SimpleQueue()
     threading.Thread(target=_read_calls, args=(connection, calls), daemon=True).start()
     try:
@@ -212,8 +220,11 @@ def _serve(connection: Connection, function: str, timeout_s: float, memory_bytes
     connection.send(("value",))
     while True:
         arguments = calls.get()
-        _set_limits(timeout_s, memory_bytes)
-        connection.send_bytes(_answer(call, arguments))
+        _limit_memory(memory_bytes)
+        signal.setitimer(signal.ITIMER_PROF, timeout_s)  # counts the processor time of all threads
+        answer = _answer(call, arguments)
+        signal.setitimer(signal.ITIMER_PROF, 0)
+        connection.send_bytes(answer)
 
 
 def _read_calls(connection: Connection, calls: queue.SimpleQueue[tuple[Any, ...]]) -> None:
@@ -233,14 +244,9 @@ def _answer(call: Callable[..., Any], arguments: tuple[Any, ...]) -> bytes:
         return pickle.dumps(("error", f"{type(error).__name__}: {error}"))
 
 
-def _set_limits(timeout_s: float, memory_bytes: int) -> None:
-    """Limits of the next call, beyond what the process has used so far.
-
-    The driver's clock ends a call first; the limit on processor time ends a worker that has no driver any more.
-    """
-    used = resource.getrusage(resource.RUSAGE_SELF)
-    cpu_s = math.ceil(used.ru_utime + used.ru_stime + timeout_s) + 1
+def _limit_memory(memory_bytes: int) -> None:
+    """Limits the address space to so much beyond what the process holds so far."""
     held_bytes = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
-    for limit, value in ((resource.RLIMIT_CPU, cpu_s), (resource.RLIMIT_AS, held_bytes + memory_bytes)):
-        most = resource.getrlimit(limit)[1]
-        resource.setrlimit(limit, (value if most == resource.RLIM_INFINITY else min(value, most), most))
+    most = resource.getrlimit(resource.RLIMIT_AS)[1]
+    limit = held_bytes + memory_bytes
+    resource.setrlimit(resource.RLIMIT_AS, (limit if most == resource.RLIM_INFINITY else min(limit, most), most))

@@ -9,7 +9,7 @@ import math
 import os
 import time
 from collections.abc import Mapping
-from contextlib import closing
+from contextlib import ExitStack, closing
 from dataclasses import dataclass
 from itertools import chain
 from pathlib import Path
@@ -17,16 +17,18 @@ from types import TracebackType
 from typing import Any, Literal, Self
 
 from fipo_megatron.config.load import load_config
-from fipo_megatron.config.schema import Config, DataFileConfig, RewardConfig
+from fipo_megatron.config.schema import Config, DataConfig, DataFileConfig, RuleName
 from fipo_megatron.data.encoding import PromptEncoder, load_prompt_encoder
 from fipo_megatron.data.load import load_evaluation_set, load_evaluation_sets
-from fipo_megatron.data.run_prompts import evaluation_sets
+from fipo_megatron.data.readers import ReadResult
+from fipo_megatron.data.run_prompts import evaluation_rules, evaluation_sets
+from fipo_megatron.data.sources import rule_of_set
 from fipo_megatron.evaluation.protocol import ProblemResult, accuracy_metrics, judge_problems, summarize, write_results
 from fipo_megatron.evaluation.sets import published_figures
 from fipo_megatron.model.platform import resolve_platform
 from fipo_megatron.observability.live_panel import format_duration
 from fipo_megatron.observability.progress import Progress
-from fipo_megatron.reward.judge import UNREADABLE, make_reward
+from fipo_megatron.reward.judge import UNREADABLE, make_reward, make_rewards
 from fipo_megatron.rollout.collect import EVALUATION_BATCH, make_requests
 from fipo_megatron.rollout.hf import HfEngine
 from fipo_megatron.rollout.stream import in_request_order
@@ -57,9 +59,11 @@ class BenchmarkSettings:
     top_p: float
     engine: Literal["vllm", "hf"]
     seed: int
-    rule: Literal["dapo", "math_verify"] | None = None  # None: the run's, or dapo
+    rule: Literal["dapo", "math_verify"] | None = None  # None: the run's, or dapo; what a set needs comes before
     max_response_tokens: int | None = None  # None: the run's, or as many as the model has positions for
     num_problems: int | None = None  # the first of each set; None: all
+    prompt: Literal["auto", "chat", "plain"] | None = None  # None: the run's, or auto
+    template: str | None = None  # around {question}; None: the rows' own instruction, or else the run's, or the default
 
 
 def find_model(path: Path) -> FinishedModel:
@@ -103,14 +107,21 @@ def evaluate_held_out(run_folder: Path) -> dict[str, float]:
     """
     config = load_run_config(run_folder)
     encoder = load_prompt_encoder(run_folder / "hf", config.data)
-    sets = evaluation_sets(config, load_evaluation_sets(config.data), encoder)
+    files = load_evaluation_sets(config.data)
+    sets, rules = evaluation_sets(config, files, encoder), evaluation_rules(config, files)
     prompts = [prompt for prompts in sets.values() for prompt in prompts]
     engine = HfEngine(run_folder / "hf", config, load_weights=True)
     greedy = SamplingSettings(temperature=0.0, top_p=1.0, max_response_tokens=config.rollout.max_response_tokens)
     requests = make_requests(prompts, 1, config.seed, EVALUATION_BATCH)
     generations = in_request_order(chain.from_iterable(engine.generate(requests, greedy)), len(requests))
-    with closing(make_reward(config.reward, config.rollout.max_response_tokens)) as reward:
-        results = judge_problems(prompts, generations, reward.with_limit(len(requests)), load_decode(run_folder / "hf"))
+    decode, results = load_decode(run_folder / "hf"), list[ProblemResult]()
+    with ExitStack() as stack:
+        rewards = make_rewards(config.reward, rules.values(), config.rollout.max_response_tokens)
+        for reward in rewards.values():
+            stack.enter_context(closing(reward))
+        for name, of_set in sets.items():
+            responses = generations[len(results) : len(results) + len(of_set)]
+            results += judge_problems(of_set, responses, rewards[rules[name]].with_limit(len(of_set)), decode)
     return accuracy_metrics(results)
 
 
@@ -128,8 +139,10 @@ class Benchmark:
             ValueError: a file can't be used, or responses as long as asked don't fit the model.
         """
         self._model, self._files, self._settings, self._progress = model, files, settings, progress
-        encoder = load_prompt_encoder(model.folder, model.config.data)
+        self._data = data_config(model.config.data, settings)
+        encoder = load_prompt_encoder(model.folder, self._data)
         self._is_chat = encoder.is_chat
+        self._rules: dict[str, RuleName] = {}
         self._sets = self._load_sets(encoder)
         longest = max(len(prompt.token_ids) for prompts in self._sets.values() for prompt in prompts)
         self._config = fit_config(model, longest, settings)
@@ -151,14 +164,15 @@ class Benchmark:
 
         Writes `<set>.jsonl` to the folder, one line a problem, and `<set>.json`, the summary.
         """
-        with closing(make_reward(self._config.reward, self._config.rollout.max_response_tokens)) as reward:
+        config = self._config.reward.model_copy(update={"rule": self._rules[name]})
+        with closing(make_reward(config, self._config.rollout.max_response_tokens)) as reward:
             num_responses = len(self._sets[name]) * self._settings.samples_per_problem
             results = self._sample(name, reward.with_limit(num_responses))
         summary = {
             "set": name,
             "file": str(self._files[name]),
             "num_problems": len(results),
-            "settings": self._describe_settings(),
+            "settings": self._describe_settings() | {"rule": self._rules[name]},
             "metrics": summarize(results, UNREADABLE, self._settings.seed),
             "published": [dataclasses.asdict(figures) for figures in published_figures(name)],
         }
@@ -169,10 +183,28 @@ class Benchmark:
     def _load_sets(self, encoder: PromptEncoder) -> dict[str, list[Prompt]]:
         sets = {}
         for name, path in self._files.items():
-            problems = load_evaluation_set(DataFileConfig(path=str(path))).problems[: self._settings.num_problems]
+            result = load_evaluation_set(DataFileConfig(path=str(path)))
+            if self._settings.template is not None:
+                check_bare(result)
+            self._rules[name] = self._choose_rule(name, result)
+            problems = result.problems[: self._settings.num_problems]
             # named as in the evaluation of a run: so both sample with the same seeds
             sets[name] = [encoder.prompt(problem, f"{name}/{problem.uid}") for problem in problems]
         return sets
+
+    def _choose_rule(self, name: str, result: ReadResult) -> RuleName:
+        """The rule that judges a set; a ValueError if the one that was asked for can't read the set's answers."""
+        asked = self._settings.rule or self._model.config.reward.rule
+        rule = rule_of_set(name, result, asked)
+        if rule == asked:
+            return rule
+        if self._settings.rule is not None:
+            raise ValueError(
+                f"--rule {asked}: the answers of {name} are not plain numbers, right ones would count as wrong; leave "
+                f"the option out, or give --rule {rule}"
+            )
+        self._progress.note(f"{name} is judged by {rule}: {asked} can't read its answers")
+        return rule
 
     def _sample(self, name: str, judge: Judge) -> list[ProblemResult]:
         """Judged samples of every problem, some problems at a time, so that progress shows."""
@@ -204,9 +236,25 @@ class Benchmark:
             "engine": settings.engine,
             "dtype": config.model.dtype,
             "prompt": "chat" if self._is_chat else "plain",
-            "rule": config.reward.rule,
+            "template": self._data.template,  # rows with an instruction of their own are given as they are
             "seed": settings.seed,
         }
+
+
+def data_config(config: DataConfig, settings: BenchmarkSettings) -> DataConfig:
+    """How problems are put to the model: as the settings say, else as in its run."""
+    asked = {"prompt": settings.prompt, "template": settings.template}
+    return config.model_copy(update={key: value for key, value in asked.items() if value is not None})
+
+
+def check_bare(result: ReadResult) -> None:
+    """Raises ValueError if a problem has an instruction of its own: it would not be put into a template."""
+    instructed = next((problem for problem in result.problems if problem.has_instruction), None)
+    if instructed is not None:
+        raise ValueError(
+            f"--template: {result.path} has rows with an instruction of their own, e.g. {instructed.uid}; leave the "
+            "option out, or give a file of bare questions, as tools/prepare_data.py makes it"
+        )
 
 
 def fit_config(model: FinishedModel, max_prompt_tokens: int, settings: BenchmarkSettings) -> Config:
@@ -230,10 +278,8 @@ def fit_config(model: FinishedModel, max_prompt_tokens: int, settings: Benchmark
     rollout = model.config.rollout.model_copy(
         update={"max_prompt_tokens": max_prompt_tokens, "max_response_tokens": limit}
     )
-    if settings.rule is not None:
-        reward = RewardConfig(rule=settings.rule)
-    else:
-        reward = model.config.reward.model_copy(update={"overlong_buffer_tokens": 0, "format_score": 0.0})
+    rule = {} if settings.rule is None else {"rule": settings.rule, "function": None}
+    reward = model.config.reward.model_copy(update={"overlong_buffer_tokens": 0, "format_score": 0.0} | rule)
     return model.config.model_copy(update={"rollout": rollout, "reward": reward, "seed": settings.seed})
 
 

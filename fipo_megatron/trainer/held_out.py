@@ -27,11 +27,17 @@ class HeldOutEvaluation:
     """
 
     def __init__(
-        self, config: Config, sets: Mapping[str, Sequence[Prompt]], reward: Reward, decode: Decode, folder: Path
+        self,
+        config: Config,
+        sets: Mapping[str, Sequence[Prompt]],
+        rewards: Mapping[str, Reward],
+        decode: Decode,
+        folder: Path,
     ) -> None:
+        """`sets` and `rewards` are by name of the set."""
         self._config = config
         self._sets = sets
-        self._reward = reward
+        self._rewards = rewards
         self._decode = decode
         self._folder = folder
 
@@ -66,12 +72,14 @@ class HeldOutEvaluation:
         prompts = [prompt for prompts in self._sets.values() for prompt in prompts]
         requests = make_requests(prompts, samples_per_problem, self._config.seed, EVALUATION_BATCH)
         generations = await gather_responses(engine.generate(requests, sampling), len(requests))
-        results = judge_problems(prompts, generations, self._reward.with_limit(len(requests)), self._decode)
-        by_prefix, start = {"eval/": results}, 0
+        results: list[ProblemResult] = []
+        by_prefix = {"eval/": results}
         for name, set_prompts in self._sets.items():
-            of_set = results[start : start + len(set_prompts)]
+            start, num_samples = len(results) * samples_per_problem, len(set_prompts) * samples_per_problem
+            judge = self._rewards[name].with_limit(num_samples)
+            of_set = judge_problems(set_prompts, generations[start : start + num_samples], judge, self._decode)
             write_results(folder / f"{name}.jsonl", of_set)
             if self._config.data.eval:
                 by_prefix[f"eval/{name}/"] = of_set
-            start += len(set_prompts)
+            results += of_set
         return by_prefix

@@ -6,16 +6,23 @@ import asyncio
 import shutil
 from collections.abc import Coroutine
 from contextlib import closing
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from fipo_megatron.config.checks import check_config, check_model_folder, check_port, check_positions
+from fipo_megatron.config.checks import (
+    check_config,
+    check_judging_keys,
+    check_model_folder,
+    check_port,
+    check_positions,
+)
 from fipo_megatron.config.schema import Config
 from fipo_megatron.data.encoding import load_prompt_encoder
 from fipo_megatron.data.load import ProblemFiles, load_files
-from fipo_megatron.data.run_prompts import make_run_prompts
+from fipo_megatron.data.run_prompts import RunPrompts, evaluation_rules, make_run_prompts
 from fipo_megatron.data.solution_traces import SolutionTraces
 from fipo_megatron.data.tasks import make_task
 from fipo_megatron.data.tasks.base import Task
@@ -29,8 +36,12 @@ from fipo_megatron.trainer.run import Run
 from fipo_megatron.trainer.warm_start import TraceSource, base_policy_folder, make_base_policy, write_skeleton
 
 
-def check_before_start(config: Config) -> None:
-    """Raises ValueError for everything that would fail later and can be known before a process starts."""
+def check_before_start(config: Config) -> ProblemFiles:
+    """The problems of the run's files, which are large enough to be read only once.
+
+    Raises:
+        ValueError: for everything that would fail later and can be known before a process starts.
+    """
     check_config(config)
     check_trackers(config.run.trackers)
     make_reward(config.reward, config.rollout.max_response_tokens)  # refuses a function that does not exist
@@ -39,6 +50,7 @@ def check_before_start(config: Config) -> None:
     else:
         check_num_gpus(config, torch.cuda.device_count())
     files = load_files(config.data)
+    check_judging_keys(config.reward, {config.reward.rule, *evaluation_rules(config, files.evaluation).values()})
     if not config.data.eval:
         make_task(config.task).held_out_problems(config.evaluation.num_problems)
     if config.model.path is None:
@@ -48,6 +60,7 @@ def check_before_start(config: Config) -> None:
     else:
         check_positions(check_model_folder(Path(config.model.path), config.parallel), config.rollout)
     check_port(config.cluster.address, config.cluster.master_port)
+    return files
 
 
 def check_num_gpus(config: Config, available: int) -> None:
@@ -60,10 +73,25 @@ def check_num_gpus(config: Config, available: int) -> None:
         )
 
 
-async def run_training(config: Config, folder: Path, progress: Progress) -> None:
-    """Train into the run folder, in processes that are gone when this returns or raises."""
+@dataclass(frozen=True)
+class TrainingPlan:
+    """Everything that a run has before its first process starts."""
+
+    config: Config
+    folder: Path  # of the run
+    base: Path  # folder of the policy that it begins with
+    source: TraceSource | None  # what that is made of if it is the warm start's to make
+    model_folder: Path  # with model configuration and tokenizer: the base, or its skeleton until it is made
+    prompts: RunPrompts
+
+
+def plan_training(config: Config, files: ProblemFiles, folder: Path, progress: Progress) -> TrainingPlan:
+    """What a run into the folder trains, on what; the last moment to refuse it. `files` are `check_before_start`'s.
+
+    Raises:
+        ValueError: the model's tokenizer makes prompts too long of the problems, or has no chat template.
+    """
     progress.note(f"algorithm: {config.algorithm.describe()}")
-    files = load_files(config.data)
     base, source = initial_policy(config, files)
     model_folder = base
     if source is not None and not (base / "config.json").exists():
@@ -72,6 +100,12 @@ async def run_training(config: Config, folder: Path, progress: Progress) -> None
     prompts = make_run_prompts(config, files, load_prompt_encoder(model_folder, config.data))
     for note in prompts.notes:
         progress.note(note)
+    return TrainingPlan(config, folder, base, source, model_folder, prompts)
+
+
+async def run_training(plan: TrainingPlan, progress: Progress) -> None:
+    """Train into the run folder, in processes that are gone when this returns or raises."""
+    config, folder, base, source, model_folder = plan.config, plan.folder, plan.base, plan.source, plan.model_folder
     with Trackers(config, folder) as trackers, Workers(config, folder) as workers:
         workers.start_engine(model_folder)
 
@@ -85,7 +119,7 @@ async def run_training(config: Config, folder: Path, progress: Progress) -> None
         await _together(prepare_policy(), workers.engine.ready())
         workers.model_folder = base
         shutil.rmtree(folder / "skeleton", ignore_errors=True)
-        with closing(Run(config, folder, workers, base, prompts, progress, trackers)) as run:
+        with closing(Run(config, folder, workers, base, plan.prompts, progress, trackers)) as run:
             await train(run)
 
 

@@ -45,7 +45,7 @@ async def train(run: Run) -> None:
             await run.workers.sync_weights(version=step)
         if step % config.evaluation.every_steps == 0 or step == config.trainer.steps:
             metrics |= await run.evaluate(step)
-        run.record_samples(step, groups, batch, logprobs)
+        metrics |= run.record_samples(step, groups, batch, logprobs)
         run.record(step, metrics)
 
     await policy.export(run.model_folder, run.folder / "hf")

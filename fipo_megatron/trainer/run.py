@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+import time
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -16,10 +18,10 @@ from fipo_megatron.data.run_prompts import RunPrompts
 from fipo_megatron.observability.metrics import MetricsWriter, throughput
 from fipo_megatron.observability.plots import plot_curves
 from fipo_megatron.observability.progress import Progress
-from fipo_megatron.observability.samples import TokenRecord, samples_path, write_samples
+from fipo_megatron.observability.samples import TokenRecord, groups_to_record, samples_path, write_samples
 from fipo_megatron.observability.timers import PhaseTimers
 from fipo_megatron.observability.trackers import Trackers
-from fipo_megatron.reward.judge import JudgeWithLimit, make_reward
+from fipo_megatron.reward.judge import JudgeWithLimit, make_rewards
 from fipo_megatron.rollout.collect import (
     GroupBuffer,
     SpreadGuard,
@@ -37,6 +39,7 @@ from fipo_megatron.trainer.placement import Workers
 from fipo_megatron.types import Decode, SampleGroup, SamplingSettings, TrainingBatch
 
 MINI_BATCH_STREAM = 2  # keeps the random numbers apart from those of other purposes with the same seed
+CURVES_EVERY_S = 60.0  # between evaluations: to draw them takes a second or so
 
 
 class Run:
@@ -60,15 +63,16 @@ class Run:
         self.trackers = trackers
         self.timers = PhaseTimers(progress.phase)
         self.decode = load_decode(model_folder)
-        self._reward = make_reward(config.reward, config.rollout.max_response_tokens)
+        self._rewards = make_rewards(config.reward, prompts.rules.values(), config.rollout.max_response_tokens)
+        self._reward = self._rewards[config.reward.rule]
         self._prompts = prompts
-        self._evaluation = HeldOutEvaluation(
-            config, prompts.evaluation, self._reward, self.decode, folder / "evaluation"
-        )
+        rewards = {name: self._rewards[rule] for name, rule in prompts.rules.items()}
+        self._evaluation = HeldOutEvaluation(config, prompts.evaluation, rewards, self.decode, folder / "evaluation")
         self._buffer = GroupBuffer(config.dynamic_sampling)
         self._spread = SpreadGuard(config.dynamic_sampling.max_steps_without_spread)
         self._num_generation_batches = 0
         self._metrics = MetricsWriter(folder / "metrics.jsonl")
+        self._drawn_s = -math.inf  # when the curves were
 
     async def collect_groups(self, version: int) -> tuple[list[SampleGroup], dict[str, float]]:
         """The groups that a step trains on, sampled by weights `version` or left over, and their metrics."""
@@ -181,14 +185,22 @@ class Run:
 
     def record_samples(
         self, step: int, groups: Sequence[SampleGroup], batch: TrainingBatch, logprobs: np.ndarray
-    ) -> None:
-        """Write the samples of the step's first `run.sample_groups` groups, with what the updates did to their tokens.
+    ) -> dict[str, float]:
+        """Write samples of the step, with what the updates did to their tokens; how many of its groups were written.
 
-        `logprobs` is float32 [R], by the policy after the updates.
+        These are the first within `run.sample_groups` and `run.sample_tokens`. `logprobs` is float32 [R], by the policy
+        after the updates.
         """
-        recorded = groups[: self.config.run.sample_groups]
-        if not recorded:
-            return
+        settings = self.config.run
+        recorded = groups_to_record(groups, settings.sample_groups, settings.sample_tokens)
+        if recorded:
+            with self.timers.phase("samples"):
+                self._write_samples(step, recorded, batch, logprobs)
+        return {"rollout/recorded_groups": len(recorded)}
+
+    def _write_samples(
+        self, step: int, recorded: Sequence[SampleGroup], batch: TrainingBatch, logprobs: np.ndarray
+    ) -> None:
         assert batch.old_logprobs is not None
         lengths = np.array([len(sample.response_ids) for group in recorded for sample in group.samples])
         num_samples, num_tokens = len(lengths), lengths.sum()
@@ -212,13 +224,16 @@ class Run:
         metrics |= throughput(metrics)
         self._metrics.write(step, metrics)
         self.trackers.log(step, metrics)
-        if any(name.startswith("eval/") for name in metrics):
-            plot_curves(self.folder / "metrics.jsonl", self.folder / "curves.png")
+        if any(name.startswith("eval/") for name in metrics) or time.perf_counter() - self._drawn_s > CURVES_EVERY_S:
+            with self.timers.phase("curves"):  # its time is the next step's: the figure shows this one
+                plot_curves(self.folder / "metrics.jsonl", self.folder / "curves.png")
+            self._drawn_s = time.perf_counter()
         self.progress.step(step, self.config.trainer.steps, metrics)
 
     def close(self) -> None:
-        """End the reward's processes, also in the middle of judging, and close the metrics' file."""
-        self._reward.close()
+        """End the rewards' processes, also in the middle of judging, and close the metrics' file."""
+        for reward in self._rewards.values():
+            reward.close()
         self._metrics.close()
 
 

@@ -14,7 +14,7 @@ import pytest
 from tests.smoke.train_process import REPO, SMALL, TrainProcess
 
 FAULTY = Path(__file__).with_name("faulty_train.py")
-TWO_RANKS = ("rollout.engine=hf", "timeouts.collective_s=12", "timeouts.call_s=25")
+TWO_RANKS = ("rollout.engine=hf", "timeouts.collective_s=12", "timeouts.call_s=20")
 FAST = (*TWO_RANKS, "parallel.tensor=1")
 HANGING_REWARD = """
 import pathlib, time

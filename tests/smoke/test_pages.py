@@ -48,6 +48,7 @@ def make_sample(uid: str, accuracy: float, **changes: Any) -> dict[str, Any]:
         "accuracy": accuracy,
         "advantage": 1.0 if accuracy else -1.0,
         "finish_reason": "stop",
+        "weight_version": 0,
         "response_ids": ids,
         "rollout_logprobs": old,
         "old_logprobs": old,
@@ -57,7 +58,7 @@ def make_sample(uid: str, accuracy: float, **changes: Any) -> dict[str, Any]:
 
 
 def make_page() -> str:
-    groups = [make_sample(f"train/{i}", accuracy) for i in range(3) for accuracy in (0.0, 1.0)]
+    groups = [make_sample(f"train/{i}", accuracy, weight_version=39) for i in range(3) for accuracy in (0.0, 1.0)]
     cut_off = make_sample("train/9", 0.0, finish_reason="length", influence_weights=[1.0] * len(VOCABULARY))
     steps = [StepSamples(1, "accuracy 0.5", [cut_off]), StepSamples(40, "accuracy 0.9", groups)]
     return render_page("a <run>", "fipo_7b", steps, TEXTS, num_groups=8)
@@ -148,6 +149,38 @@ def test_keys_move_filter_and_recolour(tmp_path: Path) -> None:
     }
     for text in ('" sum"', "token 2 of 9, id 1", "influence weight1.02", "log-ratio0.1", "surprise0.5"):
         assert text in tip
+
+
+def test_what_stale_samples_differ_by_is_no_mismatch(tmp_path: Path) -> None:
+    """Engine log-probs of the fresh sample differ by 0.001, which gives the scale; those of the stale one by 1."""
+    size = len(VOCABULARY)
+    samples = [
+        make_sample("train/0", 1.0, weight_version=4, rollout_logprobs=[-0.501] * size),
+        make_sample("train/0", 0.0, weight_version=2, rollout_logprobs=[-1.5] * size),
+    ]
+    script = """
+      document.dispatchEvent(new KeyboardEvent("keydown", { key: "3", bubbles: true }));
+      const colors = [...document.querySelectorAll(".tokens")].map(
+        (tokens) => [...tokens.children].filter((s) => s.style.backgroundColor !== "").length);
+      const tips = [...document.querySelectorAll(".tokens")].map((tokens) => {
+        tokens.children[0].click();
+        return document.querySelector("#tip").textContent;
+      });
+      return { colors, tips, legend: document.querySelector("#ticks").textContent,
+        marks: [...document.querySelectorAll("summary")].map((s) => s.textContent.includes("sampled 2 steps before")) };
+    """
+    page = render_page("run", "fipo_7b", [StepSamples(5, "", samples)], TEXTS, num_groups=8)
+    dom, console = browse(drive(page, script), tmp_path)
+    assert console == []
+    shown = found(dom)
+    assert shown["colors"] == [size, 0]
+    assert shown["legend"] == "0\u2265 0.001"
+    assert shown["marks"] == [False, True]
+    fresh, stale = shown["tips"]
+    assert "mismatch0.001" in fresh
+    assert "staleness" not in fresh
+    assert "mismatch" not in stale
+    assert "staleness1" in stale
 
 
 def test_a_script_that_is_not_the_pages_own_is_refused(tmp_path: Path) -> None:

@@ -25,6 +25,11 @@ from tools import evaluate
         (["--sets", "x=x.jsonl", "--temperature", "nan"], "--temperature nan: must be above 0"),
         (["--sets", "x=x.jsonl", "--top-p", "1.5"], "--top-p 1.5: must be above 0 and at most 1"),
         (["--sets", "x=x.jsonl", "--seed", "-1"], "--seed -1: must be at least 0"),
+        (["--prompt", "chat"], "--prompt: has no effect without --sets"),
+        (["--template", "{question}"], "--template: has no effect without --sets"),
+        (["--sets", "x=x.jsonl", "--template", "none.txt"], "--template none.txt: neither a text with {question} nor "),
+        (["--sets", "x=x.jsonl", "--template", "x.jsonl"], "--template x.jsonl: must hold {question} once, holds it 0"),
+        (["--sets", "x=x.jsonl", "--template", "{question}{question}"], "once, holds it 2 times"),
     ],
 )
 def test_wrong_input_is_one_line(
@@ -47,3 +52,16 @@ def test_the_papers_settings_are_the_default() -> None:
     assert settings == BenchmarkSettings(32, temperature=1.0, top_p=0.7, engine="vllm", seed=0)
     greedy = evaluate.make_settings(evaluate.make_parser().parse_args(["model", "--sets", "aime_2024", "--greedy"]))
     assert greedy == BenchmarkSettings(1, temperature=0.0, top_p=1.0, engine="vllm", seed=0)
+
+
+def test_prompt_and_template_are_given_as_text_or_by_file(tmp_path: Path) -> None:
+    def asked(*arguments: str) -> tuple[str | None, str | None]:
+        options = evaluate.make_parser().parse_args(["model", "--sets", "aime_2024", *arguments])
+        settings = evaluate.make_settings(options)
+        return settings.prompt, settings.template
+
+    (tmp_path / "template.txt").write_text("Q: {question}\n\nA:\n")
+    assert asked() == (None, None)
+    assert asked("--prompt", "plain") == ("plain", None)
+    assert asked("--template", "Q: {question}") == (None, "Q: {question}")
+    assert asked("--template", str(tmp_path / "template.txt")) == (None, "Q: {question}\n\nA:")

@@ -5,8 +5,9 @@ from pathlib import Path
 
 import pytest
 
-from fipo_megatron.config.schema import DataFileConfig
-from fipo_megatron.data.load import load_problems
+from fipo_megatron.config.schema import DataConfig, DataFileConfig
+from fipo_megatron.data.encoding import instructed, plain_text
+from fipo_megatron.data.load import load_files, load_problems
 from fipo_megatron.data.sources import SOURCES
 from tools import prepare_data
 
@@ -50,6 +51,30 @@ def test_files_and_report_of_one_call(files, capsys):
     printed = capsys.readouterr().out
     assert "1 of 7 rows can't be read: line 6 answer ends in 'no answer'" in printed
     assert "1 gsm8k_test" in printed
+
+
+def test_a_run_puts_prepared_questions_into_its_own_template(files):
+    train, test, out = files
+    assert run(out, f"gsm8k_train={train}", f"gsm8k_test={test}") == 0
+    data = {"train": str(out / "gsm8k_train.parquet"), "eval": {"gsm8k_test": str(out / "gsm8k_test.parquet")}}
+    config = DataConfig.model_validate({**data, "template": "Q: {question} A:"})
+    problems = load_files(config)
+    texts = [plain_text(instructed(problem, config.template)) for problem in problems.train[0].problems]
+    assert texts == ["Q: one A:\n\n", "Q: six A:\n\n"]
+    assert [problem.solution for problem in problems.train[0].problems] == [None, "1 + 5 = 6"]
+    assert instructed(problems.evaluation["gsm8k_test"].problems[1], config.template)[0].content == "Q: Seven A:"
+
+
+def test_prepared_files_can_be_prepared_again(files, tmp_path):
+    train, test, out = files
+    assert run(out, f"gsm8k_train={train}", f"gsm8k_test={test}") == 0
+    again = [f"{name}={out / name}.parquet" for name in ("gsm8k_train", "gsm8k_test")]
+    assert run(tmp_path / "again", *again) == 0
+    for name in ("gsm8k_train", "gsm8k_test"):
+        first, second = (
+            load_problems(DataFileConfig(path=f"{folder}/{name}.parquet"), 0) for folder in (out, tmp_path / "again")
+        )
+        assert first.problems == second.problems
 
 
 def test_sets_of_an_earlier_call_count(files, capsys):
@@ -123,4 +148,6 @@ def test_real_files(shared_dir, tmp_path):
         lost += sum(report["contaminated"].values())
         assert report["written"] == rows_read - lost == len(truths(tmp_path / f"{name}.parquet"))
         assert lost < 0.01 * rows_read
+    solved = load_problems(DataFileConfig(path=str(tmp_path / "gsm8k_train.parquet")), 0).problems
+    assert all(problem.solution and not problem.has_instruction for problem in solved)
     assert reports["gsm8k_train"]["decontaminated_against"] == ["gsm8k_test", "aime_2024"]

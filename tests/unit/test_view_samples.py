@@ -39,7 +39,8 @@ def run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     save_config(
         Config.model_validate({"model": {"path": "gone"}, "algorithm": {"preset": "fipo_7b"}}), folder / "config.yaml"
     )
-    (folder / "metrics.jsonl").write_text('{"step": 2, "rollout/accuracy": 0.25}\n')
+    metrics = {"step": 2, "rollout/accuracy": 0.25, "rollout/recorded_groups": 8, "rollout/trained_groups": 32}
+    (folder / "metrics.jsonl").write_text(json.dumps(metrics) + "\n")
     ids = np.array([3, 4], np.int32)
     for step in (1, 2, 3):
         prompt = Prompt(f"train/{step}", (1, 2), "34", "arithmetic")
@@ -77,7 +78,9 @@ def test_a_page_is_written_into_the_run(
     start = page.index('id="data">') + len('id="data">')
     data = json.loads(page[start : page.index("</script>", start)])
     assert (data["run"], data["algorithm"]) == ("my_run", "fipo_7b")
-    assert [(step["step"], step["summary"]) for step in data["steps"]] == [(2, "accuracy 0.250")]
+    assert [(step["step"], step["summary"]) for step in data["steps"]] == [
+        (2, "accuracy 0.250  written 8 of 32 groups")
+    ]
     assert data["tokens"] == {"3": "3", "4": "4"}
     assert capsys.readouterr().out.startswith(f"{run / 'samples.html'}: steps 2; ")
     assert call(tool, monkeypatch, str(run), "--out", str(run / "all.html")) == 0

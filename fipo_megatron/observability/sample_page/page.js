@@ -5,11 +5,12 @@ const data = JSON.parse(document.getElementById("data").textContent);
 const special = new Set(data.special);
 const EAGER_TOKENS = 20000; // of a group; beyond, only its first response starts unfolded
 
-// `of` gives the value of token t of a sample; a `spread` below 1 is the share of tokens that the scale must hold.
+// `of` gives the value of token t of a sample, null where it has none, which is left uncoloured; a `spread` below 1 is
+// the share of tokens that the scale must hold. What stale samples differ by is the policy's movement since, not numerics.
 const QUANTITIES = [
   { name: "influence weight", of: (s, t) => s.weights[t], neutral: 1, spread: 1 },
   { name: "advantage", of: (s) => s.advantage, neutral: 0, spread: 1 },
-  { name: "mismatch", title: "trainer - engine log-prob", of: (s, t) => s.old[t] - s.rollout[t], neutral: 0, spread: 0.99 },
+  { name: "mismatch", title: "trainer - engine log-prob", of: (s, t) => s.stale ? null : s.old[t] - s.rollout[t], neutral: 0, spread: 0.99 },
   { name: "log-ratio", title: "new - old log-prob", of: (s, t) => s.new[t] - s.old[t], neutral: 0, spread: 0.99 },
   { name: "surprise", title: "-log-prob by the trainer, in nats", of: (s, t) => -s.old[t], neutral: 0, spread: 0.99 },
 ];
@@ -49,7 +50,10 @@ function scaleOf(step, quantity) {
     const offsets = [];
     for (const group of step.groups)
       for (const sample of group.samples)
-        for (let t = 0; t < sample.ids.length; t++) offsets.push(quantity.of(sample, t) - quantity.neutral);
+        for (let t = 0; t < sample.ids.length; t++) {
+          const value = quantity.of(sample, t);
+          if (value !== null) offsets.push(value - quantity.neutral);
+        }
     const sizes = offsets.map(Math.abs).sort((a, b) => a - b);
     const limit = sizes[Math.ceil(quantity.spread * sizes.length) - 1] || 0;
     step.scales.set(quantity, { limit, less: offsets.some((x) => x < 0), more: offsets.some((x) => x > 0) });
@@ -66,8 +70,10 @@ function color(offset, limit) {
 function paint(spans) {
   const quantity = QUANTITIES[state.quantity];
   const { limit } = scaleOf(data.steps[state.step], quantity);
-  for (const span of spans)
-    span.style.backgroundColor = color(quantity.of(span.sample, span.place) - quantity.neutral, limit);
+  for (const span of spans) {
+    const value = quantity.of(span.sample, span.place);
+    span.style.backgroundColor = value === null ? "" : color(value - quantity.neutral, limit);
+  }
 }
 
 function drawLegend() {
@@ -166,6 +172,7 @@ function response(sample, number, unfolded) {
   const verdict = sample.accuracy === 1 ? ["", "✓ right", "good"] : ["", "✗ wrong", "bad"];
   head.append(facts([[`#${number}`, ""], verdict, ["answer", visible(sample.prediction)], ["reward", format(sample.reward)],
     ["advantage", format(sample.advantage)], ["tokens", String(sample.ids.length)],
+    ...(sample.stale ? [["stale", `sampled ${sample.stale} step${sample.stale > 1 ? "s" : ""} before`]] : []),
     ...(sample.truncated ? [["", "cut off at the limit", "bad"]] : [])]));
   const body = make("div", "tokens");
   card.append(head, body);
@@ -198,7 +205,11 @@ function showTip(span) {
     make("div", "text", text),
     make("div", "place", `token ${place + 1} of ${sample.ids.length}, id ${id}`),
   );
-  QUANTITIES.forEach((quantity, i) => row(quantity.name, quantity.of(sample, place), i === state.quantity));
+  QUANTITIES.forEach((quantity, i) => {
+    const value = quantity.of(sample, place);
+    if (value !== null) row(quantity.name, value, i === state.quantity);
+  });
+  if (sample.stale) row("staleness", sample.old[place] - sample.rollout[place]);
   row("engine log-prob", sample.rollout[place]);
   row("old log-prob", sample.old[place]);
   row("new log-prob", sample.new[place]);

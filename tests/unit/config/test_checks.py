@@ -6,9 +6,9 @@ import socket
 
 import pytest
 
-from fipo_megatron.config.checks import check_config, check_model_folder, check_port
+from fipo_megatron.config.checks import check_config, check_judging_keys, check_model_folder, check_port
 from fipo_megatron.config.load import load_config, save_config
-from fipo_megatron.config.schema import Config, ModelConfig, ParallelConfig
+from fipo_megatron.config.schema import Config, ModelConfig, ParallelConfig, RewardConfig
 from fipo_megatron.model.hf_config import make_model_shape
 
 SMALL_RUN = """
@@ -78,6 +78,12 @@ def model_folder(tmp_path):
         ["warm_start.num_attention_heads=8", "rollout.engine=hf"],
         ["data.train=train.jsonl", "data.eval.gsm8k=test.jsonl"],
         ["warm_start=null", "model.path=models/qwen2", "data.eval.aime_2024=aime.parquet"],
+        ["dynamic_sampling={enabled: false, generation_prompts: 48, surplus: drop, max_generation_batches: 6}"],
+        ["data.template='Q: {question}'", "data.train=train.jsonl", "data.eval.gsm8k=test.jsonl"],
+        ["warm_start=null", "model.path=models/qwen2", "data={eval: {aime_2024: aime.parquet}, prompt: plain}"],
+        ["task={name: knights, num_people: 3}", "reward.overlong_penalty_factor=1.0", "rollout.kv_cache_gib=4"],
+        ["task.num_digits=3", "run.wandb_project=mine", "reward.timeout_s=9"],  # of evaluation sets, perhaps
+        ["reward={overlong_buffer_tokens: 8, overlong_penalty_factor: 0.5}"],
     ],
     ids=" ".join,
 )
@@ -102,6 +108,22 @@ def test_sound_configurations_pass_and_pass_again_when_saved(overrides, small_ru
         (["dynamic_sampling.generation_prompts=5"], "dynamic_sampling.generation_prompts = 5: times "),
         (["reward.overlong_buffer_tokens=65"], "reward.overlong_buffer_tokens = 65: must be at most "),
         (["data.train=train.jsonl"], "data.eval = {}: the task's held-out problems say nothing "),
+        (
+            ["data.train=train.jsonl", "data.eval.gsm8k=test.jsonl", "task.num_digits=3"],
+            "task.name = 'arithmetic': has no effect beside data.train",
+        ),
+        (
+            ["data.train=train.jsonl", "data.eval.gsm8k=test.jsonl", "task.name=knights"],
+            "task.name = 'knights': has no effect beside data.train",
+        ),
+        (["data.template='Q: {question}'"], "data.template = 'Q: {question}': has no effect on problems of the task"),
+        (["data.prompt=chat"], "data.prompt = 'chat': has no effect on problems of the task"),
+        (["data.max_corrupt_frac=0.1"], "data.max_corrupt_frac = 0.1: has no effect without training files"),
+        (["rollout.engine=hf", "rollout.kv_cache_gib=4"], "rollout.kv_cache_gib = 4: has no effect on rollout.engine"),
+        (
+            ["reward.overlong_penalty_factor=0.5"],
+            "reward.overlong_penalty_factor = 0.5: has no effect with reward.over",
+        ),
         (["data.eval.gsm8k=test.jsonl"], "data.eval: the base policy of warm_start can't read text "),
         (["rollout.top_p=0.9"], "rollout.top_p = 0.9: the engine's log-probs "),
         (["timeouts={call_s: 30, collective_s: 30}"], "timeouts.call_s = 30: must exceed timeouts.collective_s = 30"),
@@ -165,6 +187,17 @@ def test_a_contradiction_is_named(overrides, line, small_run):
     with pytest.raises(ValueError, match="configuration: 1 problem") as error:
         check_config(small_run(*overrides))
     assert str(error.value).splitlines()[1].startswith(f"  {line}")
+
+
+def test_limits_of_judging_need_a_rule_that_judges_in_processes():
+    limits = RewardConfig(num_workers=4, timeout_s=9, memory_gib=2)
+    for rules in ({"math_verify"}, {"custom"}, {"dapo", "math_verify"}):
+        check_judging_keys(limits, rules)
+    check_judging_keys(RewardConfig(format_score=0.5), {"dapo"})
+    with pytest.raises(ValueError, match="configuration: 3 problem") as error:
+        check_judging_keys(limits, {"dapo"})
+    named = [line.partition(":")[0].strip() for line in str(error.value).splitlines()[1:]]
+    assert named == ["reward.num_workers = 4", "reward.timeout_s = 9.0", "reward.memory_gib = 2.0"]
 
 
 def test_all_contradictions_come_in_one_message(small_run):

@@ -175,7 +175,10 @@ def test_a_base_of_a_base_is_refused(write):
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        ("base: missing.yaml", r"missing\.yaml: no such file"),
+        (
+            "base: missing.yaml",
+            r"base = 'missing.yaml' in .*: no file .*missing\.yaml; give its path from run\.yaml",
+        ),
         ("base: [a, b]", r"base = \['a', 'b'\].*must be the path"),
         ("seed: 1\nseed: 2", r"key 'seed' is given twice[\s\S]*line 2"),
         ("rollout:\n  top_p: 1\n  top_p: 0.5", r"key 'top_p' is given twice[\s\S]*line 3"),
@@ -247,6 +250,27 @@ def test_all_problems_come_in_one_message(write):
         "optimizer.adam_eps",
         "paralel",
     ]
+
+
+@pytest.mark.parametrize(
+    "overrides",
+    [
+        ["dynamic_sampling.enabled=false"],
+        ["dynamic_sampling.enabled=true"],
+        ["rollout.engine=hf"],
+        ["algorithm=dapo"],
+        ["algorithm=grpo"],
+        ["reward.rule=math_verify"],
+        ["reward.overlong_buffer_tokens=0"],
+        ["platform=cuda"],
+        ["warm_start=null", "model.path=models/qwen2"],
+        ["evaluation.samples_per_problem=4"],
+    ],
+    ids=" ".join,
+)
+@pytest.mark.parametrize("path", sorted(CONFIGS.glob("*.yaml")), ids=lambda path: path.stem)
+def test_a_shipped_configuration_takes_an_override(path, overrides):
+    check_config(load_config(path, overrides))
 
 
 @pytest.mark.parametrize("path", sorted(CONFIGS.glob("*.yaml")), ids=lambda path: path.stem)

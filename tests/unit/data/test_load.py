@@ -1,13 +1,16 @@
 """Files as a configuration names them: how the format is found, and when a file is refused."""
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
 from fipo_megatron.config.schema import DataConfig, DataFileConfig
+from fipo_megatron.data.encoding import instructed
 from fipo_megatron.data.load import detect_format, load_evaluation_set, load_files, load_problems
 from fipo_megatron.data.prepare import write_problems
+from fipo_megatron.data.readers import Message, Problem
 
 GSM8K = {"question": "How many?", "answer": "2 + 2 = <<2+2=4>>4\n#### 4"}
 AIME = {"id": 60, "problem": "Find it.", "answer": "025"}
@@ -116,6 +119,22 @@ def test_an_instruction_does_not_hide_a_shared_question(write_questions, tmp_pat
     pytest.importorskip("pyarrow", reason="pyarrow is not installed: run make install")
     bare = write_questions("bare", "One?", "Two?", "Three?")
     path = tmp_path / "instructed.parquet"
-    write_problems(load_problems(bare, 0).problems, "Think hard.\n\n{question}", path)
+    problems = load_problems(bare, 0).problems
+    template = "Think hard.\n\n{question}"
+    write_problems([replace(p, messages=instructed(p, template), has_instruction=True) for p in problems], path)
     with pytest.raises(ValueError, match=r"3 both in .*instructed.parquet and in .*bare.jsonl"):
         load_files(DataConfig(train=(DataFileConfig(path=str(path)),), eval={"mine": bare}))
+
+
+def test_a_template_into_which_nothing_would_be_put_is_refused(write_questions, tmp_path):
+    pytest.importorskip("pyarrow", reason="pyarrow is not installed: run make install")
+    bare = write_questions("bare", "One?", "Two?")
+    path = tmp_path / "instructed.parquet"
+    chat = (Message("user", "Think hard. Three?"),)
+    write_problems([Problem("u", chat, "3", "x", has_instruction=True)], path)
+    instructed_file = DataFileConfig(path=str(path))
+    with pytest.raises(ValueError, match=r"data.template = 'Q: \{question\}': has no effect: all rows .*; remove it"):
+        load_files(DataConfig(train=(instructed_file,), template="Q: {question}"))
+    assert load_files(DataConfig(train=(instructed_file,), eval={"mine": bare}, template="Q: {question}")).train
+    assert load_files(DataConfig(train=(instructed_file,))).train
+    assert load_files(DataConfig(template="Q: {question}")).train == ()

@@ -2,11 +2,11 @@
 
 import json
 import random
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
-from fipo_megatron.config.schema import ANSWER_TEMPLATE
 from fipo_megatron.data.prepare import (
     EvaluationIndex,
     Question,
@@ -143,21 +143,37 @@ def test_a_report_accounts_for_every_row():
     assert prepare(read(*problems), None)[1].written == 4
 
 
-def test_written_files_are_read_back_with_the_instruction_in_place(tmp_path):
+def test_bare_questions_are_written_bare_with_their_solutions(tmp_path):
+    path = tmp_path / "out.parquet"
+    problems = [problem("What is {question}?", "7", "u1"), replace(problem("Six?", "6"), solution="1 + 5 = 6")]
+    write_problems(problems, path)
+    assert list(read_parquet(path).problems) == [
+        replace(problems[0], uid="math/out/000001"),
+        replace(problems[1], uid="math/out/000002"),
+    ]
+    assert read_parquet(path, "mine").problems[0].data_source == "mine"
+    assert [file.name for file in tmp_path.iterdir()] == ["out.parquet"]
+    write_problems(problems[:1], path)
+    assert pyarrow_types(path) == dict.fromkeys(("uid", "data_source", "question", "answer", "solution"), "string")
+
+
+def pyarrow_types(path: Path) -> dict[str, str]:
+    from pyarrow.parquet import read_schema
+
+    return {field.name: str(field.type) for field in read_schema(path)}
+
+
+def test_rows_with_an_instruction_of_their_own_keep_it(tmp_path):
     path = tmp_path / "out.parquet"
     chat = (Message("system", "Be brief."), Message("user", "Whole prompt"))
-    problems = [problem("What is {question}?", "7", "u1"), Problem("u2", chat, r"\frac{1}{2}", "math", True)]
-    write_problems(problems, ANSWER_TEMPLATE, path)
-    first, second = read_parquet(path).problems
-    assert first.messages == (Message("user", ANSWER_TEMPLATE.replace("{question}", "What is {question}?")),)
-    assert (first.ground_truth, first.data_source, first.has_instruction) == ("7", "math", True)
-    assert (second.messages, second.ground_truth) == (chat, r"\frac{1}{2}")
-    assert [file.name for file in tmp_path.iterdir()] == ["out.parquet"]
+    written = Problem("u2", chat, r"\frac{1}{2}", "math", True)
+    write_problems([written], path)
+    assert list(read_parquet(path).problems) == [replace(written, uid="math/out/000001")]
 
 
 def test_a_write_that_fails_leaves_the_old_file_and_nothing_else(tmp_path, monkeypatch):
     path = tmp_path / "out.parquet"
-    write_problems([problem("old")], ANSWER_TEMPLATE, path)
+    write_problems([problem("old")], path)
     before = path.read_bytes()
 
     def write_half(table, where, **options):
@@ -166,7 +182,7 @@ def test_a_write_that_fails_leaves_the_old_file_and_nothing_else(tmp_path, monke
 
     monkeypatch.setattr("pyarrow.parquet.write_table", write_half)
     with pytest.raises(OSError, match="no space left"):
-        write_problems([problem("new")], ANSWER_TEMPLATE, path)
+        write_problems([problem("new")], path)
     assert path.read_bytes() == before
     assert [file.name for file in tmp_path.iterdir()] == ["out.parquet"]
 

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from fipo_megatron.config.schema import Config
+from fipo_megatron.config.schema import Config, RewardConfig
 from fipo_megatron.data.encoding import PromptEncoder
 from fipo_megatron.data.load import load_files
 from fipo_megatron.data.run_prompts import RunPrompts, evaluation_sets, make_run_prompts
@@ -62,7 +62,7 @@ def test_training_prompts_over_the_limit_are_left_out_and_counted(write):
     assert [prompt.uid for prompt in drawn] == ["train/0/gsm8k/train/000001", "train/1/gsm8k/train/000001"]
     assert prompts.notes == (
         f"{train}: 1 of 3 prompts within rollout.max_prompt_tokens = 12",
-        "evaluation set mine: 2 problems",
+        "evaluation set mine: 2 of 3 problems, judged by dapo",
     )
 
 
@@ -72,6 +72,20 @@ def test_rejected_rows_are_named_in_the_notes(write):
         file.write("broken\n")
     *_, note = make(make_config(train=train, eval={"mine": test})).notes
     assert note.startswith(f"{train}: 1 of 3 rows can't be read: line 3 is not JSON")
+
+
+@pytest.mark.parametrize(
+    ("rule", "why"), [("dapo", ": reward.rule = dapo can't read its answers"), ("math_verify", "")]
+)
+def test_the_rule_of_each_evaluation_set_is_named(write, rule, why):
+    data = {"train": write("train", "a"), "eval": {"mine": write("test", "b"), "hmmt_feb_2025": write("hmmt", "c")}}
+    config = make_config(**data).model_copy(update={"reward": RewardConfig(rule=rule)})
+    prompts = make(config)
+    assert prompts.rules == {"mine": rule, "hmmt_feb_2025": "math_verify"}
+    assert prompts.notes[1:] == (
+        f"evaluation set mine: 1 of 1 problems, judged by {rule}",
+        f"evaluation set hmmt_feb_2025: 1 of 1 problems, judged by math_verify{why}",
+    )
 
 
 def test_no_prompt_within_the_limit_is_refused(write):
@@ -114,6 +128,7 @@ def test_without_files_the_prompts_are_the_tasks():
     assert held_out == [f"{a}+{b}=" for a, b in task.held_out_problems(2)]
     assert prompts.train.next_prompts(1)[0].uid == "train/000000"
     assert (prompts.num_over_limit, prompts.notes) == (0, ())
+    assert prompts.rules == {"held_out": "dapo"}
 
 
 def test_evaluation_files_can_stand_beside_the_task(write):

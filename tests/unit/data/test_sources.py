@@ -4,7 +4,9 @@ import json
 
 import pytest
 
-from fipo_megatron.data.sources import SOURCES, download, find_source, read_source
+from fipo_megatron.data.readers import read_questions
+from fipo_megatron.data.sources import SOURCES, download, find_source, read_source, rule_of_set
+from fipo_megatron.reward.math_answer import score_dapo
 
 
 @pytest.fixture
@@ -65,3 +67,27 @@ def test_without_network_a_local_file_is_asked_for(tmp_path, monkeypatch):
         with pytest.raises(ValueError, match=rf"{name}: can't fetch .*local file: {name}=path/to") as caught:
             download(source)
         assert len(str(caught.value).splitlines()) == 1
+
+
+def test_answers_that_are_no_plain_numbers_are_not_compared_as_text(write):
+    assert [name for name, source in SOURCES.items() if source.rule == "math_verify"] == [
+        *("hmmt_feb_2025", "hmmt_feb_2026", "brumo_2025")
+    ]
+    result = read_source(find_source("hmmt_feb_2025"), write(".jsonl", [{"problem": "p", "answer": r"\frac{1}{576}"}]))
+    assert score_dapo("Answer: 1/576", result.problems[0].ground_truth).accuracy == 0  # what must not be measured
+    assert rule_of_set("mine", result, "dapo") == "math_verify"
+    assert [rule_of_set("mine", result, rule) for rule in ("math_verify", "custom")] == ["math_verify", "custom"]
+
+
+@pytest.mark.parametrize("known_by", ["set", "file", "data source"])
+def test_a_set_is_known_by_its_name_its_file_or_its_problems(write, tmp_path, known_by):
+    path = write(".jsonl", [{"problem": "p", "answer": "1"}])
+    if known_by == "file":
+        path = path.rename(tmp_path / "brumo_2025.jsonl")
+    fields = find_source("brumo_2025").fields
+    assert fields is not None
+    result = read_questions(path, fields, "brumo_2025" if known_by == "data source" else "mine")
+    name = "brumo_2025" if known_by == "set" else "mine"
+    assert rule_of_set(name, result, "dapo") == "math_verify"
+    other = read_questions(write(".jsonl", [{"problem": "p", "answer": "1"}]), fields, "aime_2024")
+    assert rule_of_set("mine", other, "dapo") == "dapo"

@@ -135,6 +135,23 @@ def test_groups_are_made_by_any_key_and_by_task(tmp_path: Path) -> None:
         group_runs(runs, by="optimizer.rate")
 
 
+@pytest.mark.parametrize(
+    ("files", "name"),
+    [
+        ([], "arithmetic"),
+        ([{"path": "../data/gsm8k/train.jsonl", "data_source": None}], "gsm8k/train"),
+        ([{"path": "data/dapo_math_17k.parquet", "data_source": None}], "dapo_math_17k"),
+        ([{"path": "a/sums.jsonl"}, {"path": "a/b.jsonl", "data_source": "mine"}], "sums + mine"),
+    ],
+)
+def test_runs_on_files_are_named_by_them(tmp_path: Path, files: Lines, name: str) -> None:
+    sections = {"task": {"name": "arithmetic"}, "data": {"train": files, "eval": {}}}
+    (group,) = group_runs([read_run(write_run(tmp_path / "run", accuracy_lines(0.1), 0, **sections))])
+    assert group.task == name
+    (group,) = group_runs(group.runs, task_key="task.name")
+    assert group.task == "arithmetic"
+
+
 def test_what_a_reader_should_know_is_said(tmp_path: Path) -> None:
     runs = [
         read_run(write_run(tmp_path / "0", accuracy_lines(0.1, 0.2), 0, optimizer={"lr": 0.1, "eps": 1})),

@@ -34,7 +34,9 @@ def test_curves_are_the_metrics(tmp_path: Path, drawn: list[Figure]) -> None:
         writer.write(2, {"rollout/accuracy": 0.4, "train/policy_kl": 2e-3, "time/step_s": 4.0, "time/train_s": 2.0})
         writer.write(2, {"eval/sampled_accuracy": 0.5, "eval/sampled_accuracy_stderr": 0.03})
     plot_curves(path, tmp_path / "figures" / "curves.png")
-    assert (tmp_path / "figures" / "curves.png").read_bytes()[:8] == PNG_SIGNATURE
+    (figure_file,) = (tmp_path / "figures").iterdir()  # the unfinished one is gone
+    assert figure_file.name == "curves.png"
+    assert figure_file.read_bytes()[:8] == PNG_SIGNATURE
     (figure,) = drawn
     assert figure.get_suptitle() == "my_run"
     lines = {

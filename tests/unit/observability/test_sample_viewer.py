@@ -69,6 +69,7 @@ def make_sample(uid: str, ids: list[int], **changes: Any) -> dict[str, Any]:
         "accuracy": 0.0,
         "advantage": -0.5,
         "finish_reason": "length",
+        "weight_version": 0,
         "response_ids": ids,
         "rollout_logprobs": logprobs,
         "old_logprobs": logprobs,
@@ -130,6 +131,12 @@ def test_groups_keep_their_order_and_numbers_their_digits() -> None:
     _, data, _ = render([StepSamples(1, "", samples)], num_groups=1)
     assert [group["uid"] for group in data["steps"][0]["groups"]] == ["train/7"]
     assert sorted(data["tokens"]) == ["0", "1", "2"]
+
+
+def test_samples_of_older_weights_are_marked_stale() -> None:
+    samples = [make_sample("train/7", [0], weight_version=version) for version in (6, 5, 3)]
+    _, data, _ = render([StepSamples(7, "", samples)])  # whose policy is that of version 6
+    assert [sample["stale"] for sample in data["steps"][0]["groups"][0]["samples"]] == [0, 1, 3]
 
 
 def test_bytes_are_spelled_as_byte_level_tokenizers_do() -> None:

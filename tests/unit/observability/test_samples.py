@@ -6,7 +6,13 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from fipo_megatron.observability.samples import TokenRecord, read_samples, samples_path, write_samples
+from fipo_megatron.observability.samples import (
+    TokenRecord,
+    groups_to_record,
+    read_samples,
+    samples_path,
+    write_samples,
+)
 from fipo_megatron.types import Prompt, Sample, SampleGroup
 
 LOGPROBS = np.array([-1 / 3, -1e-7], np.float32)
@@ -25,6 +31,15 @@ def make_tokens(num_groups: int) -> TokenRecord:
     """Every number tells where it belongs: 3 tokens a group."""
     index = np.arange(3 * num_groups, dtype=np.float32)
     return TokenRecord(np.arange(2 * num_groups, dtype=np.float32), -index / 3, -index / 7, 1 + index / 100)
+
+
+@pytest.mark.parametrize(
+    ("max_groups", "max_tokens", "num_recorded"),
+    [(0, 100, 0), (2, 100, 2), (9, 100, 4), (9, 12, 4), (9, 11, 3), (9, 6, 2), (9, 5, 1), (9, 1, 1), (0, 1, 0)],
+)
+def test_whole_groups_are_recorded_within_both_limits(max_groups: int, max_tokens: int, num_recorded: int) -> None:
+    groups = [make_group(f"train/{i}") for i in range(4)]  # of 3 tokens
+    assert groups_to_record(groups, max_groups, max_tokens) == groups[:num_recorded]
 
 
 def decode(token_ids: np.ndarray) -> str:

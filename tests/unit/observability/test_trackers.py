@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import sys
 from importlib.util import find_spec
 from pathlib import Path
+from types import ModuleType
+from typing import Any
 
 import pytest
 
 from fipo_megatron.config.schema import Config
 from fipo_megatron.observability import trackers
-from fipo_megatron.observability.trackers import Trackers, check_trackers
+from fipo_megatron.observability.trackers import Trackers, check_trackers, wandb_names
 
 needs_tensorboard = pytest.mark.skipif(find_spec("tensorboard") is None, reason="tensorboard is not installed")
 needs_wandb = pytest.mark.skipif(find_spec("wandb") is None, reason="wandb is not installed")
@@ -27,6 +30,7 @@ def test_tensorboard_reads_the_metrics_back(tmp_path: Path) -> None:
         tracker.log(0, {"eval/sampled_accuracy": 0.25})
         tracker.log(1, {"train/policy_kl": 0.5, "rollout/trained_groups": 32})
         tracker.log(2, {"train/policy_kl": -0.125})
+        tracker.log(2, {"eval/aime-24/avg@32": 0.5, "eval/cons@32_low": 0.75})
         events = EventAccumulator(str(tmp_path / "tensorboard"))
         events.Reload()  # before the writer is closed: a killed run keeps what it had
     found = {key: [(event.step, event.value) for event in events.Scalars(key)] for key in events.Tags()["scalars"]}
@@ -34,6 +38,8 @@ def test_tensorboard_reads_the_metrics_back(tmp_path: Path) -> None:
         "eval/sampled_accuracy": [(0, 0.25)],
         "train/policy_kl": [(1, 0.5), (2, -0.125)],
         "rollout/trained_groups": [(1, 32.0)],
+        "eval/aime-24/avg@32": [(2, 0.5)],
+        "eval/cons@32_low": [(2, 0.75)],
     }
 
 
@@ -56,6 +62,47 @@ def test_wandb_runs_offline(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> 
     (recorded,) = folder.glob("wandb/offline-run-*/*.wandb")
     assert b"train/policy_kl" in recorded.read_bytes()
     assert b"0.28125" in recorded.read_bytes()
+
+
+class FakeWandb(ModuleType):
+    """Weights & Biases' module as far as it is used, with the run that it would have sent."""
+
+    def __init__(self, url: str | None) -> None:
+        super().__init__("wandb")
+        self.url = url
+        self.logged: list[tuple[int, dict[str, float]]] = []
+
+    def init(self, **options: Any) -> FakeWandb:
+        return self
+
+    def Settings(self, **options: Any) -> None:
+        pass
+
+    def log(self, metrics: dict[str, float], step: int) -> None:
+        self.logged.append((step, metrics))
+
+    def finish(self, exit_code: int) -> None:
+        pass
+
+    teardown = finish
+
+
+@pytest.mark.parametrize("url", ["https://wandb.example/fipo/1", None])
+def test_the_address_of_the_wandb_page_stays_in_the_run_folder(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, url: str | None
+) -> None:
+    module = FakeWandb(url)
+    monkeypatch.setitem(sys.modules, "wandb", module)
+    with Trackers(make_config("wandb"), tmp_path) as tracker:
+        tracker.log(1, {"eval/aime-24/avg@32": 0.5})
+    assert module.logged == [(1, {"eval/aime_24/avg_32": 0.5})]
+    assert [path.read_text() for path in tmp_path.iterdir()] == ([] if url is None else [f"{url}\n"])
+
+
+def test_wandb_gets_names_that_it_can_sort_by() -> None:
+    metrics = {"eval/avg@32": 1.0, "train/kl": 2.0, "eval/a-b/x": 3.0, "eval/a_b/x": 4.0, "eval/a b/x": 5.0}
+    renamed = {"eval/avg_32": 1.0, "train/kl": 2.0, "eval/a-b/x": 3.0, "eval/a_b/x": 4.0, "eval/a b/x": 5.0}
+    assert wandb_names(metrics) == renamed  # none is lost where several would have one name
 
 
 def test_a_missing_package_is_named_before_the_run(monkeypatch: pytest.MonkeyPatch) -> None:

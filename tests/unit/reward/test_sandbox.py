@@ -7,11 +7,13 @@ import sys
 import threading
 import time
 from collections.abc import Iterator
+from contextlib import closing
 from pathlib import Path
 
 import psutil
 import pytest
 
+from fipo_megatron.reward import sandbox
 from fipo_megatron.reward.sandbox import Outcome, WorkerPool, load_function
 
 ROOT = Path(__file__).parents[3]
@@ -28,6 +30,12 @@ def act(name, argument=None):
         return os.getpid()
     if name == "sleep":
         time.sleep(1000)
+    if name == "nap":
+        time.sleep(argument)
+    if name == "work":
+        end = time.process_time() + argument
+        while time.process_time() < end:
+            pass
     if name == "spin":
         while True:
             pass
@@ -94,7 +102,43 @@ def test_a_lost_worker_costs_its_own_call_alone(pool: WorkerPool, name: str, kin
     outcomes = pool.run_many([("echo", 0), (name,), *(("echo", i) for i in range(1, 6))])
     assert outcomes.pop(1) == Outcome(kind)  # type: ignore[arg-type]
     assert outcomes == [Outcome("value", i) for i in range(6)]
-    assert time.monotonic() - began < 10
+    assert time.monotonic() - began < 15  # of which a call that sleeps has 4
+
+
+@pytest.fixture
+def long_clock(monkeypatch: pytest.MonkeyPatch) -> None:
+    """However slow the machine is: the limit on the clock is far away."""
+    monkeypatch.setattr(sandbox, "CLOCK_FACTOR", 200.0)
+
+
+@pytest.mark.usefixtures("long_clock")
+def test_the_limit_is_one_of_processor_time(function: str) -> None:
+    """Calls that wait for longer than they may work, as on a busy machine, are not ended; nor is their sum limited."""
+    with closing(WorkerPool(function, num_workers=1, timeout_s=0.5, memory_bytes=1 << 30)) as pool:
+        pid = pool.run_many([("pid",)])[0].value
+        assert pool.run_many([("nap", 0.7), ("work", 0.3), ("work", 0.3)]) == [Outcome("value")] * 3
+        assert pool.run_many([("pid",)])[0].value == pid
+        began = time.monotonic()
+        assert pool.run_many([("spin",)]) == [Outcome("timeout")]
+        assert time.monotonic() - began < 50  # not by the clock
+
+
+@pytest.mark.usefixtures("long_clock")
+def test_a_worker_that_is_held_up_gets_its_time_later(function: str) -> None:
+    """Stopped in the middle of its work, as by a machine that is busy with something else."""
+    with closing(WorkerPool(function, num_workers=1, timeout_s=0.8, memory_bytes=1 << 30)) as pool:
+        worker = psutil.Process(pool.run_many([("pid",)])[0].value)
+        for timer in (threading.Timer(0.1, worker.suspend), threading.Timer(1.2, worker.resume)):
+            timer.start()
+        assert pool.run_many([("work", 0.4)]) == [Outcome("value")]
+
+
+def test_a_call_that_sleeps_has_four_times_its_limit_on_the_clock(function: str) -> None:
+    with closing(WorkerPool(function, num_workers=1, timeout_s=0.4, memory_bytes=1 << 30)) as pool:
+        pool.run_many([("pid",)])  # the worker is up
+        began = time.monotonic()
+        assert pool.run_many([("sleep",)]) == [Outcome("timeout")]
+        assert 1.6 <= time.monotonic() - began < 10
 
 
 def test_memory_is_limited(pool: WorkerPool) -> None:

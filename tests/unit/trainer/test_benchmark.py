@@ -3,24 +3,34 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 
 from fipo_megatron.config.load import save_config
-from fipo_megatron.config.schema import Config
+from fipo_megatron.config.schema import ANSWER_TEMPLATE, Config, DataConfig, RewardConfig
 from fipo_megatron.data.encoding import PromptEncoder
+from fipo_megatron.data.prepare import prepare
+from fipo_megatron.data.prepare import write_problems as write_prepared
+from fipo_megatron.data.readers import Message, Problem
+from fipo_megatron.data.sources import find_source, read_source
 from fipo_megatron.observability.progress import Progress
+from fipo_megatron.reward import judge
+from fipo_megatron.reward.math_verify_rule import score_math_verify
 from fipo_megatron.trainer import benchmark
 from fipo_megatron.trainer.benchmark import (
     Benchmark,
     BenchmarkSettings,
+    data_config,
     evaluate_held_out,
     find_model,
     fit_config,
     load_run_config,
 )
+from fipo_megatron.types import FinishedResponse, Generation
 
 
 def settings(**changed: Any) -> BenchmarkSettings:
@@ -82,7 +92,16 @@ def test_accuracy_is_judged_without_what_only_changes_rewards(tmp_path: Path) ->
     judged = fit_config(run, 10, settings(max_response_tokens=100)).reward
     assert (judged.rule, judged.timeout_s) == ("math_verify", 9.0)
     assert (judged.overlong_buffer_tokens, judged.format_score) == (0, 0.0)
-    assert fit_config(run, 10, settings(rule="dapo")).reward.rule == "dapo"
+    judged = fit_config(run, 10, settings(rule="dapo", max_response_tokens=100)).reward
+    assert (judged.rule, judged.timeout_s, judged.format_score) == ("dapo", 9.0, 0.0)
+
+
+def test_another_rule_keeps_how_the_run_judges(tmp_path: Path) -> None:
+    limits = {"num_workers": 7, "timeout_s": 9.0, "memory_gib": 3.0, "max_unjudged_frac": 0.5}
+    reward = {"rule": "custom", "function": "mine.py:judge", **limits}
+    run = find_model(make_run(tmp_path / "run", reward=reward))
+    judged = fit_config(run, 10, settings(rule="math_verify", max_response_tokens=100)).reward
+    assert judged == RewardConfig(rule="math_verify", **limits)
 
 
 class Codepoints:
@@ -97,8 +116,11 @@ class Codepoints:
 
 @pytest.fixture
 def codepoints(monkeypatch: pytest.MonkeyPatch) -> None:
-    encoder = PromptEncoder(Codepoints(), "plain", "{question}")
-    monkeypatch.setattr(benchmark, "load_prompt_encoder", lambda folder, config: encoder)
+    monkeypatch.setattr(
+        benchmark,
+        "load_prompt_encoder",
+        lambda folder, config: PromptEncoder(Codepoints(), config.prompt, config.template),
+    )
     monkeypatch.setattr(benchmark, "load_decode", lambda folder: str)
 
 
@@ -115,6 +137,93 @@ def test_a_set_with_a_row_that_cannot_be_read_is_refused(tmp_path: Path) -> None
     write_problems(files["mine"], "", "{")
     with pytest.raises(ValueError, match=r"mine.jsonl: 1 of 2 rows can't be read: line 3 is not JSON"):
         Benchmark(model, files, settings(), Progress())
+
+
+@pytest.mark.usefixtures("codepoints")
+def test_a_set_is_judged_by_the_rule_that_its_answers_need(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def judge(prompts: Any, generations: Any, judge: Any, decode: Any) -> Any:
+        judged.append(judge._reward.config.rule)
+        raise ReachedError
+
+    judged: list[str] = []
+    monkeypatch.setattr(benchmark, "judge_problems", judge)
+    monkeypatch.setattr(benchmark, "_make_engine", lambda *_: HalfEngine())
+    model = find_model(make_model(tmp_path / "model"))
+    files = {name: write_problems(tmp_path / f"{name}.jsonl") for name in ("mine", "hmmt_feb_2025")}
+    with (tmp_path / "log").open("w") as log, Benchmark(model, files, settings(), Progress(log)) as measured:
+        for name in files:
+            with pytest.raises(ReachedError):
+                measured.measure(name, tmp_path)
+    assert judged == ["dapo", "math_verify"]
+    assert "hmmt_feb_2025 is judged by math_verify: dapo can't read its answers" in (tmp_path / "log").read_text()
+    Benchmark(model, files, settings(rule="math_verify"), Progress())
+    monkeypatch.setattr(benchmark, "HfEngine", lambda *_, **options: HalfEngine())
+    run = make_run(tmp_path / "run", data={"eval": {"hmmt_feb_2025": str(files["hmmt_feb_2025"])}})
+    with pytest.raises(ReachedError):
+        evaluate_held_out(run)
+    assert judged == ["dapo", "math_verify", "math_verify"]
+    with pytest.raises(ValueError, match=r"--rule dapo: the answers of hmmt_feb_2025 .* or give --rule math_verify"):
+        Benchmark(model, files, settings(rule="dapo"), Progress())
+
+
+class HalfEngine:
+    """Answers 1/2."""
+
+    def generate(self, requests: Sequence[Any], sampling: Any) -> Iterator[list[FinishedResponse]]:
+        answer = np.array([*b"Answer: 1/2"], np.int32)
+        for i in range(len(requests)):
+            yield [(i, Generation(answer, np.zeros(len(answer), np.float32), "stop", 0))]
+
+
+@pytest.mark.usefixtures("codepoints")
+def test_the_report_names_the_rule(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Text would say that 1/2 is not \\frac{1}{2}."""
+    monkeypatch.setitem(judge.RULES, "math_verify", score_math_verify)  # here, not in a process that has to start
+    monkeypatch.setattr(benchmark, "load_decode", lambda folder: lambda ids: bytes(ids.tolist()).decode())
+    monkeypatch.setattr(benchmark, "_make_engine", lambda *_: HalfEngine())
+    model = find_model(make_model(tmp_path / "model"))
+    row = {"id": 1, "problem": "p", "answer": r"\frac{1}{2}"}
+    (tmp_path / "rows.jsonl").write_text(json.dumps(row))
+    source = find_source("brumo_2025")
+    result = read_source(source, tmp_path / "rows.jsonl")
+    write_prepared(prepare(result, None)[0], tmp_path / "half.parquet")
+    with Benchmark(model, {"half": tmp_path / "half.parquet"}, settings(), Progress()) as measured:
+        summary = measured.measure("half", tmp_path)
+    assert summary["metrics"]["avg@2"] == 1.0
+    assert json.loads((tmp_path / "half.json").read_text())["settings"]["rule"] == "math_verify"
+
+
+def texts_of(benchmark: Benchmark) -> dict[str, str]:
+    """The first prompt of each set."""
+    return {name: "".join(map(chr, prompts[0].token_ids)) for name, prompts in benchmark._sets.items()}
+
+
+@pytest.mark.usefixtures("codepoints")
+def test_a_run_puts_problems_as_it_was_trained_unless_asked(tmp_path: Path) -> None:
+    run = find_model(make_run(tmp_path / "run", data={"template": "<{question}>"}, rollout={"max_response_tokens": 9}))
+    model = find_model(make_model(tmp_path / "model"))
+    files = {"bare": write_problems(tmp_path / "bare.jsonl"), "prepared": tmp_path / "prepared.parquet"}
+    problem = Problem("x/1", (Message("user", "1 + 1?"),), "2", "x")
+    write_prepared([problem], files["prepared"])
+    default = ANSWER_TEMPLATE.replace("{question}", "1 + 1?") + "\n\n"
+    own = Benchmark(run, files, settings(), Progress())
+    assert texts_of(own) == dict.fromkeys(files, "<1 + 1?>\n\n")
+    assert texts_of(Benchmark(model, files, settings(), Progress())) == dict.fromkeys(files, default)
+    other = Benchmark(run, files, settings(template="Q: {question}"), Progress())
+    assert texts_of(other) == dict.fromkeys(files, "Q: 1 + 1?\n\n")
+    assert [b._describe_settings()["template"] for b in (own, other)] == ["<{question}>", "Q: {question}"]
+    instructed = Problem("x/1", (Message("user", "How much is 1 + 1?"),), "2", "x", has_instruction=True)
+    write_prepared([instructed], files["prepared"])
+    assert texts_of(Benchmark(model, files, settings(), Progress()))["prepared"] == "How much is 1 + 1?\n\n"
+    with pytest.raises(ValueError, match=r"--template: .*prepared.parquet has rows with an instruction of their own"):
+        Benchmark(model, files, settings(template="Q: {question}"), Progress())
+
+
+def test_the_form_of_prompts_can_be_asked_for() -> None:
+    config = DataConfig(prompt="plain", template="<{question}>")
+    assert data_config(config, settings()) == config
+    assert data_config(config, settings(prompt="chat")) == DataConfig(prompt="chat", template="<{question}>")
+    assert data_config(config, settings(template="{question}")) == DataConfig(prompt="plain", template="{question}")
 
 
 class ReachedError(Exception):

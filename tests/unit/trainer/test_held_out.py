@@ -5,13 +5,14 @@ from __future__ import annotations
 import asyncio
 import json
 from collections.abc import AsyncIterator, Sequence
+from contextlib import closing
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 
-from fipo_megatron.config.schema import Config
+from fipo_megatron.config.schema import Config, RewardConfig
 from fipo_megatron.reward.judge import make_reward
 from fipo_megatron.rollout.collect import sampling_seed
 from fipo_megatron.trainer.held_out import HeldOutEvaluation
@@ -41,10 +42,13 @@ class FakeEngine:
         return Generation(np.array([answer], np.int32), np.zeros(1, np.float32), "stop", 0)
 
 
-def measure(folder: Path, engine: FakeEngine, sets: dict[str, list[Prompt]], **sections: Any) -> dict[str, float]:
+def measure(
+    folder: Path, engine: FakeEngine, sets: dict[str, list[Prompt]], others: Any = None, **sections: Any
+) -> dict[str, float]:
+    """`others`: rewards of sets that the configured one does not judge."""
     config = Config.model_validate({"seed": 5, "rollout": {"max_response_tokens": 12}, **sections})
-    reward = make_reward(config.reward, max_response_tokens=12)
-    evaluation = HeldOutEvaluation(config, sets, reward, lambda ids: f"Answer: {ids[0]}", folder)
+    rewards = dict.fromkeys(sets, make_reward(config.reward, max_response_tokens=12)) | (others or {})
+    evaluation = HeldOutEvaluation(config, sets, rewards, lambda ids: f"Answer: {ids[0]}", folder)
     return asyncio.run(evaluation.measure(engine, 20))  # type: ignore[arg-type]
 
 
@@ -79,6 +83,27 @@ def test_several_samples_of_several_sets(tmp_path: Path) -> None:
         assert all(len(row["predictions"]) == K for row in table)
         assert len(read_table(tmp_path / "step_000020" / "greedy" / f"{name}.jsonl")) == len(prompts)
     assert [row["correct"] for row in read_table(tmp_path / "step_000020" / "easy.jsonl")] == right.tolist()
+
+
+def test_each_set_is_judged_by_its_reward(tmp_path: Path) -> None:
+    function = tmp_path / "custom.py"
+    function.write_text("def is_8(response, ground_truth):\n    return float('8' in response)\n")
+    config = RewardConfig(rule="custom", function=f"{function}:is_8")
+    with closing(make_reward(config, max_response_tokens=12)) as reward:
+        metrics = measure(
+            *(tmp_path, FakeEngine(), {"easy": EASY, "hard": HARD}),
+            others={"hard": reward},
+            data={"eval": {"easy": "easy.jsonl", "hard": "hard.jsonl"}},
+            evaluation={"samples_per_problem": K},
+        )
+    says_8 = {
+        name: np.array([[sampling_seed(5, -1, prompt.uid, i) % 2 for i in range(K)] for prompt in prompts])
+        for name, prompts in {"easy": EASY, "hard": HARD}.items()
+    }
+    assert metrics["eval/easy/sampled_accuracy"] == pytest.approx(1 - says_8["easy"].mean())
+    assert metrics["eval/hard/sampled_accuracy"] == pytest.approx(says_8["hard"].mean())
+    num_right = (1 - says_8["easy"]).sum() + says_8["hard"].sum()
+    assert metrics["eval/sampled_accuracy"] == pytest.approx(num_right / (10 * K))
 
 
 def test_one_sample_of_the_task(tmp_path: Path) -> None:

@@ -1,9 +1,17 @@
 from __future__ import annotations
 
+import json
+from pathlib import Path
+from typing import Any
+
 import pytest
 
-from fipo_megatron.config.schema import Config
-from fipo_megatron.trainer.launch import check_num_gpus
+from fipo_megatron.config.schema import Config, DataFileConfig
+from fipo_megatron.data import load
+from fipo_megatron.data.encoding import PromptEncoder
+from fipo_megatron.observability.progress import Progress
+from fipo_megatron.trainer import launch
+from fipo_megatron.trainer.launch import check_before_start, check_num_gpus, plan_training
 
 
 def test_ranks_and_engine_need_a_device_each() -> None:
@@ -11,3 +19,67 @@ def test_ranks_and_engine_need_a_device_each() -> None:
     check_num_gpus(config, available=5)
     with pytest.raises(ValueError, match="4 ranks and the engine take 5 GPUs, there are 4"):
         check_num_gpus(config, available=4)
+
+
+HF_CONFIG = {
+    "architectures": ["Qwen2ForCausalLM"],
+    **{"vocab_size": 512, "hidden_size": 128, "intermediate_size": 256, "num_hidden_layers": 2},
+    **{"num_attention_heads": 4, "num_key_value_heads": 2, "max_position_embeddings": 4096, "rms_norm_eps": 1e-6},
+}
+
+
+class Codepoints:
+    chat_template = None
+
+    def encode(self, text: str, *, add_special_tokens: bool) -> list[int]:
+        return [ord(character) for character in text]
+
+    def apply_chat_template(self, *arguments: Any, **options: Any) -> str:
+        raise NotImplementedError
+
+
+@pytest.fixture
+def make_config(tmp_path: Path):
+    (tmp_path / "model").mkdir()
+    (tmp_path / "model" / "config.json").write_text(json.dumps(HF_CONFIG))
+    for name in ("tokenizer.json", "model.safetensors"):
+        (tmp_path / "model" / name).touch()
+
+    def write(name: str, *questions: str) -> str:
+        path = tmp_path / f"{name}.jsonl"
+        path.write_text("".join(json.dumps({"question": q, "answer": "#### 1"}) + "\n" for q in questions))
+        return str(path)
+
+    def make(**sections: Any) -> Config:
+        data = {"train": write("train", "One?", "Two?"), "eval": {"mine": write("test", "Three?")}}
+        values = {"model": {"path": str(tmp_path / "model")}, "platform": "cpu", "data": data}
+        return Config.model_validate(values | {"rollout": {"max_response_tokens": 64}} | sections)
+
+    return make
+
+
+def test_each_file_is_read_once(make_config, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def count(file: DataFileConfig) -> Any:
+        reads.append(Path(file.path).name)
+        return read(file)
+
+    reads, read = list[str](), load._read
+    monkeypatch.setattr(load, "_read", count)
+    monkeypatch.setattr(launch, "load_prompt_encoder", lambda *_: PromptEncoder(Codepoints(), "plain", "{question}"))
+    config = make_config()
+    files = check_before_start(config)
+    assert [len(result.problems) for result in files.train] == [2]
+    with (tmp_path / "log").open("w") as log:
+        plan = plan_training(config, files, tmp_path, Progress(log))
+    assert [prompt.ground_truth for prompt in plan.prompts.train.next_prompts(2)] == ["1", "1"]
+    assert "train.jsonl: 2 of 2 prompts" in (tmp_path / "log").read_text()
+    assert reads == ["train.jsonl", "test.jsonl"]
+
+
+def test_limits_of_judging_count_where_an_evaluation_set_needs_them(make_config) -> None:
+    config = make_config(reward={"timeout_s": 9.0})
+    with pytest.raises(ValueError, match=r"reward.timeout_s = 9.0: has no effect where only the rule dapo judges"):
+        check_before_start(config)
+    sets = {"hmmt_feb_2025": config.data.eval["mine"]}
+    data = config.data.model_copy(update={"eval": sets})
+    check_before_start(config.model_copy(update={"data": data}))

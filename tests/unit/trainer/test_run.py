@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import asyncio
 import random
+import time
 from collections.abc import AsyncIterator, Iterator, Sequence
 from contextlib import closing, contextmanager
 from dataclasses import replace
@@ -19,8 +20,9 @@ from fipo_megatron.data.encoding import load_prompt_encoder
 from fipo_megatron.data.load import load_files
 from fipo_megatron.data.run_prompts import make_run_prompts
 from fipo_megatron.data.tasks import make_task
-from fipo_megatron.observability.metrics import MetricsWriter
+from fipo_megatron.observability.metrics import MetricsWriter, read_metrics
 from fipo_megatron.observability.progress import Progress
+from fipo_megatron.observability.samples import read_samples, samples_path
 from fipo_megatron.observability.trackers import Trackers
 from fipo_megatron.rollout.collect import make_training_batch
 from fipo_megatron.trainer.run import Run, make_run_folder
@@ -214,3 +216,35 @@ def test_a_policy_that_the_engine_does_not_hold_or_that_ran_away_is_refused(tmp_
         for logprobs in (old_logprobs - 0.5, old_logprobs + 0.5, old_logprobs * np.nan):
             with pytest.raises(RuntimeError, match=r"trainer\.max_policy_kl = 0\.4; lower optimizer\.lr"):
                 run.check_kl(batch, logprobs)
+
+
+def test_samples_are_written_within_the_tokens_counted_and_timed(tmp_path: Path) -> None:
+    with make_run(tmp_path / "run", 0, 0, run={"sample_tokens": 300}) as (run, _):
+        groups, _ = asyncio.run(run.collect_groups(version=0))
+        batch = make_training_batch(groups, np.ones(PROMPTS * GROUP, np.float32))
+        logprobs = np.full(batch.token_ids.size - batch.prompt_lens.sum(), -0.5, np.float32)
+        metrics = run.record_samples(1, groups, replace(batch, old_logprobs=logprobs), logprobs)
+        times = run.timers.collect()
+    lengths = [sum(len(sample.response_ids) for sample in group.samples) for group in groups]
+    expected = next(i for i in range(1, PROMPTS + 1) if sum(lengths[: i + 1]) > 300)
+    assert 1 < expected < PROMPTS
+    assert metrics == {"rollout/recorded_groups": expected}
+    lines = read_samples(samples_path(tmp_path / "run", 1))
+    assert [line["uid"] for line in lines] == [group.prompt.uid for group in groups[:expected] for _ in range(GROUP)]
+    assert 0 < times["time/samples_s"] <= times["time/step_s"]
+
+
+def test_curves_are_drawn_with_evaluations_and_once_a_minute_between_them(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    drawn: list[int] = []
+    now = 1000.0
+    monkeypatch.setattr("fipo_megatron.trainer.run.plot_curves", lambda lines, png: drawn.append(step))
+    monkeypatch.setattr(time, "perf_counter", lambda: now)
+    with make_run(tmp_path / "run", 0, 0) as (run, _):
+        for step in range(10):
+            run.record(step, {"eval/sampled_accuracy": 0.5} if step in (0, 5) else {"train/loss": 0.5})
+            now += 25.0
+    assert drawn == [0, 3, 5, 8]
+    lines = read_metrics(tmp_path / "run" / "metrics.jsonl")
+    assert [line["step"] for line in lines if "time/curves_s" in line] == [1, 4, 6, 9]  # after the step that shows it
