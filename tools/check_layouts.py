@@ -21,12 +21,13 @@ exit status: 0 all updates are equal, 1 an error above its tolerance or a rank f
 
 def main(arguments: list[str] | None = None) -> int:
     """Exit status of the command."""
-    from fipo_megatron.trainer.layout_check import FAMILIES, LAYOUTS
+    from fipo_megatron.trainer.layout_check import LAYOUTS
+    from fipo_megatron.trainer.tiny_models import MODELS
 
     parser = argparse.ArgumentParser(
         prog="check_layouts", description=__doc__, epilog=EXAMPLES, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--family", nargs="+", choices=FAMILIES, default=list(FAMILIES), metavar="F", help="families")
+    parser.add_argument("--family", nargs="+", choices=MODELS, default=list(MODELS), metavar="F", help="families")
     parser.add_argument("--layouts", nargs="+", choices=LAYOUTS, default=list(LAYOUTS), metavar="L", help="layouts")
     parser.add_argument("--json", action="store_true", help="print one JSON object a layout and family")
     options = parser.parse_args(arguments)

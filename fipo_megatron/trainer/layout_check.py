@@ -21,72 +21,18 @@ from fipo_megatron.algorithm.fipo_loss import fipo_loss
 from fipo_megatron.algorithm.future_kl import future_kl, influence_bounds, log_ratio
 from fipo_megatron.algorithm.loss_metrics import loss_metrics
 from fipo_megatron.config.schema import AlgorithmConfig, Config, OptimizerConfig
+from fipo_megatron.trainer.tiny_models import MODELS, VOCAB, write_model
 from fipo_megatron.types import SegmentTable, TrainingBatch
 
 if TYPE_CHECKING:
     from fipo_megatron.trainer.policy import MegatronPolicy
 
-VOCABULARY = 67  # odd: padded under tensor parallelism, and the phantom columns must not count
 MAX_PROMPT_TOKENS, MAX_RESPONSE_TOKENS = 24, 96
 RESPONSE_LENS = (1, 96, 5, 40, 1, 64, 23, 2, 77, 12, 31, 8)
 MARGIN = 1e-3
 GRAD_FLOOR = 1e-8  # of the global norm: below it a parameter's own gradient is rounding
 # A large epsilon keeps Adam's first step proportional to the gradient, so that rounding isn't blown up to +-lr.
 OPTIMIZER = OptimizerConfig(lr=0.05, weight_decay=0.1, adam_eps=0.05, adam_beta2=0.99, max_grad_norm=1.0)
-
-SIZES: dict[str, Any] = {
-    "vocab_size": VOCABULARY,
-    "hidden_size": 64,
-    "intermediate_size": 96,
-    "num_hidden_layers": 4,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
-    "max_position_embeddings": 128,
-    "bos_token_id": None,
-    "eos_token_id": 1,
-    "pad_token_id": 0,
-}
-
-
-@dataclass(frozen=True)
-class Family:
-    """A family's architecture in transformers, and what its tiny model has beside SIZES."""
-
-    model_type: str
-    settings: Mapping[str, Any]
-
-
-FAMILIES: dict[str, Family] = {
-    "qwen2": Family("qwen2", {"tie_word_embeddings": False}),
-    "qwen2_tied": Family("qwen2", {"tie_word_embeddings": True}),
-    "qwen3_tied": Family("qwen3", {"tie_word_embeddings": True, "head_dim": 32}),
-    "qwen3_moe": Family(
-        "qwen3_moe",
-        {
-            "tie_word_embeddings": False,
-            "head_dim": 32,
-            "num_experts": 4,
-            "num_experts_per_tok": 2,
-            "moe_intermediate_size": 48,
-            "norm_topk_prob": True,
-        },
-    ),
-    "llama3": Family(
-        "llama",
-        {
-            "tie_word_embeddings": False,
-            "rope_parameters": {
-                "rope_type": "llama3",
-                "rope_theta": 500000.0,
-                "factor": 8.0,
-                "low_freq_factor": 1.0,
-                "high_freq_factor": 4.0,
-                "original_max_position_embeddings": 64,
-            },
-        },
-    ),
-}
-
 
 LAYOUTS: dict[str, dict[str, Any]] = {
     "tp1": {},
@@ -114,7 +60,7 @@ LAYOUTS: dict[str, dict[str, Any]] = {
 def supports(family: str, layout: str) -> bool:
     """Whether a layout is one of the family's: experts are shared out where there are any, and cut over tensor-parallel
     ranks only under sequence parallelism."""
-    parallel, has_experts = LAYOUTS[layout], "num_experts" in FAMILIES[family].settings
+    parallel, has_experts = LAYOUTS[layout], "num_experts" in MODELS[family][1]
     if not has_experts:
         return "expert" not in parallel
     return "tensor" not in parallel or "sequence_parallel" in parallel
@@ -142,7 +88,7 @@ class Checker:
             "trainer": {"microbatch_samples": 5, "max_policy_kl": 10.0},
             "timeouts": {"startup_s": 100, "call_s": 60, "collective_s": 59},
         })  # fmt: skip
-        write_tiny_model(family, folder / "model")
+        write_model(family, folder / "model")
         algorithm = self.config.algorithm
         self.batch = make_check_batch(transformers_logprobs(folder / "model"), algorithm)
         self.expected = transformers_step(folder / "model", self.batch, algorithm, MAX_RESPONSE_TOKENS)
@@ -161,18 +107,6 @@ class Checker:
         return compare_steps(found, self.expected, load_file(self.folder / "model" / "model.safetensors"))
 
 
-def write_tiny_model(family: str, folder: Path, seed: int = 1) -> None:
-    """A Hugging Face folder with a random model of a family."""
-    from transformers import AutoConfig, AutoModelForCausalLM
-
-    settings = FAMILIES[family]
-    torch.manual_seed(seed)
-    model = AutoModelForCausalLM.from_config(AutoConfig.for_model(settings.model_type, **SIZES, **settings.settings))
-    for name, parameter in model.named_parameters():
-        torch.nn.init.normal_(parameter, mean=1.0 if "norm" in name else 0.0, std=0.15)
-    model.save_pretrained(folder)
-
-
 def make_check_batch(logprobs_of: Callable[[TrainingBatch], np.ndarray], config: AlgorithmConfig) -> TrainingBatch:
     """Samples with old log-probs that put the loss of `config` to work, no token within MARGIN of a threshold.
 
@@ -183,7 +117,7 @@ def make_check_batch(logprobs_of: Callable[[TrainingBatch], np.ndarray], config:
     prompt_lens = rng.integers(1, MAX_PROMPT_TOKENS + 1, len(response_lens))
     lens = prompt_lens + response_lens
     batch = TrainingBatch(
-        token_ids=rng.integers(2, VOCABULARY, lens.sum()),
+        token_ids=rng.integers(2, VOCAB, lens.sum()),
         cu_seqlens=np.concatenate([[0], np.cumsum(lens)]),
         prompt_lens=prompt_lens,
         advantages=rng.normal(size=len(lens)).astype(np.float32),

@@ -13,7 +13,7 @@ from fipo_megatron.model.build import make_transformer_config, named_parameters
 from fipo_megatron.model.hf_config import ModelShape, make_model_shape
 from fipo_megatron.model.platform import Platform
 from fipo_megatron.model.weight_map.families import make_entries
-from tests.tiny_models import EXPERTS, LLAMA3_ROPE, SIZES
+from fipo_megatron.trainer.tiny_models import EXPERTS, LLAMA3_ROPE, SIZES
 
 DENSE = make_model_shape({"architectures": ["Qwen2ForCausalLM"], "rms_norm_eps": 1e-6, **SIZES}, "here")
 SPARSE = make_model_shape(

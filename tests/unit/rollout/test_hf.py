@@ -8,7 +8,7 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
 from fipo_megatron.rollout.hf import folder_weights
-from tests.tiny_models import write_model
+from fipo_megatron.trainer.tiny_models import write_model
 
 
 @pytest.mark.parametrize("name", ["qwen2_tied", "qwen3_moe"])

@@ -5,12 +5,12 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-VOCAB = 33  # odd: Megatron pads it under tensor parallelism, and the phantom column must not count
+VOCAB = 67  # odd: Megatron pads it under tensor parallelism, and the phantom column must not count
 SIZES: dict[str, Any] = {
     "vocab_size": VOCAB,
     "hidden_size": 64,
     "intermediate_size": 96,
-    "num_hidden_layers": 2,
+    "num_hidden_layers": 4,
     "num_attention_heads": 4,
     "num_key_value_heads": 2,
     "max_position_embeddings": 128,
