@@ -19,9 +19,9 @@ from fipo_megatron.algorithm.fipo_loss import fipo_loss
 from fipo_megatron.algorithm.loss_metrics import loss_metrics
 from fipo_megatron.config.schema import Config, OptimizerConfig
 from fipo_megatron.trainer.policy_processes import run_policy
+from fipo_megatron.trainer.tiny_models import VOCAB, write_model
 from fipo_megatron.types import TrainingBatch
 from tests.parity.policy_config import make_config
-from fipo_megatron.trainer.tiny_models import VOCAB, write_model
 
 LR = 0.05
 # A large epsilon keeps Adam's first steps proportional to the gradient, so rounding isn't blown up to +-lr.
