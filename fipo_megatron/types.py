@@ -108,7 +108,7 @@ class TrainingBatch:
     # float32 [R], responses only, in sample order; R = N - sum(prompt_lens)
     old_logprobs: np.ndarray | None = None  # by the trainer, before the first update of the batch
     ref_logprobs: np.ndarray | None = None  # by the frozen reference policy
-    loss_mask: np.ndarray | None = None  # bool [R], response tokens that count, e.g. not those of a tool; None: all
+    loss_mask: np.ndarray | None = None  # bool [R], tokens that count in the loss; None: all
 
     @property
     def num_samples(self) -> int:
@@ -121,13 +121,13 @@ class SegmentTable:
 
     Padded rows `[B, L]` are B segments of L tokens. Under context parallelism of size cp every sequence is padded to a
     multiple of 2 * cp, cut into 2 * cp equal chunks, and rank r holds chunks r and 2 * cp - 1 - r one after the other
-    (zig-zag, Transformer Engine's order): its local segment is those two halves, equal if the segment holds every
-    position, and of any length, 0 included, if it holds the response tokens alone.
+    (zig-zag, Transformer Engine's order): its local segment is those two halves. Where it keeps the response rows
+    alone, they are what the two chunks have of them, of any lengths that may differ between ranks.
     """
 
     cu_seqlens: torch.Tensor  # int64 [num_segments + 1], local boundaries, first 0, last the number of local tokens
-    # int64 [num_segments], where the second half of each begins; None: in the middle. Under context parallelism only.
-    second_halves: torch.Tensor | None = None
+    # int64 [2 * num_segments + 1], the boundaries between the zig-zag chunks; None: in the middle of each segment
+    cu_chunks: torch.Tensor | None = None
 
     @property
     def num_segments(self) -> int:

@@ -1,120 +1,122 @@
-"""Microbatches as packed tokens: samples one after the other without padding between them, and their response rows."""
+"""One microbatch as flat tokens without padding between them, and the way back. No process groups, no CUDA.
+
+Position t of a sample holds its token t and speaks of token t + 1, its target. Only positions whose target is a
+response token are response rows: their hidden states alone reach the head, and the loss sees nothing else.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
 import torch
+from torch.nn.functional import pad
 
 from fipo_megatron.parallel.context import zigzag_positions
+from fipo_megatron.parallel.plan import PackingUnits
 from fipo_megatron.types import SegmentTable, TrainingBatch
 
 
 @dataclass(frozen=True)
 class PackedTokens:
-    """One microbatch on one rank. Position t of a sample holds token t and speaks of token t + 1, its target.
+    """One context-parallel rank's part of a microbatch of T positions over all cp ranks, of which R are response rows.
 
-    `T` tokens: those of this context-parallel rank, two zig-zag chunks of every sample. `R` rows: the positions among
-    them whose target is a response token. Only they reach the output layer.
+    Sequences are the samples, each padded at its end to the multiple that zig-zag chunks need, and behind them one of
+    padding alone, where the total has to be longer. Attention is causal, so no token of a sample sees padding.
     """
 
-    samples: tuple[int, ...]  # sample indices, in order; empty: a microbatch of padding, which joins the collectives
-    response_lens: tuple[int, ...]  # response tokens of each sample, over all context-parallel ranks
-    padded_lens: tuple[int, ...]  # tokens of each sequence over all ranks; the last may be padding alone
-    tokens: torch.Tensor  # int64 [T]
-    position_ids: torch.Tensor  # int64 [T], within its sample
-    response_index: torch.Tensor  # int64 [R], where the rows stand in `tokens`
-    response_positions: torch.Tensor  # int64 [R], which of the microbatch's response tokens, in sample order, each is
-    segments: SegmentTable  # the rows of each sample
+    samples: tuple[int, ...]  # sample index of each sequence; empty where this microbatch only joins collectives
+    tokens: torch.Tensor  # int64 [T / cp]
+    position_ids: torch.Tensor  # int64 [T / cp], from 0 in every sequence
+    cu_seqlens: torch.Tensor  # int32 [num_sequences + 1], boundaries of the padded sequences over all cp ranks, last T
+    max_seqlen: int  # of the padded sequences
+    # Response rows, in local order; all but the first are what the loss reads
+    response_index: torch.Tensor  # int64 [R], where they stand in `tokens`
+    batch_rows: torch.Tensor  # int64 [R], where they stand in the batch's response arrays
     targets: torch.Tensor  # int64 [R]
     loss_mask: torch.Tensor  # bool [R]
     advantages: torch.Tensor  # float32 [R]
     old_logprobs: torch.Tensor  # float32 [R], zeros where the batch has none
     ref_logprobs: torch.Tensor | None  # float32 [R]
+    segments: SegmentTable  # of the response rows, a segment a sample; stays on the CPU
 
     def to(self, device: torch.device) -> PackedTokens:
-        """The same microbatch on a device; the segments' boundaries stay on the CPU."""
+        """The same tokens on a device."""
         moved: dict[str, Any] = {name: v.to(device) for name, v in vars(self).items() if isinstance(v, torch.Tensor)}
         return replace(self, **moved)
 
 
 def make_packed_tokens(
-    batch: TrainingBatch,
-    samples: Sequence[int],
-    *,
-    context_rank: int = 0,
-    context_size: int = 1,
-    tensor_multiple: int = 1,
+    batch: TrainingBatch, samples: Sequence[int], units: PackingUnits, context_rank: int = 0
 ) -> PackedTokens:
-    """The samples as one rank's packed tokens.
+    """The part of context-parallel rank `context_rank` in the microbatch of these samples, in this order."""
+    chosen = list(samples)
+    response_starts = _response_starts(batch)
+    sample_lens = np.diff(batch.cu_seqlens)[chosen]
+    lens = units.sequence_lens(sample_lens)
+    total = units.total_len(lens)
+    tokens, batch_rows = np.zeros(total, np.int64), np.full(total, -1)
+    for i, n, start in zip(chosen, sample_lens - 1, np.cumsum(lens) - lens, strict=True):
+        tokens[start : start + n] = batch.token_ids[batch.cu_seqlens[i] :][:n]
+        batch_rows[start + batch.prompt_lens[i] - 1 : start + n] = np.arange(response_starts[i], response_starts[i + 1])
+    sequence_lens = [n for n in (*lens.tolist(), total - int(lens.sum())) if n > 0]
 
-    Every sample is padded to a multiple of 2 * cp (cp > 1), and the whole so that a rank's tokens are a multiple of
-    `tensor_multiple`: the tensor-parallel size under sequence parallelism, else 1.
-    """
-    multiple = 1 if context_size == 1 else 2 * context_size
-    starts = batch.cu_seqlens[:-1]
-    sample_lens, response_starts = np.diff(batch.cu_seqlens), _response_starts(batch)
-    padded_lens = [-(-(int(sample_lens[i]) - 1) // multiple) * multiple for i in samples]
-    whole = multiple * tensor_multiple
-    missing = -sum(padded_lens) % whole or (0 if padded_lens else whole)
-    if missing:
-        padded_lens.append(missing)
+    positions = zigzag_positions(sequence_lens, context_rank, units.context_size)
+    local_rows = torch.from_numpy(batch_rows)[positions]
+    is_response = local_rows >= 0
+    rows = local_rows[is_response].numpy()
+    owners = np.searchsorted(response_starts, rows, side="right") - 1
 
-    num_tokens = sum(padded_lens)
-    tokens, positions = np.zeros(num_tokens, np.int64), np.zeros(num_tokens, np.int64)
-    response = np.full(num_tokens, -1)  # which response token of the microbatch a position speaks of
-    taken, first = [np.zeros(0, np.int64)], 0  # taken: where the response tokens stand in the batch's flat arrays
-    targets = [np.zeros(0, np.int64)]
-    for i, start in zip(samples, np.cumsum([0, *padded_lens]), strict=False):
-        ids = batch.token_ids[starts[i] : starts[i] + sample_lens[i]]
-        tokens[start : start + len(ids) - 1] = ids[:-1]
-        positions[start : start + len(ids) - 1] = np.arange(len(ids) - 1)
-        prompt_len = int(batch.prompt_lens[i])
-        num_rows = len(ids) - prompt_len
-        response[start + prompt_len - 1 : start + len(ids) - 1] = np.arange(first, first + num_rows)
-        taken.append(np.arange(response_starts[i], response_starts[i + 1]))
-        targets.append(ids[prompt_len:])
-        first += num_rows
+    def at_rows(values: np.ndarray | None, default: np.ndarray) -> torch.Tensor:
+        return torch.from_numpy(default if values is None else values[rows])
 
-    local = zigzag_positions(padded_lens, context_rank, context_size).numpy()
-    index = np.flatnonzero(response[local] >= 0)
-    rows = response[local[index]]
-    flat = np.concatenate(taken)[rows]
-
-    def of_rows(values: np.ndarray | None) -> torch.Tensor | None:
-        return None if values is None else torch.from_numpy(values[flat])
-
-    owners = np.repeat(np.asarray(samples, np.int64), [len(part) for part in taken[1:]])[rows]
-    old_logprobs, loss_mask = of_rows(batch.old_logprobs), of_rows(batch.loss_mask)
     return PackedTokens(
-        samples=tuple(samples),
-        response_lens=tuple(len(part) for part in taken[1:]),
-        padded_lens=tuple(padded_lens),
-        tokens=torch.from_numpy(tokens[local]),
-        position_ids=torch.from_numpy(positions[local]),
-        response_index=torch.from_numpy(index),
-        response_positions=torch.from_numpy(rows),
-        segments=_count_rows(index, padded_lens, len(samples), context_size),
-        targets=torch.from_numpy(np.concatenate(targets)[rows]),
-        loss_mask=torch.ones(len(rows), dtype=torch.bool) if loss_mask is None else loss_mask,
+        samples=tuple(chosen),
+        tokens=torch.from_numpy(tokens)[positions],
+        position_ids=torch.cat([torch.arange(n) for n in sequence_lens])[positions],
+        cu_seqlens=torch.tensor([0, *np.cumsum(sequence_lens)], dtype=torch.int32),
+        max_seqlen=max(sequence_lens),
+        response_index=is_response.nonzero().squeeze(1),
+        batch_rows=local_rows[is_response],
+        # Before response row r of the batch stand r response tokens and the prompts up to that of its own sample
+        targets=torch.from_numpy(batch.token_ids[rows + np.cumsum(batch.prompt_lens)[owners]]),
+        loss_mask=at_rows(batch.loss_mask, np.ones(len(rows), bool)),
         advantages=torch.from_numpy(batch.advantages[owners]),
-        old_logprobs=torch.zeros(len(rows)) if old_logprobs is None else old_logprobs,
-        ref_logprobs=of_rows(batch.ref_logprobs),
+        old_logprobs=at_rows(batch.old_logprobs, np.zeros(len(rows), np.float32)),
+        ref_logprobs=None if batch.ref_logprobs is None else torch.from_numpy(batch.ref_logprobs[rows]),
+        segments=_response_segments(is_response, torch.from_numpy(lens), units),
     )
 
 
-def _count_rows(index: np.ndarray, padded_lens: Sequence[int], num_samples: int, context_size: int) -> SegmentTable:
-    """The segments of the rows at local positions `index`: a sample each, of two chunks under context parallelism."""
-    chunks_per_sample = 1 if context_size == 1 else 2
-    chunk_lens = np.repeat(np.asarray(padded_lens) // (context_size * chunks_per_sample), chunks_per_sample)
-    ends = np.concatenate([[0], np.cumsum(chunk_lens)])[: num_samples * chunks_per_sample + 1]
-    boundaries = torch.from_numpy(np.searchsorted(index, ends))
-    if chunks_per_sample == 1:
-        return SegmentTable(boundaries)
-    return SegmentTable(boundaries[::2], second_halves=boundaries[1::2])
+def merge_response_rows(batch: TrainingBatch, parts: Iterable[tuple[np.ndarray, np.ndarray]]) -> np.ndarray:
+    """Values of all response rows in sample order, float32 [R], from `(batch_rows, values)` of every microbatch of all
+    data- and context-parallel ranks, in any order.
+
+    Raises:
+        ValueError: a row is missing or was computed twice.
+    """
+    rows, values = (np.concatenate(arrays) for arrays in zip(*parts, strict=True))
+    num_rows = len(batch.token_ids) - int(batch.prompt_lens.sum())
+    counts = np.bincount(rows, minlength=num_rows)
+    if len(counts) != num_rows or (counts != 1).any():
+        raise ValueError(
+            f"of {num_rows} response rows {(counts == 0).sum()} are missing and {(counts > 1).sum()} came more than "
+            "once: pass the parts of all samples, each from one tensor-parallel rank of the last stage"
+        )
+    merged = np.empty(num_rows, np.float32)
+    merged[rows] = values
+    return merged
+
+
+def _response_segments(is_response: torch.Tensor, sequence_lens: torch.Tensor, units: PackingUnits) -> SegmentTable:
+    """The table of the response rows, of which a zig-zag chunk may have any number."""
+    num_chunks = 2 if units.context_size > 1 else 1  # of a sequence, on this rank
+    chunk_lens = (sequence_lens // (num_chunks * units.context_size)).repeat_interleave(num_chunks)
+    cu_rows = pad(is_response.cumsum(0), (1, 0))
+    cu_chunks = cu_rows[pad(chunk_lens.cumsum(0), (1, 0))]
+    return SegmentTable(cu_chunks[::num_chunks].contiguous(), cu_chunks if num_chunks == 2 else None)
 
 
 def _response_starts(batch: TrainingBatch) -> np.ndarray:

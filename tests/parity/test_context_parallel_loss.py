@@ -6,13 +6,9 @@ zig-zag chunks. The loss of each microbatch is compared, so the sum over microba
 
 from __future__ import annotations
 
-from datetime import timedelta
-from pathlib import Path
-
 import pytest
 import torch
 import torch.distributed as dist
-import torch.multiprocessing as mp
 
 from fipo_megatron.algorithm.fipo_loss import fipo_loss
 from fipo_megatron.algorithm.loss_metrics import all_reduce_statistics, loss_metrics
@@ -22,10 +18,10 @@ from fipo_megatron.ops.token_logprob import token_logprob
 from fipo_megatron.parallel.context import merge_context_chunks, merge_zigzag, split_zigzag
 from fipo_megatron.trainer.policy_processes import CONTEXT
 from fipo_megatron.types import SegmentTable
+from tests.parity.gloo_processes import start_processes
 
 pytestmark = pytest.mark.multiproc
 
-TIMEOUT = timedelta(seconds=60)
 SEQUENCE_NORM = 64
 # Sequences of 8 chunks at most (cp = 4); [0] is a batch without any token.
 LENGTHS = {"two": [32, 48], "three": [8, 64, 160], "empty_segments": [0, 40, 0], "nothing": [0]}
@@ -36,22 +32,6 @@ CONFIGS = {
     "norm": {"loss_aggregation": "seq-mean-token-sum-norm"},
     "grpo": {"objective": "grpo"},
 }
-
-
-def start_processes(function, size: int, folder: Path) -> list:
-    """What `function(rank, size, group)` returns on each of `size` gloo ranks."""
-    method = CONTEXT.get_start_method()
-    mp.start_processes(run_rank, args=(function, size, folder), nprocs=size, start_method=method)
-    return [torch.load(folder / f"{rank}.pt", weights_only=True) for rank in range(size)]
-
-
-def run_rank(rank: int, function, size: int, folder: Path) -> None:
-    torch.set_num_threads(1)
-    store = dist.FileStore(str(folder / "store"), size)
-    dist.init_process_group("gloo", store=store, rank=rank, world_size=size, timeout=TIMEOUT)
-    assert dist.group.WORLD is not None
-    torch.save(function(rank, size, dist.group.WORLD), folder / f"{rank}.pt")
-    dist.destroy_process_group()
 
 
 def make_segments(lengths: list[int]) -> SegmentTable:
@@ -154,7 +134,7 @@ def local_scan(rank: int, size: int, group: dist.ProcessGroup) -> list[torch.Ten
         assert torch.allclose(scan, future_kl_scan(local, 0.97, segments, context_group=group, impl="reference"))
         rows = merge_context_chunks(split_zigzag(values[None, : lengths[-1]], [lengths[-1]], rank, size), group)
         found += [scan, rows]
-    with pytest.raises(ValueError, match="cannot be two zig-zag halves"):
+    with pytest.raises(ValueError, match="cannot be two equal zig-zag halves"):
         future_kl_scan(torch.zeros(3), 0.5, make_segments([3]), context_group=group)
     return found
 

@@ -26,7 +26,7 @@ def future_kl_scan(
 ) -> torch.Tensor:
     """F with F_t = x_t + gamma * F_{t+1}, F = 0 behind the end of a segment; shape and dtype of `values`, no gradient.
 
-    `values` is [N], float32 or float64, finite. With `context_group` the segments are the zig-zag halves of one rank
+    `values` is [N], float32 or float64, finite. With `context_group` the segments are the zig-zag chunks of one rank
     (see SegmentTable) and every rank of the group must call, also one without tokens: one all-gather of
     [num_segments, 2, 2]. Source: equation 3 of the paper, as the linear recurrence it is. The decay is only ever
     multiplied, never divided by: gamma**10000 underflows to 0 without harm.
