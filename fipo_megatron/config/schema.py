@@ -296,7 +296,9 @@ class TrainerConfig(Section):
 
     steps: int = Field(500, gt=0, description="rollout batches")
     mini_batch_prompts: int = Field(64, gt=0, description="groups per update")
-    microbatch_samples: int = Field(1, gt=0, description="samples per forward and backward pass of one rank")
+    microbatch_tokens: int | None = Field(
+        None, gt=0, description="tokens that one rank computes at once; null: the longest sample over parallel.context"
+    )
     max_policy_kl: float = Field(0.5, gt=0, description="stop before an update whose mini-batch KL is beyond this")
     recompute: Literal["none", "full"] = "none"
 

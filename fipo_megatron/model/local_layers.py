@@ -46,12 +46,13 @@ class PackedSequences(PackedSeqParams):
     restore: torch.Tensor = field(default_factory=torch.Tensor)  # int64 [t]
 
 
-def pack_sequences(padded_lens: Sequence[int], group: dist.ProcessGroup, device: torch.device) -> PackedSequences:
+def pack_sequences(cu_seqlens: torch.Tensor, group: dist.ProcessGroup) -> PackedSequences:
     """The packed sequences of a microbatch, of which this rank of the context-parallel group holds its zig-zag part.
 
-    `padded_lens`: tokens of each sequence over all ranks, a multiple of 2 * cp where cp > 1.
+    `cu_seqlens`: int32 [sequences + 1], over all ranks; each sequence is a multiple of 2 * cp tokens where cp > 1.
     """
-    size, rank = group.size(), group.rank()
+    size, rank, device = group.size(), group.rank(), cu_seqlens.device
+    padded_lens = cu_seqlens.diff().tolist()
     gathered = torch.cat([zigzag_positions(padded_lens, other, size) for other in range(size)]).argsort()
     query_lens, keys, start = [], [], 0
     for length in padded_lens:
@@ -62,14 +63,13 @@ def pack_sequences(padded_lens: Sequence[int], group: dist.ProcessGroup, device:
         start += length
     key_lens = [len(index) for index in keys]
     equal_runs, restore = _group_equal_runs(query_lens, keys)
-    boundaries = _boundaries(padded_lens).to(device)
     longest = max(padded_lens)
     return PackedSequences(
         qkv_format="thd",
-        cu_seqlens_q=boundaries,
-        cu_seqlens_kv=boundaries,
-        cu_seqlens_q_padded=boundaries,
-        cu_seqlens_kv_padded=boundaries,
+        cu_seqlens_q=cu_seqlens,
+        cu_seqlens_kv=cu_seqlens,
+        cu_seqlens_q_padded=cu_seqlens,
+        cu_seqlens_kv_padded=cu_seqlens,
         max_seqlen_q=longest,
         max_seqlen_kv=longest,
         query_lens=tuple(query_lens),

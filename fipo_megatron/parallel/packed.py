@@ -19,6 +19,10 @@ from fipo_megatron.parallel.plan import PackingUnits
 from fipo_megatron.types import SegmentTable, TrainingBatch
 
 
+# Where response rows stand in the batch's response arrays, int64 [R], and a value of each, float32 [R].
+ResponseRows = tuple[np.ndarray, np.ndarray]
+
+
 @dataclass(frozen=True)
 class PackedTokens:
     """One context-parallel rank's part of a microbatch of T positions over all cp ranks, of which R are response rows.
@@ -90,22 +94,21 @@ def make_packed_tokens(
     )
 
 
-def merge_response_rows(batch: TrainingBatch, parts: Iterable[tuple[np.ndarray, np.ndarray]]) -> np.ndarray:
-    """Values of all response rows in sample order, float32 [R], from `(batch_rows, values)` of every microbatch of all
-    data- and context-parallel ranks, in any order.
+def merge_response_rows(parts: Iterable[ResponseRows]) -> np.ndarray:
+    """Values of all response rows in sample order, float32 [R], from those of every microbatch of all data- and
+    context-parallel ranks, in any order.
 
     Raises:
         ValueError: a row is missing or was computed twice.
     """
     rows, values = (np.concatenate(arrays) for arrays in zip(*parts, strict=True))
-    num_rows = len(batch.token_ids) - int(batch.prompt_lens.sum())
-    counts = np.bincount(rows, minlength=num_rows)
-    if len(counts) != num_rows or (counts != 1).any():
+    counts = np.bincount(rows)
+    if (counts != 1).any():
         raise ValueError(
-            f"of {num_rows} response rows {(counts == 0).sum()} are missing and {(counts > 1).sum()} came more than "
+            f"of {len(counts)} response rows {(counts == 0).sum()} are missing and {(counts > 1).sum()} came more than "
             "once: pass the parts of all samples, each from one tensor-parallel rank of the last stage"
         )
-    merged = np.empty(num_rows, np.float32)
+    merged = np.empty(len(rows), np.float32)
     merged[rows] = values
     return merged
 

@@ -17,6 +17,8 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from fipo_megatron.config.schema import Config
+
 # Bins looked at per sample, on average, before an even distribution is given up. Keeps the plan linear in the samples.
 MAX_PROBES_PER_SAMPLE = 4
 
@@ -175,6 +177,14 @@ def plan_packing(
         capacity=capacity,
         fewest_microbatches=-(-fewest_bins // step) * microbatch_multiple,
     )
+
+
+def microbatch_tokens(config: Config) -> int:
+    """The budget of a run: what is set, or what the longest sample takes on each context-parallel rank."""
+    longest = config.rollout.max_prompt_tokens + config.rollout.max_response_tokens
+    parallel = config.parallel
+    units = PackingUnits(parallel.context, parallel.tensor if parallel.sequence_parallel else 1)
+    return config.trainer.microbatch_tokens or units.total_len(np.array([longest])) // parallel.context
 
 
 Items = list[int]  # positions in the mini-batch

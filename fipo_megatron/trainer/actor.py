@@ -12,6 +12,7 @@ import ray
 from ray.exceptions import RayActorError, RayTaskError
 
 from fipo_megatron.config.schema import OptimizerConfig, TimeoutsConfig
+from fipo_megatron.parallel.packed import ResponseRows, merge_response_rows
 from fipo_megatron.types import FinishedResponse, GenerationRequest, SamplingSettings, TrainingBatch
 
 MAX_CAUSE_CHARS = 400
@@ -87,9 +88,8 @@ class PolicyClient:
         return await _gather(refs, method, timeout_s or self.timeouts.call_s)
 
     @staticmethod
-    def _join(replies: Sequence[list[tuple[int, np.ndarray]] | None]) -> np.ndarray:
-        by_sample = dict(pair for reply in replies if reply is not None for pair in reply)
-        return np.concatenate([by_sample[i] for i in range(len(by_sample))])
+    def _join(replies: Sequence[list[ResponseRows] | None]) -> np.ndarray:
+        return merge_response_rows(part for reply in replies if reply is not None for part in reply)
 
 
 class EngineClient:

@@ -21,6 +21,7 @@ from fipo_megatron.algorithm.fipo_loss import fipo_loss
 from fipo_megatron.algorithm.future_kl import future_kl, influence_bounds, log_ratio
 from fipo_megatron.algorithm.loss_metrics import loss_metrics
 from fipo_megatron.config.schema import AlgorithmConfig, Config, OptimizerConfig
+from fipo_megatron.parallel.packed import merge_response_rows
 from fipo_megatron.trainer.tiny_models import MODELS, VOCAB, write_model
 from fipo_megatron.types import SegmentTable, TrainingBatch
 
@@ -85,7 +86,7 @@ class Checker:
             "platform": "cpu",
             "model": {"path": str(folder / "model"), "dtype": "float32"},
             "rollout": {"max_prompt_tokens": MAX_PROMPT_TOKENS, "max_response_tokens": MAX_RESPONSE_TOKENS},
-            "trainer": {"microbatch_samples": 5, "max_policy_kl": 10.0},
+            "trainer": {"microbatch_tokens": 130, "max_policy_kl": 10.0},
             "timeouts": {"startup_s": 100, "call_s": 60, "collective_s": 59},
         })  # fmt: skip
         write_model(family, folder / "model")
@@ -254,11 +255,11 @@ def layout_step(config: Config, batch: TrainingBatch, folder: Path, target: Path
             ("export", (folder, target)),
         ],
     )
-    by_sample = dict(pair for reply in logprobs if reply is not None for pair in reply)
+    merged = merge_response_rows(part for reply in logprobs if reply is not None for part in reply)
     loss, arrays = gradients[0]
     grads = {name: torch.from_numpy(array) for name, array in arrays.items()}
     parameters = load_file(target / "model.safetensors")
-    return CheckStep(np.concatenate([by_sample[sample] for sample in samples]), loss, grads, parameters)
+    return CheckStep(merged, loss, grads, parameters)
 
 
 def loss_and_gradients(

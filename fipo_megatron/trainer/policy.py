@@ -17,7 +17,8 @@ from fipo_megatron.config.schema import Config, OptimizerConfig
 from fipo_megatron.model.hf_config import read_model_shape
 from fipo_megatron.model.platform import prepare_process, resolve_platform
 from fipo_megatron.parallel.groups import initialize_groups, listening_socket, make_store
-from fipo_megatron.parallel.packed import PackedTokens, make_packed_tokens
+from fipo_megatron.parallel.packed import PackedTokens, ResponseRows, make_packed_tokens
+from fipo_megatron.parallel.plan import PackingUnits, forward_cost, microbatch_tokens, plan_packing
 from fipo_megatron.reshard.transport.collective import SENDER, BroadcastGroup
 from fipo_megatron.types import TrainingBatch
 
@@ -62,6 +63,19 @@ class MegatronPolicy:
         self.weights = PolicyWeights(self.chunks, shape, self.groups)
         if random_seed is None:
             self.weights.load(folder)
+        self.cost = forward_cost(
+            num_layers=shape.num_layers,
+            hidden_size=shape.hidden_size,
+            intermediate_size=shape.moe_intermediate_size * shape.experts_per_token
+            if shape.num_experts
+            else shape.intermediate_size,
+            num_attention_heads=shape.num_attention_heads,
+            num_key_value_heads=shape.num_key_value_heads,
+            head_dim=shape.head_dim,
+            vocab_size=shape.vocab_size,
+        )
+        parallel = self.config.parallel
+        self.units = PackingUnits(parallel.context, parallel.tensor if parallel.sequence_parallel else 1)
         self.optimizer = build_optimizer(optimizer, self.config.parallel, self.chunks)
         self.optimizer_settings = optimizer
         self.step = PipelineStep(self.chunks, self.groups, shape.vocab_size)
@@ -71,23 +85,21 @@ class MegatronPolicy:
 
     # ---------------------------------------------------------------- log-probs
 
-    def logprobs(self, batch: TrainingBatch) -> list[tuple[int, np.ndarray]] | None:
-        """(sample, float32 log-probs `[T]` of its response) of this data-parallel rank's samples. Collective.
+    def logprobs(self, batch: TrainingBatch) -> list[ResponseRows] | None:
+        """Log-probs of this rank's response tokens, and where they stand in the batch's response arrays. Collective.
 
-        Only the reporting rank of each replica (see `reports`) returns them.
+        Only ranks that speak for their tokens (see `reports`) return them; `merge_response_rows` joins all.
         """
         microbatches = self._microbatches(batch, range(batch.num_samples))
-        found: list[tuple[int, np.ndarray]] = []
-        temperature = self.config.rollout.temperature
-        for packed, logprobs in zip(microbatches, self.step.logprobs(microbatches, temperature), strict=False):
-            full = logprobs.new_zeros(sum(packed.response_lens))
-            full[packed.response_positions] = logprobs
-            if self.groups.context.size() > 1:
-                dist.all_reduce(full, group=self.groups.context)
-            found += zip(packed.samples, map(_to_numpy, full.split(packed.response_lens)), strict=True)
-        return found if self.reports else None
+        logprobs = self.step.logprobs(microbatches, self.config.rollout.temperature)
+        if not self.reports:
+            return None
+        return [
+            (packed.batch_rows.numpy(force=True), values.float().numpy(force=True))
+            for packed, values in zip(microbatches, logprobs, strict=True)
+        ]
 
-    def ref_logprobs(self, batch: TrainingBatch) -> list[tuple[int, np.ndarray]] | None:
+    def ref_logprobs(self, batch: TrainingBatch) -> list[ResponseRows] | None:
         """The same, by the frozen initial policy. Collective."""
         assert self.reference is not None, "needs algorithm.reference_kl_coef > 0"
         current = {name: p.detach().clone() for name, p in self.weights.parameters.items()}
@@ -99,9 +111,8 @@ class MegatronPolicy:
 
     @property
     def reports(self) -> bool:
-        """Whether this rank speaks for its replica: last stage, first tensor- and context-parallel rank."""
-        groups = self.groups
-        return groups.is_last_stage and groups.tensor.rank() == 0 and groups.context.rank() == 0
+        """Whether this rank speaks for its tokens: last stage, first tensor-parallel rank."""
+        return self.groups.is_last_stage and self.groups.tensor.rank() == 0
 
     # ---------------------------------------------------------------- updates
 
@@ -181,21 +192,20 @@ class MegatronPolicy:
             dist.broadcast(vector, group=self.groups.pipeline, group_src=self.groups.pipeline.size() - 1)
 
     def _microbatches(self, batch: TrainingBatch, samples: Sequence[int]) -> list[PackedTokens]:
-        parallel, context = self.config.parallel, self.groups.context
-        local = list(samples)[self.groups.data.rank() :: self.groups.data.size()]
-        size = self.config.trainer.microbatch_samples
-        longest = -(-len(samples) // self.groups.data.size())
-        multiple = parallel.pipeline if parallel.virtual_pipeline else 1
-        count = math.ceil(math.ceil(longest / size) / multiple) * multiple
+        """This rank's part of the plan that every rank makes of the whole mini-batch."""
+        sample_lens = np.diff(batch.cu_seqlens)
+        plan = plan_packing(
+            samples,
+            sample_lens,
+            self.cost.of(sample_lens, sample_lens - batch.prompt_lens),
+            self.units,
+            data_size=self.groups.data.size(),
+            microbatch_tokens=microbatch_tokens(self.config),
+            microbatch_multiple=self.groups.pipeline.size() if len(self.chunks) > 1 else 1,
+        )
         return [
-            make_packed_tokens(
-                batch,
-                local[i::count],
-                context_rank=context.rank(),
-                context_size=context.size(),
-                tensor_multiple=parallel.tensor if parallel.sequence_parallel else 1,
-            ).to(self.platform.device)
-            for i in range(count)
+            make_packed_tokens(batch, chosen, self.units, self.groups.context.rank()).to(self.platform.device)
+            for chosen in plan.microbatches[self.groups.data.rank()]
         ]
 
     def _set_parameters(self, values: dict[str, torch.Tensor]) -> None:
@@ -256,7 +266,3 @@ class MegatronPolicy:
         else:
             for _ in weights:
                 pass
-
-
-def _to_numpy(values: torch.Tensor) -> np.ndarray:
-    return values.float().cpu().numpy()

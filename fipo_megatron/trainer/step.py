@@ -87,7 +87,7 @@ class PipelineStep:
                 packed.tokens[None],
                 packed.position_ids[None],
                 None,
-                packed_seq_params=pack_sequences(packed.padded_lens, self.groups.context, packed.tokens.device),
+                packed_seq_params=pack_sequences(packed.cu_seqlens, self.groups.context),
                 rows=packed.response_index,
             )
             return output, partial(loss, packed)
@@ -99,7 +99,7 @@ class PipelineStep:
             data_iterator=iterators if is_virtual else iterators[0],
             model=self.chunks if is_virtual else self.chunks[0],
             num_microbatches=len(microbatches),
-            seq_length=max(sum(packed.padded_lens) for packed in microbatches),
+            seq_length=max(len(packed.tokens) for packed in microbatches) * self.groups.context.size(),
             micro_batch_size=1,
             forward_only=forward_only,
         )

@@ -32,7 +32,7 @@ def base_policy_folder(config: Config, source: TraceSource) -> Path:
     settings = {
         "format": FORMAT,
         "platform": resolve_platform(config.platform).name,
-        "microbatch_samples": config.trainer.microbatch_samples,  # the order of sums
+        "microbatch_tokens": config.trainer.microbatch_tokens,  # the order of sums
         "warm_start": config.warm_start.model_dump(exclude={"cache_dir"}),
         "task": source.digest() if isinstance(source, SolutionTraces) else config.task.model_dump(),
         "parallel": config.parallel.model_dump(),  # sums round differently in another layout

@@ -11,7 +11,7 @@ import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
 
-from tests.parity.forkserver import CONTEXT
+from fipo_megatron.trainer.policy_processes import CONTEXT
 
 TIMEOUT = timedelta(seconds=60)
 RankFunction = Callable[[int, int, dist.ProcessGroup], Any]

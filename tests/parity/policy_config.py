@@ -14,7 +14,7 @@ def make_config(folder: Path | None = None, **sections: dict[str, Any]) -> Confi
         "platform": "cpu",
         "model": {"path": str(folder) if folder else None, "dtype": "float32"},
         "rollout": {"prompts_per_step": 4, "samples_per_prompt": 2, "max_prompt_tokens": 16, "max_response_tokens": 48},
-        "trainer": {"mini_batch_prompts": 4, "microbatch_samples": 3, "max_policy_kl": 10.0},
+        "trainer": {"mini_batch_prompts": 4, "microbatch_tokens": 80, "max_policy_kl": 10.0},
         "timeouts": {"startup_s": 100, "call_s": 60, "collective_s": 60},
     }
     for name, values in sections.items():

@@ -7,6 +7,7 @@ from typing import Protocol
 import torch
 import torch.distributed as dist
 from torch.distributed import ProcessGroup
+from torch.nn.functional import pad
 
 from fipo_megatron.types import SegmentTable
 

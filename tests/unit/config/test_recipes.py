@@ -193,7 +193,7 @@ def test_a_recipe_does_not_change_with_a_default() -> None:
         *("rollout.engine", "rollout.max_concurrent_sequences", "rollout.kv_cache_gib", "rollout.max_logprob_mismatch"),
         *(
             "rollout.gpu_memory_utilization",
-            "trainer.microbatch_samples",
+            "trainer.microbatch_tokens",
             "trainer.recompute",
             "evaluation.num_problems",
         ),
