@@ -182,7 +182,9 @@ Items = list[int]  # positions in the mini-batch
 
 @dataclass(frozen=True)
 class _Packer:
-    lens: list[int]
+    """Puts items, the samples of a mini-batch, into bins, the microbatches, of `capacity` positions."""
+
+    lens: list[int]  # positions of each item
     costs: list[float]
     capacity: int
 
