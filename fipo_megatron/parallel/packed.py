@@ -60,7 +60,7 @@ def make_packed_tokens(
     response_starts = _response_starts(batch)
     sample_lens = np.diff(batch.cu_seqlens)[chosen]
     lens = units.sequence_lens(sample_lens)
-    total = units.total_len(lens)
+    total = units.total_len(int(lens.sum()))
     tokens, batch_rows = np.zeros(total, np.int64), np.full(total, -1)
     for i, n, start in zip(chosen, sample_lens - 1, np.cumsum(lens) - lens, strict=True):
         tokens[start : start + n] = batch.token_ids[batch.cu_seqlens[i] :][:n]

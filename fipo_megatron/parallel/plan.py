@@ -44,9 +44,9 @@ class PackingUnits:
         """Positions that samples take, padding included. The last token of a sample is a target only."""
         return -(-(sample_lens - 1) // self.sequence_multiple) * self.sequence_multiple
 
-    def total_len(self, sequence_lens: np.ndarray) -> int:
-        """Positions of a microbatch of these sequences; one without any still has some, for it joins collectives."""
-        return max(1, -(-int(sequence_lens.sum()) // self.total_multiple)) * self.total_multiple
+    def total_len(self, num_positions: int) -> int:
+        """Positions of a microbatch whose sequences take so many; without any it has some, to join collectives."""
+        return max(1, -(-num_positions // self.total_multiple)) * self.total_multiple
 
     def capacity(self, microbatch_tokens: int) -> int:
         """Positions of a microbatch over all context-parallel ranks, of which one has `microbatch_tokens` at most."""
@@ -173,7 +173,7 @@ def plan_packing(
         microbatches=tuple(tuple(tuple(chosen[k] for k in items) for items in rank) for rank in ordered),
         costs=np.array([[packer.cost(items) for items in rank] for rank in ordered]),
         num_tokens=int(sample_lens[chosen].sum()) - len(chosen),
-        num_positions=sum(units.total_len(lens[items]) for rank in ordered for items in rank),
+        num_positions=sum(units.total_len(sum(packer.lens[k] for k in items)) for rank in ordered for items in rank),
         capacity=capacity,
         fewest_microbatches=-(-fewest_bins // step) * microbatch_multiple,
     )
@@ -192,7 +192,9 @@ Items = list[int]  # positions in the mini-batch
 
 @dataclass(frozen=True)
 class _Packer:
-    lens: list[int]
+    """Puts items, the samples of a mini-batch, into bins, the microbatches, of `capacity` positions."""
+
+    lens: list[int]  # positions of each item
     costs: list[float]
     capacity: int
 
@@ -268,7 +270,7 @@ def _small_ones_outside(cheapest_first: list[Items]) -> list[Items]:
 
 
 def _check_budget(longest: int, units: PackingUnits, microbatch_tokens: int) -> None:
-    needed = units.total_len(np.array([longest]))
+    needed = units.total_len(longest)
     if needed > units.capacity(microbatch_tokens):
         raise ValueError(
             f"trainer.microbatch_tokens = {microbatch_tokens}: the longest sample takes {needed} positions, padding "
