@@ -5,14 +5,13 @@ from __future__ import annotations
 import argparse
 import asyncio
 import contextlib
-import math
 import shlex
 import signal
 import sys
-import time
 import traceback
+from collections.abc import Coroutine, Sequence
 from pathlib import Path
-from typing import TextIO
+from typing import Any, TextIO
 
 EXAMPLES = """\
 examples:
@@ -37,9 +36,6 @@ CONTENTS = (
     ("logs of the workers", "worker_logs"),
 )
 
-IMPATIENCE_S = 5.0  # a second Ctrl-C so soon must not cut off the ending that the first one began
-interrupted_at = -math.inf
-
 
 def main(arguments: list[str] | None = None) -> int:
     """Exit status of the command."""
@@ -49,9 +45,11 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("config", type=Path, help="YAML file, e.g. configs/quickstart_cpu.yaml")
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="settings that replace the file's")
     options = parser.parse_args(arguments)
-    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
-        if signal.getsignal(number) is not signal.SIG_IGN:  # as nohup leaves it: the run outlives its terminal
-            signal.signal(number, _interrupt)
+    # Those that are ignored stay so: with nohup a run outlives its terminal.
+    numbers = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+    interrupts = [number for number in numbers if signal.getsignal(number) is not signal.SIG_IGN]
+    for number in interrupts:
+        signal.signal(number, _interrupt)
     folder: Path | None = None
     has_started = False
     try:
@@ -69,11 +67,11 @@ def main(arguments: list[str] | None = None) -> int:
             plan = plan_training(config, files, folder, progress)
             del files  # gigabytes, where they are large
             has_started = True
-            asyncio.run(run_training(plan, progress))
+            asyncio.run(_run_interruptibly(run_training(plan, progress), interrupts))
         _print_accuracies(folder)
         _print_contents(folder, sys.stdout)
         return 0
-    except KeyboardInterrupt:
+    except (KeyboardInterrupt, asyncio.CancelledError):
         status, ending = 130, "interrupted; all worker processes have ended"
     except Exception as error:
         is_refusal = isinstance(error, ValueError) and not has_started
@@ -141,10 +139,16 @@ def _short(path: Path) -> Path:
 
 
 def _interrupt(signum: int, frame: object) -> None:
-    global interrupted_at
-    since, interrupted_at = time.monotonic() - interrupted_at, time.monotonic()
-    if since > IMPATIENCE_S:
-        raise KeyboardInterrupt
+    raise KeyboardInterrupt
+
+
+async def _run_interruptibly(training: Coroutine[Any, Any, None], interrupts: Sequence[int]) -> None:
+    """Signals cancel the task: an exception out of a handler could end in a library's callback, and be lost there."""
+    loop, task = asyncio.get_running_loop(), asyncio.current_task()
+    assert task is not None
+    for number in interrupts:
+        loop.add_signal_handler(number, task.cancel)
+    await training
 
 
 if __name__ == "__main__":

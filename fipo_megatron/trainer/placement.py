@@ -71,6 +71,8 @@ class Workers:
             object_store_memory=object_store_bytes(self.config.rollout),
             _node_ip_address=address,
             _temp_dir=f"{self._temp_dir}/ray",
+            # Every actor has an environment of its own: workers that Ray starts ahead would be of no use.
+            _system_config={"prestart_worker_first_driver": False},
         )
 
     def __exit__(

@@ -5,13 +5,13 @@ from __future__ import annotations
 import json
 import signal
 import socket
-import subprocess
-import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
 from tests.smoke.train_process import REPO, SMALL, TrainProcess
+from tools import train
 
 FAULTY = Path(__file__).with_name("faulty_train.py")
 TWO_RANKS = ("rollout.engine=hf", "timeouts.collective_s=12", "timeouts.call_s=20")
@@ -36,20 +36,12 @@ def cache(tmp_path_factory: pytest.TempPathFactory) -> str:
 
 
 @pytest.mark.multiproc
-@pytest.mark.parametrize(
-    ("overrides", "cause"),
-    [
-        (["warm_start.steps=1", "dynamic_sampling.max_generation_batches=2"], "max_generation_batches"),  # the driver
-        (["optimizer.lr=0.5", "trainer.max_policy_kl=0.02"], "trainer.max_policy_kl"),  # every rank
-    ],
-    ids=["every_group_filtered", "kl_limit"],
-)
-def test_a_run_without_hope_says_what_to_change(overrides: list[str], cause: str, tmp_path: Path, cache: str) -> None:
-    """Of the many causes one that the driver finds and one that the ranks find; each has a unit test of its own."""
-    finished = TrainProcess(tmp_path, [*FAST, cache, *overrides]).finish(timeout_s=120)
+def test_a_run_that_loses_its_policy_says_what_to_change(tmp_path: Path, cache: str) -> None:
+    """Of many causes one that every rank finds; what the driver finds is told as of a broken reward, below."""
+    finished = TrainProcess(tmp_path, [*FAST, cache, "optimizer.lr=0.5", "trainer.max_policy_kl=0.02"]).finish(120)
     assert finished.code == 1
-    assert cause in finished.last_line, finished.output
-    assert cause in (finished.folder / "error.log").read_text()
+    assert "trainer.max_policy_kl" in finished.last_line, finished.output
+    assert "trainer.max_policy_kl" in (finished.folder / "error.log").read_text()
     assert not (finished.folder / "hf").exists()
 
 
@@ -77,10 +69,10 @@ def test_a_lost_worker_is_named(
 
 @pytest.mark.multiproc
 @pytest.mark.parametrize(
-    ("number", "moment"),
-    [(signal.SIGTERM, "step 1/"), (signal.SIGINT, "starting the policy"), (signal.SIGHUP, "base policy")],
+    ("number", "moment"), [(signal.SIGTERM, "starting the policy"), (signal.SIGHUP, "base policy")]
 )
 def test_an_interrupt_ends_everything(number: int, moment: str, tmp_path: Path) -> None:
+    """Before the training; SIGINT in the middle of it is below."""
     run = TrainProcess(tmp_path, [*FAST, f"warm_start.cache_dir={tmp_path / 'cache'}", "trainer.steps=500"])
     run.wait_for(moment)
     run.send_signal(number)
@@ -89,7 +81,7 @@ def test_an_interrupt_ends_everything(number: int, moment: str, tmp_path: Path) 
     assert finished.code == 130
     assert finished.last_line.startswith("interrupted")
     assert not (finished.folder / "hf").exists()
-    assert not list(tmp_path.glob("cache/*")) or moment == "step 1/"
+    assert not list(tmp_path.glob("cache/*"))
 
 
 @pytest.mark.multiproc
@@ -127,11 +119,21 @@ def test_a_half_updated_engine_is_rebuilt(tmp_path: Path, cache: str, monkeypatc
     assert all(step["rollout/mismatch_max"] <= 1e-3 for step in steps[1:])
 
 
-def start(*overrides: str) -> subprocess.CompletedProcess[str]:
-    command = [sys.executable, "tools/train.py", "configs/quickstart_cpu.yaml", *SMALL, *overrides]
-    return subprocess.run(command, cwd=REPO, capture_output=True, text=True, timeout=60, check=False)
+@pytest.fixture
+def own_signals() -> Iterator[None]:
+    numbers = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+    handlers = [signal.getsignal(number) for number in numbers]
+    yield
+    for number, handler in zip(numbers, handlers, strict=True):
+        signal.signal(number, handler)
 
 
+def start(*overrides: str) -> int:
+    """The exit status of a run that is refused: in this process, as no other one is started."""
+    return train.main([str(REPO / "configs" / "quickstart_cpu.yaml"), *SMALL, *overrides])
+
+
+@pytest.mark.usefixtures("own_signals")
 @pytest.mark.parametrize(
     ("overrides", "cause"),
     [
@@ -144,16 +146,17 @@ def start(*overrides: str) -> subprocess.CompletedProcess[str]:
         (["evaluation.num_problems=1000000"], "evaluation.num_problems"),
     ],
 )
-def test_bad_settings_are_refused_before_a_process_starts(overrides: list[str], cause: str, tmp_path: Path) -> None:
-    finished = start(*overrides, f"run.root={tmp_path}")
-    assert finished.returncode == 2
-    assert cause in finished.stderr.strip().splitlines()[-1], finished.stderr
+def test_bad_settings_are_refused_before_a_process_starts(
+    overrides: list[str], cause: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert start(*overrides, f"run.root={tmp_path}") == 2
+    assert cause in capsys.readouterr().err.strip().splitlines()[-1]
     assert not list(tmp_path.iterdir())
 
 
-def test_a_taken_port_is_refused(tmp_path: Path) -> None:
+@pytest.mark.usefixtures("own_signals")
+def test_a_taken_port_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     with socket.create_server(("127.0.0.1", 0)) as server:
         port = server.getsockname()[1]
-        finished = start(f"cluster.master_port={port}", f"run.root={tmp_path}")
-    assert finished.returncode == 2
-    assert f"cluster.master_port = {port}" in finished.stderr.strip().splitlines()[-1]
+        assert start(f"cluster.master_port={port}", f"run.root={tmp_path}") == 2
+    assert f"cluster.master_port = {port}" in capsys.readouterr().err.strip().splitlines()[-1]

@@ -32,7 +32,7 @@ SMALL = (
     "evaluation.num_problems=32",
     "optimizer.warmup_steps=0",
 )
-START_S, END_S = 150, 60
+START_S, END_S = 240, 60
 
 
 @dataclass(frozen=True)
