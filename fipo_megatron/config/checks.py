@@ -8,6 +8,8 @@ import socket
 from collections.abc import Collection, Iterator
 from pathlib import Path
 
+import numpy as np
+
 from fipo_megatron.config.schema import (
     PRESETS,
     AlgorithmConfig,
@@ -21,6 +23,7 @@ from fipo_megatron.config.schema import (
     WarmStartConfig,
 )
 from fipo_megatron.model.hf_config import ModelShape, make_model_shape
+from fipo_megatron.parallel.plan import PackingUnits, check_budget, microbatch_tokens
 
 MIN_ENGINE_HEAD_SIZE = 32  # vLLM's attention on CPU dies at start with smaller heads
 INFLUENCE_KEYS = ("half_life_tokens", "influence_clip", "influence_clip_high_only", "safety_threshold", "safety_rule")
@@ -138,6 +141,12 @@ def _find_batch_problems(config: Config) -> Iterator[str]:
             f"parallel.data = {parallel.data}: must divide the {mini_batch_samples} samples of a mini-batch "
             f"(trainer.mini_batch_prompts * rollout.samples_per_prompt)"
         )
+    units = PackingUnits(parallel.context, parallel.tensor if parallel.sequence_parallel else 1)
+    longest = units.sequence_lens(np.array([rollout.max_prompt_tokens + rollout.max_response_tokens]))
+    try:
+        check_budget(int(longest[0]), units, microbatch_tokens(config))
+    except ValueError as error:
+        yield str(error)
     most_prompts = sampling.generation_prompts * sampling.max_generation_batches
     if sampling.enabled and most_prompts < rollout.prompts_per_step:
         yield (

@@ -18,7 +18,6 @@ from fipo_megatron.parallel.context import zigzag_positions
 from fipo_megatron.parallel.plan import PackingUnits
 from fipo_megatron.types import SegmentTable, TrainingBatch
 
-
 # Where response rows stand in the batch's response arrays, int64 [R], and a value of each, float32 [R].
 ResponseRows = tuple[np.ndarray, np.ndarray]
 

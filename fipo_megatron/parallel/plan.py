@@ -156,7 +156,7 @@ def plan_packing(
     capacity = units.capacity(microbatch_tokens)
     chosen = list(samples)
     lens = units.sequence_lens(sample_lens[chosen])
-    _check_budget(int(lens.max(initial=0)), units, microbatch_tokens)
+    check_budget(int(lens.max(initial=0)), units, microbatch_tokens)
     packer = _Packer(lens.tolist(), sample_costs[chosen].tolist(), capacity)
     longest_first = sorted(range(len(lens)), key=lambda k: -packer.lens[k])
 
@@ -184,7 +184,8 @@ def microbatch_tokens(config: Config) -> int:
     longest = config.rollout.max_prompt_tokens + config.rollout.max_response_tokens
     parallel = config.parallel
     units = PackingUnits(parallel.context, parallel.tensor if parallel.sequence_parallel else 1)
-    return config.trainer.microbatch_tokens or units.total_len(np.array([longest])) // parallel.context
+    sequence_len = units.sequence_lens(np.array([longest]))
+    return config.trainer.microbatch_tokens or units.total_len(sequence_len) // parallel.context
 
 
 Items = list[int]  # positions in the mini-batch
@@ -269,7 +270,8 @@ def _small_ones_outside(cheapest_first: list[Items]) -> list[Items]:
     return [sorted(items) for items in cheapest_first[::2] + cheapest_first[1::2][::-1]]
 
 
-def _check_budget(longest: int, units: PackingUnits, microbatch_tokens: int) -> None:
+def check_budget(longest: int, units: PackingUnits, microbatch_tokens: int) -> None:
+    """Raises ValueError if a microbatch of `microbatch_tokens` can't hold a sequence of `longest` positions."""
     needed = units.total_len(longest)
     if needed > units.capacity(microbatch_tokens):
         raise ValueError(

@@ -27,9 +27,13 @@ from fipo_megatron.types import SegmentTable, TrainingBatch
 
 if TYPE_CHECKING:
     from fipo_megatron.trainer.policy import MegatronPolicy
+    from fipo_megatron.trainer.policy_processes import Call
 
 MAX_PROMPT_TOKENS, MAX_RESPONSE_TOKENS = 24, 96
 RESPONSE_LENS = (1, 96, 5, 40, 1, 64, 23, 2, 77, 12, 31, 8)
+# (sample, response token): far above the old policy, where it is disliked. The first sample has two such, in chunks that
+# context-parallel ranks share out, and is dropped; the second has one, and is kept.
+DUAL_CLIPPED = ((1, 10), (1, 60), (5, 20))
 MARGIN = 1e-3
 GRAD_FLOOR = 1e-8  # of the global norm: below it a parameter's own gradient is rounding
 # A large epsilon keeps Adam's first step proportional to the gradient, so that rounding isn't blown up to +-lr.
@@ -53,7 +57,9 @@ LAYOUTS: dict[str, dict[str, Any]] = {
     "dp2_tp2_sp": {"data": 2, "tensor": 2, "sequence_parallel": True},
     "ep2": {"data": 2, "expert": 2},
     "ep2_tp2_sp": {"tensor": 2, "expert": 2, "sequence_parallel": True},
+    "ep2_cp2": {"context": 2, "expert": 2},
     "ep2_pp2": {"data": 2, "expert": 2, "pipeline": 2},
+    "ep2_etp2_tp2_sp": {"tensor": 2, "data": 2, "expert": 2, "expert_tensor": 2, "sequence_parallel": True},
     "tp2_pp2_cp2": {"tensor": 2, "pipeline": 2, "context": 2, "sequence_parallel": True},
 }
 
@@ -80,13 +86,14 @@ class CheckStep:
 class Checker:
     """Checks the layouts of a family; the oracle's step is made once."""
 
-    def __init__(self, family: str, folder: Path) -> None:
+    def __init__(self, family: str, folder: Path, **algorithm_settings: Any) -> None:
         self.folder = folder
         self.config = Config.model_validate({
             "platform": "cpu",
             "model": {"path": str(folder / "model"), "dtype": "float32"},
             "rollout": {"max_prompt_tokens": MAX_PROMPT_TOKENS, "max_response_tokens": MAX_RESPONSE_TOKENS},
             "trainer": {"microbatch_tokens": 130, "max_policy_kl": 10.0},
+            "algorithm": algorithm_settings,
             "timeouts": {"startup_s": 100, "call_s": 60, "collective_s": 59},
         })  # fmt: skip
         write_model(family, folder / "model")
@@ -94,8 +101,9 @@ class Checker:
         self.batch = make_check_batch(transformers_logprobs(folder / "model"), algorithm)
         self.expected = transformers_step(folder / "model", self.batch, algorithm, MAX_RESPONSE_TOKENS)
 
-    def check(self, layout: str, **trainer: Any) -> LayoutErrors:
-        """How far a layout's update is from transformers'; `trainer` replaces settings of that section.
+    def check(self, layout: str, prepare: Sequence[Call] = (), **trainer: Any) -> LayoutErrors:
+        """How far a layout's update is from transformers'; `trainer` replaces settings of that section, the calls of
+        `prepare` are made first.
 
         Raises:
             RuntimeError: a rank failed.
@@ -104,7 +112,7 @@ class Checker:
 
         changes = {"parallel": LAYOUTS[layout], "trainer": {**self.config.trainer.model_dump(), **trainer}}
         config = Config.model_validate({**self.config.model_dump(), **changes})
-        found = layout_step(config, self.batch, self.folder / "model", self.folder / "updated")
+        found = layout_step(config, self.batch, self.folder / "model", self.folder / f"updated-{layout}", prepare)
         return compare_steps(found, self.expected, load_file(self.folder / "model" / "model.safetensors"))
 
 
@@ -125,7 +133,10 @@ def make_check_batch(logprobs_of: Callable[[TrainingBatch], np.ndarray], config:
     )
     logprobs = logprobs_of(batch)
     drifts = _draw_drifts(rng, len(logprobs))
+    dual_clipped = [int(response_lens[:sample].sum()) + token for sample, token in DUAL_CLIPPED]
+    batch.advantages[[sample for sample, _ in DUAL_CLIPPED]] = -1.0
     while True:
+        drifts[dual_clipped] = rng.uniform(2.8, 3.2, len(dual_clipped))
         # float32, as the ranks will read them: the margins are those of what is compared.
         old = (logprobs - drifts).astype(np.float32)
         near = branch_margins(logprobs, old, batch.advantages, response_lens, config) < MARGIN
@@ -234,7 +245,9 @@ def _adamw_step(model: torch.nn.Module) -> None:
 # ---------------------------------------------------------------- the layout's side
 
 
-def layout_step(config: Config, batch: TrainingBatch, folder: Path, target: Path) -> CheckStep:
+def layout_step(
+    config: Config, batch: TrainingBatch, folder: Path, target: Path, prepare: Sequence[Call] = ()
+) -> CheckStep:
     """One update by the policy in the layout of `config`, in processes of its own; its weights are left in `target`.
 
     Raises:
@@ -245,9 +258,10 @@ def layout_step(config: Config, batch: TrainingBatch, folder: Path, target: Path
     from fipo_megatron.trainer.policy_processes import run_policy
 
     samples = range(batch.num_samples)
-    _, logprobs, gradients, _, _ = run_policy(
+    *_, logprobs, gradients, _, _ = run_policy(
         config,
         [
+            *prepare,
             ("load", (folder, OPTIMIZER)),
             ("logprobs", (batch,)),
             (loss_and_gradients, (batch, samples)),

@@ -16,7 +16,6 @@ from fipo_megatron.config.schema import AlgorithmConfig
 from fipo_megatron.ops.future_kl_scan import future_kl_scan
 from fipo_megatron.ops.token_logprob import token_logprob
 from fipo_megatron.parallel.context import merge_context_chunks, merge_zigzag, split_zigzag
-from fipo_megatron.trainer.policy_processes import CONTEXT
 from fipo_megatron.types import SegmentTable
 from tests.parity.gloo_processes import start_processes
 

@@ -143,7 +143,7 @@ def test_scan_equals_the_float64_oracle_in_one_collective(size, tmp_path):
         batch, values = make_batch(shape)
         segments = SegmentTable(torch.tensor([0, *(n for _, n in shape)]).cumsum(0))
         exact = future_kl_scan(values.float().double(), GAMMA, segments, impl="reference")
-        found = merge_response_rows(batch, [[part.numpy() for part in rank["scans"][i]] for rank in ranks])
+        found = merge_response_rows((rows.numpy(), scan.numpy()) for rows, scan in (rank["scans"][i] for rank in ranks))
         assert np.linalg.norm(found - exact.numpy()) <= 1e-5 * exact.norm().item()
     # One all-gather each, of a head and a decay for two chunks of three samples in float32: no matter how long
     assert all(rank["sent"] == [3 * 2 * 2 * 4] * 2 for rank in ranks)

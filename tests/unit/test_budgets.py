@@ -25,12 +25,16 @@ PROCESSES = "parity/test_policy_layouts.py"  # Megatron in several gloo processe
 ENGINES = "parity/test_engines.py"  # real engines and weight updates
 RUNS = "smoke/test_train.py"  # whole runs
 TESTED_ELSEWHERE = {
-    "types.py": "unit/parallel/test_packing.py",  # records
+    "types.py": "unit/parallel/test_packed.py",  # records
     "model/build.py": PROCESSES,
     "model/local_layers.py": PROCESSES,
     "model/weights.py": PROCESSES,
     "parallel/groups.py": PROCESSES,
+    "model/response_rows.py": PROCESSES,
+    "trainer/layout_check.py": "parity/test_layouts.py",
     "trainer/policy.py": PROCESSES,
+    "trainer/policy_processes.py": PROCESSES,
+    "trainer/tiny_models.py": PROCESSES,
     "trainer/step.py": PROCESSES,
     "reshard/engine_worker.py": ENGINES,
     "reshard/transport/collective.py": ENGINES,

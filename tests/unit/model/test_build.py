@@ -83,7 +83,7 @@ def test_every_parameter_of_a_layer_is_in_the_weight_map(spec: str) -> None:
     model.module = torch.nn.Module()
     model.module.decoder = torch.nn.Module()
     model.module.decoder.layers = torch.nn.ModuleList([make_layer(parameters)])
-    names = [name for name, _ in named_parameters(model)]
+    names = [name for name, _ in named_parameters([model])]
     held = [entry for entry in make_entries(shape) if entry.megatron_name.startswith("decoder.layers.1.")]
     assert sorted(names) == sorted(entry.megatron_name for entry in held if entry.expert in (None, 2, 3))
 
@@ -94,7 +94,7 @@ def test_every_weight_of_an_expert_goes_to_its_own_number() -> None:
         model = SimpleNamespace(module=torch.nn.Module())
         model.module.decoder = torch.nn.Module()
         model.module.decoder.layers = torch.nn.ModuleList([layer])
-        by_name = dict(named_parameters(model))
+        by_name = dict(named_parameters([model]))
         own = next(p for n, p in layer.named_parameters() if n.endswith(second) and "fc1" in n)
         assert by_name["decoder.layers.1.mlp.experts.3.linear_fc1.weight"] is own
 

@@ -1,0 +1,83 @@
+"""Every layout and family computes the update of one transformers process; mistakes that projects have shipped do not.
+
+`make test` runs a cover: each layout once, each family in at least one; `make parity` runs all, on both Megatron versions.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+
+from fipo_megatron.trainer.layout_check import LAYOUTS, Checker, supports
+from fipo_megatron.trainer.tiny_models import MODELS
+from tests.parity import mutations
+
+pytestmark = pytest.mark.multiproc
+
+COVER = [
+    ("qwen2", "tp1"),
+    ("qwen2", "tp2"),
+    ("qwen2", "pp2_vpp2"),
+    ("qwen2", "cp2"),
+    ("qwen2", "cp4"),
+    ("qwen2", "dp2_plain_optimizer"),
+    ("qwen2", "tp2_pp2_cp2"),
+    ("qwen2_tied", "pp4"),
+    ("qwen2_tied", "tp2_pp2_sp"),
+    ("qwen2_tied", "dp2_cp2"),
+    ("qwen3", "tp2_sp"),
+    ("qwen3_tied", "pp2"),
+    ("llama3", "pp2_cp2"),
+    ("llama3_tied", "dp2_tp2_sp"),
+    ("qwen3_moe", "ep2"),
+    ("qwen3_moe", "ep2_cp2"),
+    ("qwen3_moe", "ep2_pp2"),
+    ("qwen3_moe", "ep2_tp2_sp"),
+]
+
+MakeChecker = Callable[..., Checker]
+
+
+@pytest.fixture(scope="module")
+def make_checker(tmp_path_factory: pytest.TempPathFactory) -> MakeChecker:
+    """A checker of a family and settings of the loss, made once."""
+    made: dict[Any, Checker] = {}
+
+    def make(family: str, **algorithm: Any) -> Checker:
+        key = (family, *sorted(algorithm.items()))
+        if key not in made:
+            made[key] = Checker(family, tmp_path_factory.mktemp(family), **algorithm)
+        return made[key]
+
+    return make
+
+
+@pytest.mark.parametrize(("family", "layout"), COVER)
+def test_layout_equals_transformers(family: str, layout: str, make_checker: MakeChecker) -> None:
+    errors = make_checker(family).check(layout)
+    assert errors.ok, errors
+
+
+def test_unpacked_and_packed_microbatches_make_one_update(make_checker: MakeChecker) -> None:
+    checker = make_checker("qwen2")
+    for tokens in (128, 1024):  # hardly more than the longest sample, and more than all together
+        errors = checker.check("tp1", microbatch_tokens=tokens)
+        assert errors.ok, errors
+
+
+@pytest.mark.parametrize(("mutation", "layout", "aggregation"), mutations.CASES)
+def test_a_mistake_is_found(mutation: str, layout: str, aggregation: str, make_checker: MakeChecker) -> None:
+    checker = make_checker("qwen2", loss_aggregation=aggregation)
+    errors = checker.check(layout, prepare=[(mutations.apply, (mutation,))])
+    assert not errors.ok, errors
+    assert errors.abs_err_logprob <= 2e-5 or mutation == "logprobs_shifted_by_one"
+
+
+def test_experts_are_shared_out_only_where_there_are_any() -> None:
+    assert {layout for layout in LAYOUTS if supports("qwen2", layout)} >= {layout for _, layout in COVER[:9]}
+    assert not supports("qwen2", "ep2")
+    assert not supports("qwen3_moe", "tp2")
+    assert supports("qwen3_moe", "tp2_sp")
+    assert {family for family, _ in COVER} | {"qwen3_moe_unnormalized"} == set(MODELS)
