@@ -31,8 +31,8 @@ if TYPE_CHECKING:
 
 MAX_PROMPT_TOKENS, MAX_RESPONSE_TOKENS = 24, 96
 RESPONSE_LENS = (1, 96, 5, 40, 1, 64, 23, 2, 77, 12, 31, 8)
-# (sample, response token): far above the old policy, where it is disliked. The first sample has two such, in chunks that
-# context-parallel ranks share out, and is dropped; the second has one, and is kept.
+# (sample, response token): far above the old policy, where it is disliked. The first sample has two such, in chunks of
+# different context-parallel ranks, and is dropped; the second has one, and is kept.
 DUAL_CLIPPED = ((1, 10), (1, 60), (5, 20))
 MARGIN = 1e-3
 GRAD_FLOOR = 1e-8  # of the global norm: below it a parameter's own gradient is rounding
