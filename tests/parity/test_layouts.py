@@ -1,6 +1,6 @@
 """Every layout and family computes the update of one transformers process; mistakes that projects have shipped do not.
 
-`make test` runs a cover: each layout once, each family in at least one; `make parity` runs all, on both Megatron versions.
+`make test` runs a cover, each layout once and each family in one at least; `make parity` runs all.
 """
 
 from __future__ import annotations

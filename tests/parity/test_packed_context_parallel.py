@@ -140,7 +140,7 @@ def local_scans(rank: int, size: int, group: dist.ProcessGroup) -> dict:
 def test_scan_equals_the_float64_oracle_in_one_collective(size, tmp_path):
     ranks = start_processes(local_scans, size, tmp_path)
     for i, shape in enumerate((SAMPLES[:3], LONG)):
-        batch, values = make_batch(shape)
+        _, values = make_batch(shape)
         segments = SegmentTable(torch.tensor([0, *(n for _, n in shape)]).cumsum(0))
         exact = future_kl_scan(values.float().double(), GAMMA, segments, impl="reference")
         found = merge_response_rows((rows.numpy(), scan.numpy()) for rows, scan in (rank["scans"][i] for rank in ranks))
