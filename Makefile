@@ -15,7 +15,7 @@ quickstart: install ## train a tiny policy with FIPO on CPU; overrides: make qui
 	.venv/bin/python tools/train.py configs/quickstart_cpu.yaml $(ARGS)
 
 test: install lint ## lint and run all tests; a selection: make test ARGS="-k loss -m 'not slow'"
-	.venv/bin/python -m pytest -n 2 --dist loadfile $(ARGS)
+	.venv/bin/python -m pytest -n 2 --dist loadgroup --no-loadscope-reorder $(ARGS)
 
 lint: install ## ruff and mypy, without changing a file
 	.venv/bin/ruff check

@@ -49,6 +49,13 @@ def shared_dir() -> Path:
     return folder
 
 
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """With `-n`: tests that start processes run one after the other, as each fills two cores; files stay together."""
+    for item in items:
+        group = "processes" if item.get_closest_marker("multiproc") else item.path.name
+        item.add_marker(pytest.mark.xdist_group(group))
+
+
 def pytest_runtest_setup(item: pytest.Item) -> None:
     if item.get_closest_marker("gpu"):
         import torch

@@ -6,6 +6,7 @@ import argparse
 import asyncio
 import contextlib
 import shlex
+import shutil
 import signal
 import sys
 import traceback
@@ -17,7 +18,7 @@ EXAMPLES = """\
 examples:
   tools/train.py configs/quickstart_cpu.yaml
   tools/train.py configs/quickstart_cpu.yaml seed=1 trainer.steps=5
-  tools/train.py configs/quickstart_cpu.yaml algorithm.objective=dapo run.name=dapo
+  tools/train.py configs/quickstart_cpu.yaml algorithm=dapo run.name=dapo
   tools/train.py configs/quickstart_cpu.yaml parallel='{tensor: 1, data: 2}'
 
 The run folder (runs/<config>-seed<seed>/) gets config.yaml, metrics.jsonl, curves.png, samples/ and hf/, a Hugging Face
@@ -71,16 +72,20 @@ def main(arguments: list[str] | None = None) -> int:
         _print_accuracies(folder)
         _print_contents(folder, sys.stdout)
         return 0
-    except (KeyboardInterrupt, asyncio.CancelledError):
+    except KeyboardInterrupt:
         status, ending = 130, "interrupted; all worker processes have ended"
     except Exception as error:
         is_refusal = isinstance(error, ValueError) and not has_started
         cause = str(error) if is_refusal else f"{type(error).__name__}: {error}"
         status, ending = 2 if is_refusal else 1, " ".join(["error:", cause, *getattr(error, "__notes__", [])])
-        if folder is not None:
+        if folder is not None and is_refusal:
+            shutil.rmtree(folder)  # nothing has run in it
+        elif folder is not None:
             with contextlib.suppress(OSError):  # a full disk must not hide the cause
                 (folder / "error.log").write_text(traceback.format_exc(), encoding="utf-8")
-    if folder is not None:
+    for number in interrupts:  # the ending is told to the end
+        signal.signal(number, signal.SIG_IGN)
+    if folder is not None and status != 2:
         _print_contents(folder, sys.stderr)
     print(ending, file=sys.stderr)
     return status
@@ -144,11 +149,24 @@ def _interrupt(signum: int, frame: object) -> None:
 
 async def _run_interruptibly(training: Coroutine[Any, Any, None], interrupts: Sequence[int]) -> None:
     """Signals cancel the task: an exception out of a handler could end in a library's callback, and be lost there."""
-    loop, task = asyncio.get_running_loop(), asyncio.current_task()
+    loop, task, received = asyncio.get_running_loop(), asyncio.current_task(), []
     assert task is not None
+
+    def cancel(number: int) -> None:
+        received.append(number)
+        task.cancel()
+        for other in interrupts:  # a second one no longer waits for its turn
+            loop.remove_signal_handler(other)
+            signal.signal(other, _interrupt)
+
     for number in interrupts:
-        loop.add_signal_handler(number, task.cancel)
-    await training
+        loop.add_signal_handler(number, cancel, number)
+    try:
+        await training
+    except asyncio.CancelledError as error:
+        if received:
+            raise KeyboardInterrupt from error
+        raise RuntimeError("the run was cancelled from within, and no signal came") from error
 
 
 if __name__ == "__main__":

@@ -193,7 +193,7 @@ def _data_names(run: Run) -> str:
     names = []
     for file in files:
         path = Path(file["path"])
-        stem = f"{path.parent.name}/{path.stem}" if path.stem in SPLITS else path.stem
+        stem = f"{path.parent.name}/{path.stem}" if path.stem in SPLITS and path.parent.name else path.stem
         names.append(file.get("data_source") or stem)
     return " + ".join(names)
 

@@ -56,13 +56,13 @@ class WorkerPool:
         self._memory_bytes = memory_bytes
         self._workers: list[_Worker] = []
         self._turn = threading.Lock()  # held by the thread whose calls run
-        self._is_closing = False
+        self._is_closed = False
 
     def run_many(self, calls: Sequence[tuple[Any, ...]]) -> list[Outcome]:
         """The outcome of the function for every tuple of arguments, in order.
 
         Raises:
-            RuntimeError: a worker cannot load the function, or another thread closes the pool meanwhile.
+            RuntimeError: a worker cannot load the function, or the pool is closed, maybe by another thread.
         """
         with self._turn:
             try:
@@ -72,19 +72,18 @@ class WorkerPool:
                 raise
 
     def close(self) -> None:
-        """Ends all workers; a later call starts new ones."""
-        self._is_closing = True
+        """Ends all workers, for good: calls under way and later ones fail."""
+        self._is_closed = True
         for worker in tuple(self._workers):
             worker.process.kill()  # wakes the thread that waits for it
         with self._turn:
             self._end_workers()
-            self._is_closing = False
 
     def _run_many(self, calls: Sequence[tuple[Any, ...]]) -> list[Outcome]:
         outcomes: list[Outcome | None] = [None] * len(calls)
         waiting = deque(range(len(calls)))
         while waiting or any(worker.call is not None for worker in self._workers):
-            if self._is_closing:
+            if self._is_closed:
                 raise RuntimeError(f"closed while {self._function} had {len(waiting)} calls to come")
             self._start_workers(len(waiting))
             self._hand_out(calls, waiting, outcomes)

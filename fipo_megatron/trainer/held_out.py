@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
@@ -77,7 +78,10 @@ class HeldOutEvaluation:
         for name, set_prompts in self._sets.items():
             start, num_samples = len(results) * samples_per_problem, len(set_prompts) * samples_per_problem
             judge = self._rewards[name].with_limit(num_samples)
-            of_set = judge_problems(set_prompts, generations[start : start + num_samples], judge, self._decode)
+            # In a thread, so that an interrupt is heard while answers are judged.
+            of_set = await asyncio.to_thread(
+                judge_problems, set_prompts, generations[start : start + num_samples], judge, self._decode
+            )
             write_results(folder / f"{name}.jsonl", of_set)
             if self._config.data.eval:
                 by_prefix[f"eval/{name}/"] = of_set

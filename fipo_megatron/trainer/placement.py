@@ -56,10 +56,13 @@ class Workers:
         on_sigterm = signal.getsignal(signal.SIGTERM)
         try:
             self._init_ray(address)
-        except BaseException:
+        except BaseException as error:
             self._end_everything()
+            if isinstance(error, SystemExit):  # raised by Ray's handler of SIGTERM
+                raise KeyboardInterrupt from error
             raise
-        signal.signal(signal.SIGTERM, on_sigterm)  # Ray puts its own in place
+        finally:
+            signal.signal(signal.SIGTERM, on_sigterm)  # Ray puts its own in place
         return self
 
     def _init_ray(self, address: str) -> None:

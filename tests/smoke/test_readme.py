@@ -53,10 +53,11 @@ def test_the_tools_run_as_written(tmp_path: Path) -> None:
         output = run(command, *small)
         assert "held-out accuracy" in output
         assert "policy: " in output
-    assert {path.name for path in tmp_path.iterdir()} == {"cache", "quickstart_cpu-seed1", "dapo", "dp2"}
+    assert {path.name for path in tmp_path.iterdir()} == {"cache", "quickstart_cpu-seed1", "dapo"}
     for command in set(commands) - set(trained):
         command = command.replace("runs/quickstart_cpu-seed0", str(tmp_path / "quickstart_cpu-seed1"))
-        assert run(command.replace("runs/dapo", str(tmp_path / "dapo")))
+        more = ["--out", str(tmp_path / "compare.png")] if "compare_runs" in command else []
+        assert run(command.replace("runs/dapo", str(tmp_path / "dapo")), *more)
     shutil.rmtree(tmp_path / "cache")
 
 

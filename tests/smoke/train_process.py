@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import subprocess
 import sys
 import time
@@ -56,11 +55,13 @@ class TrainProcess:
         self.folder = tmp_path / "runs" / "test"
         self._log = tmp_path / "output.log"
         self._file = self._log.open("w")
-        command = [sys.executable, str(script or REPO / "tools" / "train.py"), "configs/quickstart_cpu.yaml", *SMALL]
+        # Signals as a terminal's shell leaves them, also where the tests were started with nohup or in the background.
+        command = ["env", "--default-signal=INT,HUP"]
+        command += [sys.executable, str(script or REPO / "tools" / "train.py"), "configs/quickstart_cpu.yaml", *SMALL]
         command += [f"run.root={tmp_path / 'runs'}", "run.name=test", *overrides]
         # A group of its own, so that its interrupt is not ours.
         self._process = subprocess.Popen(
-            command, cwd=REPO, stdout=self._file, stderr=subprocess.STDOUT, start_new_session=True, env=dict(os.environ)
+            command, cwd=REPO, stdout=self._file, stderr=subprocess.STDOUT, start_new_session=True
         )
         self._children: set[psutil.Process] = set()
 
