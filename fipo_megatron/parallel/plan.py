@@ -184,7 +184,7 @@ def microbatch_tokens(config: Config) -> int:
     longest = config.rollout.max_prompt_tokens + config.rollout.max_response_tokens
     parallel = config.parallel
     units = PackingUnits(parallel.context, parallel.tensor if parallel.sequence_parallel else 1)
-    sequence_len = units.sequence_lens(np.array([longest]))
+    sequence_len = int(units.sequence_lens(np.array([longest]))[0])
     return config.trainer.microbatch_tokens or units.total_len(sequence_len) // parallel.context
 
 

