@@ -1,9 +1,10 @@
 # make help lists the targets. Everything runs in .venv, which `make install` builds.
 PYTHON ?= python3.11
 ARGS ?=
+PARITY_ARGS ?=
 
 .DEFAULT_GOAL := help
-.PHONY: help install quickstart test lint format
+.PHONY: help install quickstart test parity lint format
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "make %-12s %s\n", $$1, $$2 }' Makefile
@@ -16,6 +17,9 @@ quickstart: install ## train a tiny policy with FIPO on CPU; overrides: make qui
 
 test: install lint ## lint and run all tests; a selection: make test ARGS="-k loss -m 'not slow'"
 	.venv/bin/python -m pytest -n 2 --dist loadgroup --no-loadscope-reorder $(ARGS)
+
+parity: install ## every layout and family against transformers, in tiny models: PARITY_ARGS="--family qwen3"
+	.venv/bin/python tools/check_layouts.py $(PARITY_ARGS)
 
 lint: install ## ruff and mypy, without changing a file
 	.venv/bin/ruff check
