@@ -16,7 +16,7 @@ quickstart: install ## train a tiny policy with FIPO on CPU; overrides: make qui
 	.venv/bin/python tools/train.py configs/quickstart_cpu.yaml $(ARGS)
 
 test: install lint ## lint and run all tests; a selection: make test ARGS="-k loss -m 'not slow'"
-	.venv/bin/python -m pytest -n 2 --dist loadgroup --no-loadscope-reorder $(ARGS)
+	.venv/bin/python -m pytest $(ARGS)
 
 parity: install ## every layout and family against transformers, in tiny models: PARITY_ARGS="--family qwen3"
 	.venv/bin/python tools/check_layouts.py $(PARITY_ARGS)

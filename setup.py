@@ -76,8 +76,6 @@ EXTRAS = {
     "dev": [
         TENSORBOARD,
         "pytest>=9,<10",
-        # Two tests at a time.
-        "pytest-xdist>=3.8,<4",
         # No test hangs.
         "pytest-timeout>=2.4,<3",
         # Properties over generated inputs.

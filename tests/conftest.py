@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 from pathlib import Path
-from typing import Any
 
 # Before torch, Megatron, vLLM or Ray is imported by a test or by a process that a test starts.
 SESSION_MARK = "FIPO_TEST_SESSION"
@@ -49,13 +48,6 @@ def shared_dir() -> Path:
     return folder
 
 
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """With `-n`: tests that start processes run one after the other, as each fills two cores; files stay together."""
-    for item in items:
-        group = "processes" if item.get_closest_marker("multiproc") else item.path.name
-        item.add_marker(pytest.mark.xdist_group(group))
-
-
 def pytest_runtest_setup(item: pytest.Item) -> None:
     if item.get_closest_marker("gpu"):
         import torch
@@ -78,19 +70,9 @@ def find_leftovers() -> list[psutil.Process]:
     return found
 
 
-@pytest.hookimpl(optionalhook=True)
-def pytest_testnodedown(node: Any) -> None:
-    """With `-n`, in the process that hands out the tests: what one of the processes that ran them has found."""
-    leftovers.extend(getattr(node, "workeroutput", {}).get("leftovers", []))
-
-
 @pytest.hookimpl(trylast=True)
 def pytest_sessionfinish(session: pytest.Session) -> None:
     """Ends what the tests left running, and fails the session for it."""
-    if session.config.pluginmanager.hasplugin("dsession"):  # its own children ran the tests, and have looked
-        if leftovers:
-            session.exitstatus = pytest.ExitCode.TESTS_FAILED
-        return
     _, alive = psutil.wait_procs(find_leftovers(), timeout=EXIT_GRACE_S)
     for process in alive:
         try:
@@ -100,8 +82,6 @@ def pytest_sessionfinish(session: pytest.Session) -> None:
             continue
     if alive:
         session.exitstatus = pytest.ExitCode.TESTS_FAILED
-    if hasattr(session.config, "workeroutput"):
-        session.config.workeroutput["leftovers"] = leftovers
 
 
 def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
