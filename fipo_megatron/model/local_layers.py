@@ -102,9 +102,8 @@ def _boundaries(lengths: Sequence[int]) -> torch.Tensor:
 class LocalAttention(MegatronModule):
     """Causal grouped-query attention on torch's fused kernels.
 
-    Query `[s, b, heads, dim]`, key and value `[s, b, groups, dim]`, `s` local tokens a sequence; or, with
-    `packed_seq_params`, `[t, heads, dim]` and `[t, groups, dim]`. Under context parallelism key and value are
-    all-gathered over `context_group`.
+    Query `[t, heads, dim]`, key and value `[t, groups, dim]`, `t` local tokens of packed sequences. Under context
+    parallelism key and value are all-gathered over `context_group`.
     """
 
     def __init__(
@@ -133,16 +132,11 @@ class LocalAttention(MegatronModule):
         attention_bias: torch.Tensor | None = None,
         packed_seq_params: PackedSequences | None = None,
     ) -> torch.Tensor:
-        """Context `[s, b, heads * dim]`, or packed `[t, heads * dim]`."""
+        """Context `[t, heads * dim]`."""
+        assert packed_seq_params is not None, "the local attention takes packed sequences"
         if self.context_group.size() > 1:
             key, value = (_AllGatherSequence.apply(t, self.context_group) for t in (key, value))
-        if packed_seq_params is not None:
-            return self._attend_packed(query, key, value, packed_seq_params)
-        mask = None
-        if self.context_group.size() > 1:
-            mask = _zigzag_causal_mask(query.size(0), self.context_group).to(query.device)
-        query, key, value = (t.permute(1, 2, 0, 3) for t in (query, key, value))  # [b, heads, s, dim]
-        return self._attend(query, key, value, mask).permute(2, 0, 1, 3).flatten(2)
+        return self._attend_packed(query, key, value, packed_seq_params)
 
     def _attend(
         self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, mask: torch.Tensor | None
@@ -193,13 +187,6 @@ class LocalAttention(MegatronModule):
             )
             contexts.append(self._attend(queries, keys, values, mask).transpose(1, 2).flatten(0, 1))
         return torch.cat(contexts).index_select(0, packed.restore).flatten(1)
-
-
-def _zigzag_causal_mask(local_len: int, group: dist.ProcessGroup) -> torch.Tensor:
-    """bool `[local_len, cp * local_len]`: which gathered keys (rank by rank) each local query may see."""
-    size = group.size()
-    positions = [zigzag_positions([local_len * size], rank, size) for rank in range(size)]
-    return positions[group.rank()][:, None] >= torch.cat(positions)[None]
 
 
 class _AllGatherSequence(torch.autograd.Function):

@@ -14,13 +14,13 @@ class ResponseRowsModel(GPTModel):
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
-        self._rows: torch.Tensor | None = None
+        self._rows = torch.empty(0, dtype=torch.int64)
         if self.post_process:
             # Rows are chosen among those of the whole sequence, so the gather comes before the output layer, not in it.
             self.output_layer.sequence_parallel = False
 
-    def forward(self, *args: Any, rows: torch.Tensor | None = None, **kwargs: Any) -> torch.Tensor:
-        """Logits [1, R, vocabulary / tp] of `rows` (int64 [R], into this rank's tokens); None: of all.
+    def forward(self, *args: Any, rows: torch.Tensor, **kwargs: Any) -> torch.Tensor:
+        """Logits [1, R, vocabulary / tp] of `rows` (int64 [R], into this rank's tokens).
 
         On a stage before the last: hidden states, as GPTModel.
         """
@@ -34,6 +34,5 @@ class ResponseRowsModel(GPTModel):
                 hidden_states = gather_from_sequence_parallel_region(
                     hidden_states, tensor_parallel_output_grad=False, group=self.pg_collection.tp
                 )
-            if self._rows is not None:
-                hidden_states = hidden_states.index_select(0, self._rows)
+            hidden_states = hidden_states.index_select(0, self._rows)
         return super()._postprocess(hidden_states, *args, **kwargs)
