@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import os
+import signal
+from collections.abc import Iterator
 from pathlib import Path
 
 # Before torch, Megatron, vLLM or Ray is imported by a test or by a process that a test starts.
@@ -46,6 +48,15 @@ def shared_dir() -> Path:
     if not folder.is_dir():
         pytest.skip(f"no reference data: {folder.name}/ is not beside the checkout")
     return folder
+
+
+@pytest.fixture
+def own_signals() -> Iterator[None]:
+    """Puts back the handlers that a tool called in this process replaces."""
+    handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)}
+    yield
+    for number, handler in handlers.items():
+        signal.signal(number, handler)
 
 
 def pytest_runtest_setup(item: pytest.Item) -> None:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import signal
 import socket
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -117,15 +116,6 @@ def test_a_half_updated_engine_is_rebuilt(tmp_path: Path, cache: str, monkeypatc
     steps = [json.loads(line) for line in (finished.folder / "metrics.jsonl").read_text().splitlines()]
     assert [step["step"] for step in steps] == [0, 1, 2, 3]
     assert all(step["rollout/mismatch_max"] <= 1e-3 for step in steps[1:])
-
-
-@pytest.fixture
-def own_signals() -> Iterator[None]:
-    numbers = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
-    handlers = [signal.getsignal(number) for number in numbers]
-    yield
-    for number, handler in zip(numbers, handlers, strict=True):
-        signal.signal(number, handler)
 
 
 def start(*overrides: str) -> int:
