@@ -12,7 +12,6 @@ from fipo_megatron.observability.trackers import WANDB_URL
 from fipo_megatron.trainer import launch
 from tools import train
 
-
 pytestmark = pytest.mark.usefixtures("own_signals")
 
 
