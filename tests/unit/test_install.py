@@ -209,6 +209,7 @@ def test_make_help_lists_every_target():
         "install",
         "quickstart",
         "test",
+        "parity",
         "lint",
         "format",
     ]
