@@ -116,6 +116,17 @@ class TrainingBatch:
 
 
 @dataclass(frozen=True)
+class PolicyUpdate:
+    """What a mini-batch did to the policy."""
+
+    statistics: np.ndarray  # of the loss, see algorithm/loss_metrics.py
+    grad_norm: float | None  # before clipping; None: no optimizer step was made
+    skipped: Literal["empty", "not_finite"] | None = (
+        None  # why: no token counts in its loss, or loss or gradient is NaN
+    )
+
+
+@dataclass(frozen=True)
 class SegmentTable:
     """Where sequences begin and end in the flattened tokens of one rank.
 

@@ -184,7 +184,7 @@ def evaluate_runs(runs: list[Path], progress: Progress) -> None:
     rows = []
     with progress.task("evaluate", len(runs)) as advance:
         for run in runs:
-            exported = evaluate_held_out(run)
+            exported, rules = evaluate_held_out(run)
             lines = read_metrics(run / "metrics.jsonl")
             measured = [line for line in lines if "eval/sampled_accuracy" in line]
             accuracies = [
@@ -192,9 +192,10 @@ def evaluate_runs(runs: list[Path], progress: Progress) -> None:
                 for key in ("eval/sampled_accuracy", "eval/greedy_accuracy")
             ]
             seconds = sum(line["time/step_s"] for line in lines)
-            rows.append((run.name, *accuracies, f"{exported['accuracy']:.3f}", f"{seconds:.0f} s"))
+            rows.append((run.name, *accuracies, f"{exported:.3f}", ", ".join(rules), f"{seconds:.0f} s"))
             advance(run.name)
-    print_table("held-out accuracy", ("run", "sampled", "greedy", "greedy, transformers", "training"), rows)
+    columns = ("run", "sampled", "greedy", "greedy, transformers", "judged by", "training")
+    print_table("held-out accuracy", columns, rows)
 
 
 if __name__ == "__main__":

@@ -6,9 +6,9 @@ import argparse
 import asyncio
 import contextlib
 import shlex
-import shutil
 import signal
 import sys
+import tempfile
 import traceback
 from collections.abc import Coroutine, Sequence
 from pathlib import Path
@@ -52,7 +52,6 @@ def main(arguments: list[str] | None = None) -> int:
     for number in interrupts:
         signal.signal(number, _interrupt)
     folder: Path | None = None
-    has_started = False
     try:
         from fipo_megatron.config.load import load_config
 
@@ -62,30 +61,29 @@ def main(arguments: list[str] | None = None) -> int:
         from fipo_megatron.trainer.run import make_run_folder
 
         files = check_before_start(config)
-        folder = make_run_folder(config, options.config.stem)
-        with Progress() as progress:
-            progress.note(f"run folder: {folder}")
-            plan = plan_training(config, files, folder, progress)
+        with Progress() as progress, tempfile.TemporaryDirectory(prefix="fipo-") as scratch:
+            plan = plan_training(config, files, Path(scratch), progress)
             del files  # gigabytes, where they are large
-            has_started = True
-            asyncio.run(_run_interruptibly(run_training(plan, progress), interrupts))
+            folder = make_run_folder(config, options.config.stem)  # the last that may refuse the run
+            progress.note(f"run folder: {folder}")
+            asyncio.run(_run_interruptibly(run_training(plan, folder, progress), interrupts))
         _print_accuracies(folder)
         _print_contents(folder, sys.stdout)
         return 0
     except KeyboardInterrupt:
         status, ending = 130, "interrupted; all worker processes have ended"
     except Exception as error:
-        is_refusal = isinstance(error, ValueError) and not has_started
+        is_refusal = isinstance(error, ValueError) and folder is None
         cause = str(error) if is_refusal else f"{type(error).__name__}: {error}"
         status, ending = 2 if is_refusal else 1, " ".join(["error:", cause, *getattr(error, "__notes__", [])])
-        if folder is not None and is_refusal:
-            shutil.rmtree(folder)  # nothing has run in it
+        if folder is None and not is_refusal:
+            traceback.print_exc()
         elif folder is not None:
             with contextlib.suppress(OSError):  # a full disk must not hide the cause
                 (folder / "error.log").write_text(traceback.format_exc(), encoding="utf-8")
     for number in interrupts:  # the ending is told to the end
         signal.signal(number, signal.SIG_IGN)
-    if folder is not None and status != 2:
+    if folder is not None:
         _print_contents(folder, sys.stderr)
     print(ending, file=sys.stderr)
     return status

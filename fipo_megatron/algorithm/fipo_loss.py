@@ -68,7 +68,8 @@ def fipo_loss(
         future_kls, weights, None if entropy is None else entropy.flatten(), reference_kl,
     )  # fmt: skip
     dropped_sequences = kept.dropped.sum() * counts_sequences(context_group)
-    return LossOutput(loss_sum, denominator, loss_statistics(terms, config, loss_sum, denominator, dropped_sequences))
+    statistics = loss_statistics(terms, config, loss_sum, denominator, kept.tokens.sum(), dropped_sequences)
+    return LossOutput(loss_sum, denominator, statistics)
 
 
 @dataclass(frozen=True)

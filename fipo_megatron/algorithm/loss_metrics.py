@@ -32,6 +32,7 @@ LOG_RAW_LIMIT = 600.0  # exp of more leaves float64
 SUMS = (
     "loss_sum",
     "denominator",
+    "kept_tokens",
     "dropped_sequences",
     "tokens",
     "policy_kl",
@@ -108,6 +109,7 @@ def loss_statistics(
     config: AlgorithmConfig,
     loss_sum: torch.Tensor,
     denominator: torch.Tensor,
+    kept_tokens: torch.Tensor,
     dropped_sequences: torch.Tensor,
 ) -> torch.Tensor:
     """The statistics vector of one microbatch on one rank, float64 [NUM_STATISTICS]."""
@@ -118,6 +120,7 @@ def loss_statistics(
     sums = {
         "loss_sum": loss_sum,
         "denominator": denominator,
+        "kept_tokens": kept_tokens,
         "dropped_sequences": dropped_sequences,
         "tokens": terms.response_mask.sum(),
         "policy_kl": (-terms.log_ratios).sum(dtype=torch.float64),

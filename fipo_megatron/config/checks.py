@@ -231,7 +231,7 @@ def _find_idle_keys(config: Config) -> Iterator[str]:
     if data.train and config.task != ArithmeticTaskConfig():
         yield (
             f"task.name = {config.task.name!r}: has no effect beside data.train, the files of all problems; remove the "
-            "section task, or data"
+            "section task from the file of settings, or data.train"
         )
     if not data.train and not data.eval:
         yield from _idle_keys("data", data, ("prompt", "template"), "on problems of the task; remove it, or name files")

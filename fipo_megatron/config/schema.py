@@ -300,7 +300,14 @@ class TrainerConfig(Section):
         None, gt=0, description="tokens that one rank computes at once; null: the longest sample over parallel.context"
     )
     max_policy_kl: float = Field(0.5, gt=0, description="stop before an update whose mini-batch KL is beyond this")
-    recompute: Literal["none", "full"] = "none"
+    max_skipped_updates: int = Field(
+        4,
+        gt=0,
+        description="mini-batches in a row without an update: none of their tokens counts, or NaN; then an error",
+    )
+    recompute: Literal["none", "selective", "full"] = Field(
+        "none", description="in the backward pass, to save memory: selective: attention; full: every layer"
+    )
 
 
 class RewardConfig(Section):
@@ -325,6 +332,9 @@ class RewardConfig(Section):
         0, ge=0, description="length penalty over the last tokens of the limit; 0: none"
     )
     overlong_penalty_factor: float = Field(1.0, ge=0)
+    mask_truncated: bool = Field(
+        False, description="leave responses that the limit has cut out of the loss (DAPO's overlong filtering)"
+    )
 
     @model_validator(mode="after")
     def _check_function(self) -> RewardConfig:

@@ -29,7 +29,8 @@ class PromptEncoder:
     def __init__(self, tokenizer: Tokenizer, prompt: Literal["auto", "chat", "plain"], template: str) -> None:
         if prompt == "chat" and tokenizer.chat_template is None:
             raise ValueError(
-                "data.prompt = 'chat': the model's tokenizer has no chat template; set data.prompt=plain, or add one"
+                "data.prompt = 'chat' (in tools/evaluate.py --prompt): the model's tokenizer has no chat template; "
+                "choose plain, or add one"
             )
         self._tokenizer = tokenizer
         self._template = template

@@ -10,7 +10,7 @@ import dataclasses
 import json
 import math
 from collections import Counter
-from collections.abc import Collection, Iterable, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -81,6 +81,13 @@ def write_results(path: Path, results: Iterable[ProblemResult]) -> None:
     with path.open("w", encoding="utf-8", newline="\n") as file:
         for result in results:
             file.write(json.dumps(dataclasses.asdict(result)) + "\n")
+
+
+def write_sets(path: Path, num_problems: Mapping[str, int], rules: Mapping[str, str]) -> None:
+    """Writes how many problems a run's evaluation sets have and which rule judges them, by name of the set."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    sets = {name: {"num_problems": number, "rule": rules[name]} for name, number in num_problems.items()}
+    path.write_text(json.dumps(sets, indent=2) + "\n", encoding="utf-8")
 
 
 def run_metrics(results: Sequence[ProblemResult], unreadable: Collection[str], seed: int) -> dict[str, float]:

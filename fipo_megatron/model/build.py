@@ -79,7 +79,7 @@ def make_transformer_config(
         deallocate_pipeline_outputs=parallel.virtual_pipeline is None,
         variable_seq_lengths=parallel.pipeline > 1,  # packed microbatches have lengths of their own
         moe_token_dispatcher_type="alltoall",  # variable lengths ask for it, of dense models, too
-        recompute_granularity="full" if config.trainer.recompute == "full" else None,
+        recompute_granularity=None if config.trainer.recompute == "none" else config.trainer.recompute,
         recompute_method="uniform" if config.trainer.recompute == "full" else None,
         recompute_num_layers=1 if config.trainer.recompute == "full" else None,
         **platform.fusion_flags(),

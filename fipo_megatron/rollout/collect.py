@@ -235,8 +235,13 @@ class SpreadGuard:
             )
 
 
-def make_training_batch(groups: Sequence[SampleGroup], advantages: np.ndarray) -> TrainingBatch:
-    """The samples of `groups` as flat arrays, in order; `advantages` is float [S], one value a sample."""
+def make_training_batch(
+    groups: Sequence[SampleGroup], advantages: np.ndarray, *, mask_truncated: bool = False
+) -> TrainingBatch:
+    """The samples of `groups` as flat arrays, in order; `advantages` is float [S], one value a sample.
+
+    With `mask_truncated` no token of a response that the length limit has cut counts in the loss.
+    """
     samples = list(_samples(groups))
     assert advantages.shape == (len(samples),), f"advantages {advantages.shape} for {len(samples)} samples"
     sequences = [np.concatenate([sample.prompt.token_ids, sample.response_ids]) for sample in samples]
@@ -245,6 +250,11 @@ def make_training_batch(groups: Sequence[SampleGroup], advantages: np.ndarray) -
         cu_seqlens=np.cumsum([0, *map(len, sequences)], dtype=np.int64),
         prompt_lens=np.array([len(sample.prompt.token_ids) for sample in samples], dtype=np.int64),
         advantages=advantages.astype(np.float32),
+        loss_mask=np.repeat(
+            [sample.finish_reason != "length" for sample in samples], [len(sample.response_ids) for sample in samples]
+        )
+        if mask_truncated
+        else None,
     )
 
 

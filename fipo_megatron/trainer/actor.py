@@ -13,7 +13,7 @@ from ray.exceptions import RayActorError, RayTaskError
 
 from fipo_megatron.config.schema import OptimizerConfig, TimeoutsConfig
 from fipo_megatron.parallel.packed import ResponseRows, merge_response_rows
-from fipo_megatron.types import FinishedResponse, GenerationRequest, SamplingSettings, TrainingBatch
+from fipo_megatron.types import FinishedResponse, GenerationRequest, PolicyUpdate, SamplingSettings, TrainingBatch
 
 MAX_CAUSE_CHARS = 400
 GRACE_S = 5.0  # after a first failure: how long the others may take to name theirs, which may be the cause
@@ -52,8 +52,8 @@ class PolicyClient:
         """float32 [R], those of the frozen reference policy."""
         return self._join(await self._call("ref_logprobs", batch))
 
-    async def update(self, batch: ray.ObjectRef, samples: Sequence[int], lr: float) -> tuple[np.ndarray, float]:
-        """Statistics of the loss and the gradient's norm of one optimizer step over the mini-batch of these samples."""
+    async def update(self, batch: ray.ObjectRef, samples: Sequence[int], lr: float) -> PolicyUpdate:
+        """One optimizer step over the mini-batch of these samples."""
         return (await self._call("update", batch, samples, lr))[0]
 
     async def supervised_update(self, batch: TrainingBatch, lr: float) -> float:

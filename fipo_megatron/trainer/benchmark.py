@@ -99,8 +99,8 @@ def load_run_config(run_folder: Path) -> Config:
     return load_config(run_folder / "config.yaml")
 
 
-def evaluate_held_out(run_folder: Path) -> dict[str, float]:
-    """Greedy accuracy of a run's `hf/` folder on its held-out problems, by transformers alone: `accuracy_metrics`.
+def evaluate_held_out(run_folder: Path) -> tuple[float, list[RuleName]]:
+    """Greedy accuracy of a run's `hf/` folder on its held-out problems, by transformers alone, and its rules.
 
     Raises:
         ValueError: the folder is not that of a run that ended.
@@ -122,7 +122,7 @@ def evaluate_held_out(run_folder: Path) -> dict[str, float]:
         for name, of_set in sets.items():
             responses = generations[len(results) : len(results) + len(of_set)]
             results += judge_problems(of_set, responses, rewards[rules[name]].with_limit(len(of_set)), decode)
-    return accuracy_metrics(results)
+    return accuracy_metrics(results)["accuracy"], sorted(set(rules.values()))
 
 
 class Benchmark:

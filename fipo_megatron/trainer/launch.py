@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import shutil
 from collections.abc import Coroutine
 from contextlib import closing
 from dataclasses import dataclass
@@ -78,15 +77,14 @@ class TrainingPlan:
     """Everything that a run has before its first process starts."""
 
     config: Config
-    folder: Path  # of the run
     base: Path  # folder of the policy that it begins with
     source: TraceSource | None  # what that is made of if it is the warm start's to make
-    model_folder: Path  # with model configuration and tokenizer: the base, or its skeleton until it is made
+    model_folder: Path  # with model configuration and tokenizer: the base, or its skeleton until that is made
     prompts: RunPrompts
 
 
-def plan_training(config: Config, files: ProblemFiles, folder: Path, progress: Progress) -> TrainingPlan:
-    """What a run into the folder trains, on what; the last moment to refuse it. `files` are `check_before_start`'s.
+def plan_training(config: Config, files: ProblemFiles, scratch: Path, progress: Progress) -> TrainingPlan:
+    """What a run trains, on what. `files` are `check_before_start`'s; `scratch` is a folder to be kept during the run.
 
     Raises:
         ValueError: the model's tokenizer makes prompts too long of the problems, or has no chat template.
@@ -95,17 +93,17 @@ def plan_training(config: Config, files: ProblemFiles, folder: Path, progress: P
     base, source = initial_policy(config, files)
     model_folder = base
     if source is not None and not (base / "config.json").exists():
-        model_folder = folder / "skeleton"
+        model_folder = scratch / "skeleton"
         write_skeleton(config, source, model_folder)
     prompts = make_run_prompts(config, files, load_prompt_encoder(model_folder, config.data))
     for note in prompts.notes:
         progress.note(note)
-    return TrainingPlan(config, folder, base, source, model_folder, prompts)
+    return TrainingPlan(config, base, source, model_folder, prompts)
 
 
-async def run_training(plan: TrainingPlan, progress: Progress) -> None:
+async def run_training(plan: TrainingPlan, folder: Path, progress: Progress) -> None:
     """Train into the run folder, in processes that are gone when this returns or raises."""
-    config, folder, base, source, model_folder = plan.config, plan.folder, plan.base, plan.source, plan.model_folder
+    config, base, source, model_folder = plan.config, plan.base, plan.source, plan.model_folder
     with Trackers(config, folder) as trackers, Workers(config, folder) as workers:
         workers.start_engine(model_folder)
 
@@ -118,7 +116,6 @@ async def run_training(plan: TrainingPlan, progress: Progress) -> None:
 
         await _together(prepare_policy(), workers.engine.ready())
         workers.model_folder = base
-        shutil.rmtree(folder / "skeleton", ignore_errors=True)
         with closing(Run(config, folder, workers, base, plan.prompts, progress, trackers)) as run:
             await train(run)
 

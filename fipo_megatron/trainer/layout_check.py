@@ -1,6 +1,6 @@
 """Whether a layout computes the update that one transformers process computes: tiny models, one batch, one step.
 
-The batch holds responses of one token and up to the limit, and every token of it is at least MARGIN away from each
+The batch holds responses of one token and up to the limit, with masked holes, and every token of it is at least MARGIN away from each
 threshold of the loss: rounding can't move a token across a branch, so what differs is the layout's fault.
 """
 
@@ -34,6 +34,7 @@ RESPONSE_LENS = (1, 96, 5, 40, 1, 64, 23, 2, 77, 12, 31, 8)
 # (sample, response token): far above the old policy, where it is disliked. The first sample has two such, in chunks of
 # different context-parallel ranks, and is dropped; the second has one, and is kept.
 DUAL_CLIPPED = ((1, 10), (1, 60), (5, 20))
+MASKED_FRAC = 0.1  # of the response tokens
 MARGIN = 1e-3
 GRAD_FLOOR = 1e-8  # of the global norm: below it a parameter's own gradient is rounding
 # A large epsilon keeps Adam's first step proportional to the gradient, so that rounding isn't blown up to +-lr.
@@ -133,15 +134,17 @@ def make_check_batch(logprobs_of: Callable[[TrainingBatch], np.ndarray], config:
     )
     logprobs = logprobs_of(batch)
     drifts = _draw_drifts(rng, len(logprobs))
+    mask = rng.random(len(logprobs)) > MASKED_FRAC
     dual_clipped = [int(response_lens[:sample].sum()) + token for sample, token in DUAL_CLIPPED]
+    mask[dual_clipped] = True
     batch.advantages[[sample for sample, _ in DUAL_CLIPPED]] = -1.0
     while True:
         drifts[dual_clipped] = rng.uniform(2.8, 3.2, len(dual_clipped))
         # float32, as the ranks will read them: the margins are those of what is compared.
         old = (logprobs - drifts).astype(np.float32)
-        near = branch_margins(logprobs, old, batch.advantages, response_lens, config) < MARGIN
+        near = (branch_margins(logprobs, old, mask, response_lens, config) < MARGIN) & mask
         if not near.any():
-            return replace(batch, old_logprobs=old)
+            return replace(batch, old_logprobs=old, loss_mask=mask)
         drifts[near] = _draw_drifts(rng, int(near.sum()))
 
 
@@ -151,11 +154,11 @@ def _draw_drifts(rng: np.random.Generator, size: int) -> np.ndarray:
 
 
 def branch_margins(
-    logprobs: np.ndarray, old: np.ndarray, advantages: np.ndarray, response_lens: np.ndarray, config: AlgorithmConfig
+    logprobs: np.ndarray, old: np.ndarray, loss_mask: np.ndarray, response_lens: np.ndarray, config: AlgorithmConfig
 ) -> np.ndarray:
     """How far each response token's ratio and influence weight are from the nearest threshold of the loss, [R]."""
     segments = SegmentTable(torch.from_numpy(np.cumsum([0, *response_lens])))
-    mask = torch.ones(len(logprobs), dtype=torch.bool)
+    mask = torch.from_numpy(loss_mask)
     drift = log_ratio(torch.from_numpy(logprobs), torch.from_numpy(old.astype(np.float64)), mask)
     ratio = drift.exp()
     raw_weight = future_kl(drift, mask, config, segments).exp()
@@ -174,11 +177,12 @@ def transformers_step(folder: Path, batch: TrainingBatch, config: AlgorithmConfi
     response_lens = np.array([len(row) for row in rows])
     logprobs = torch.cat(rows)
     assert batch.old_logprobs is not None
+    assert batch.loss_mask is not None
     output = fipo_loss(
         logprobs,
         torch.from_numpy(batch.old_logprobs.astype(np.float64)),
         torch.from_numpy(np.repeat(batch.advantages.astype(np.float64), response_lens)),
-        torch.ones(len(logprobs), dtype=torch.bool),
+        torch.from_numpy(batch.loss_mask),
         config,
         segments=SegmentTable(torch.from_numpy(np.cumsum([0, *response_lens]))),
         sequence_norm=sequence_norm,

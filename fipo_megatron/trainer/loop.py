@@ -24,7 +24,7 @@ async def train(run: Run) -> None:
             [len(group.samples) for group in groups],
             normalize_by_std=config.algorithm.normalize_advantage_by_std,
         )
-        batch = make_training_batch(groups, advantages)
+        batch = make_training_batch(groups, advantages, mask_truncated=config.reward.mask_truncated)
 
         with run.timers.phase("old_logprobs"):
             handle = policy.put(batch)

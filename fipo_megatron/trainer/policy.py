@@ -11,7 +11,13 @@ import numpy as np
 import torch
 import torch.distributed as dist
 
-from fipo_megatron.algorithm.loss_metrics import NUM_STATISTICS, all_reduce_statistics, loss_metrics, reduce_statistics
+from fipo_megatron.algorithm.loss_metrics import (
+    NUM_STATISTICS,
+    LossStatistics,
+    all_reduce_statistics,
+    loss_metrics,
+    reduce_statistics,
+)
 from fipo_megatron.checkpoint.hf_folder import write_hf_folder
 from fipo_megatron.config.schema import Config, OptimizerConfig
 from fipo_megatron.model.hf_config import read_model_shape
@@ -20,7 +26,7 @@ from fipo_megatron.parallel.groups import initialize_groups, listening_socket, m
 from fipo_megatron.parallel.packed import PackedTokens, ResponseRows, make_packed_tokens
 from fipo_megatron.parallel.plan import PackingUnits, forward_cost, microbatch_tokens, plan_packing
 from fipo_megatron.reshard.transport.collective import SENDER, BroadcastGroup
-from fipo_megatron.types import TrainingBatch
+from fipo_megatron.types import PolicyUpdate, TrainingBatch
 
 
 class PolicyDivergedError(RuntimeError):
@@ -116,25 +122,29 @@ class MegatronPolicy:
 
     # ---------------------------------------------------------------- updates
 
-    def update(self, batch: TrainingBatch, samples: Sequence[int], lr: float) -> tuple[np.ndarray, float]:
-        """Statistics of the loss (see algorithm/loss_metrics.py) and the gradient's norm before clipping, of one
-        optimizer step of FIPO's loss over a mini-batch. Collective; equal on every rank.
+    def update(self, batch: TrainingBatch, samples: Sequence[int], lr: float) -> PolicyUpdate:
+        """One optimizer step of FIPO's loss over a mini-batch. Collective; equal on every rank.
+
+        No step is made, and weights and optimizer stay as they were, where no token counts in the loss, or where the
+        loss or the gradient of any rank is not finite.
 
         Raises:
-            PolicyDivergedError: the mini-batch's KL is beyond `trainer.max_policy_kl`, or the loss is not finite; the
-                weights are left as they were. Or the gradient is not finite.
+            PolicyDivergedError: the mini-batch's KL is beyond `trainer.max_policy_kl`; the weights are left as they
+                were. Or the gradient is finite, its norm is not.
         """
         config, vector = self.config, self.backward(batch, samples)
-        metrics = loss_metrics(vector, config.algorithm)
-        if not math.isfinite(metrics["loss"]):
-            raise PolicyDivergedError(f"the loss of a mini-batch is {metrics['loss']}; lower optimizer.lr ({lr:g})")
+        statistics, metrics = vector.cpu().numpy(), loss_metrics(vector, config.algorithm)
+        if LossStatistics(vector).sums["kept_tokens"] == 0:
+            return PolicyUpdate(statistics, grad_norm=None, skipped="empty")
+        if not (math.isfinite(metrics["loss"]) and self._has_finite_gradient()):
+            return PolicyUpdate(statistics, grad_norm=None, skipped="not_finite")
         if abs(metrics["policy_kl"]) > config.trainer.max_policy_kl:
             raise PolicyDivergedError(
                 f"a mini-batch's policy KL is {metrics['policy_kl']:.4g}, beyond trainer.max_policy_kl = "
                 f"{config.trainer.max_policy_kl:g}; the update was not made: lower optimizer.lr ({lr:g}), raise "
                 "optimizer.warmup_steps, or use larger mini-batches"
             )
-        return vector.cpu().numpy(), self._optimizer_step(lr)
+        return PolicyUpdate(statistics, self._optimizer_step(lr))
 
     def backward(self, batch: TrainingBatch, samples: Sequence[int]) -> torch.Tensor:
         """Statistics of FIPO's loss over a mini-batch, float64, equal on every rank; its gradient is left in Megatron's
@@ -165,6 +175,14 @@ class MegatronPolicy:
         self._from_last_stage(total)
         self._optimizer_step(lr)
         return (total[0] / total[1]).item()
+
+    def _has_finite_gradient(self) -> bool:
+        """Whether the gradient in Megatron's buffers is finite on every rank: Adam would keep a NaN. Collective."""
+        buffers = [buffer for chunk in self.chunks for buffer in (*chunk.buffers, *chunk.expert_parallel_buffers)]
+        largest = [torch.linalg.vector_norm(buffer.grad_data, torch.inf).isfinite() for buffer in buffers]
+        num_lost = (~torch.stack(largest)).sum()
+        dist.all_reduce(num_lost, group=self.groups.world)
+        return num_lost.item() == 0
 
     def _optimizer_step(self, lr: float) -> float:
         """The gradient's norm before clipping."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import time
+from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -15,6 +16,7 @@ from fipo_megatron.algorithm.loss_metrics import loss_metrics, reduce_statistics
 from fipo_megatron.config.load import save_config
 from fipo_megatron.config.schema import Config
 from fipo_megatron.data.run_prompts import RunPrompts
+from fipo_megatron.evaluation.protocol import write_sets
 from fipo_megatron.observability.metrics import MetricsWriter, throughput
 from fipo_megatron.observability.plots import plot_curves
 from fipo_megatron.observability.progress import Progress
@@ -36,7 +38,7 @@ from fipo_megatron.rollout.collect import (
 from fipo_megatron.rollout.stream import judge_while_sampling
 from fipo_megatron.trainer.held_out import HeldOutEvaluation
 from fipo_megatron.trainer.placement import Workers
-from fipo_megatron.types import Decode, SampleGroup, SamplingSettings, TrainingBatch
+from fipo_megatron.types import Decode, PolicyUpdate, SampleGroup, SamplingSettings, TrainingBatch
 
 MINI_BATCH_STREAM = 2  # keeps the random numbers apart from those of other purposes with the same seed
 CURVES_EVERY_S = 60.0  # between evaluations: to draw them takes a second or so
@@ -68,8 +70,11 @@ class Run:
         self._prompts = prompts
         rewards = {name: self._rewards[rule] for name, rule in prompts.rules.items()}
         self._evaluation = HeldOutEvaluation(config, prompts.evaluation, rewards, self.decode, folder / "evaluation")
+        num_problems = {name: len(of_set) for name, of_set in prompts.evaluation.items()}
+        write_sets(folder / "evaluation" / "sets.json", num_problems, prompts.rules)
         self._buffer = GroupBuffer(config.dynamic_sampling)
         self._spread = SpreadGuard(config.dynamic_sampling.max_steps_without_spread)
+        self._skips = SkipGuard(config.trainer.max_skipped_updates)
         self._num_generation_batches = 0
         self._metrics = MetricsWriter(folder / "metrics.jsonl")
         self._drawn_s = -math.inf  # when the curves were
@@ -150,11 +155,27 @@ class Run:
             )
         return {"train/batch_kl": kl}
 
-    def update_metrics(self, updates: Sequence[tuple[np.ndarray, float]], lr: float) -> dict[str, float]:
-        """Metrics of the loss over all updates of a step, from their summed statistics, and the mean gradient norm."""
-        statistics = reduce_statistics([torch.tensor(vector) for vector, _ in updates])
-        metrics = loss_metrics(statistics, self.config.algorithm)
-        metrics |= {"updates": len(updates), "grad_norm": float(np.mean([norm for _, norm in updates])), "lr": lr}
+    def update_metrics(self, updates: Sequence[PolicyUpdate], lr: float) -> dict[str, float]:
+        """Metrics of the loss over all updates of a step, from their summed statistics, and the mean gradient norm;
+        how many mini-batches made no update.
+
+        Raises:
+            RuntimeError: `trainer.max_skipped_updates` mini-batches in a row made none.
+        """
+        metrics: dict[str, float] = {"lr": lr}
+        norms = [update.grad_norm for update in updates if update.grad_norm is not None]
+        if norms:
+            made = [torch.tensor(update.statistics) for update in updates if update.skipped is None]
+            metrics |= loss_metrics(reduce_statistics(made), self.config.algorithm)
+            metrics["grad_norm"] = float(np.mean(norms))
+        skipped = Counter(update.skipped for update in updates)
+        metrics |= {
+            "updates": skipped[None],
+            "skipped_empty": skipped["empty"],
+            "skipped_not_finite": skipped["not_finite"],
+        }
+        for update in updates:
+            self._skips.observe(update)
         return {f"train/{name}": value for name, value in metrics.items()}
 
     def mini_batches(self, step: int) -> list[list[int]]:
@@ -235,6 +256,31 @@ class Run:
         for reward in self._rewards.values():
             reward.close()
         self._metrics.close()
+
+
+class SkipGuard:
+    """Ends a run whose mini-batches make no update any more."""
+
+    def __init__(self, max_skipped: int) -> None:
+        self._max_skipped = max_skipped
+        self._num_skipped = 0
+
+    def observe(self, update: PolicyUpdate) -> None:
+        """Counts mini-batches in a row that made no update; at the limit a RuntimeError."""
+        self._num_skipped = 0 if update.skipped is None else self._num_skipped + 1
+        if self._num_skipped < self._max_skipped:
+            return
+        remedy = {
+            "empty": "no token of it counts in the loss: raise rollout.max_response_tokens if reward.mask_truncated "
+            "leaves out what is cut there, or lower optimizer.lr if all sequences are dropped",
+            "not_finite": "its loss or gradient is not finite: lower optimizer.lr, raise optimizer.warmup_steps, or "
+            "set model.dtype=float32",
+        }
+        assert update.skipped is not None
+        raise RuntimeError(
+            f"trainer.max_skipped_updates: {self._num_skipped} mini-batches in a row made no update; of the last "
+            + remedy[update.skipped]
+        )
 
 
 def make_run_folder(config: Config, config_name: str) -> Path:

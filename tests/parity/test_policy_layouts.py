@@ -132,13 +132,13 @@ def test_layout_equals_transformers(
     np.testing.assert_allclose(logprobs, torch.cat(old).numpy(), atol=2e-5)
     last: dict[str, float] = {}
     for ours, oracle in zip(metrics, updates, strict=True):
-        statistics, grad_norm = ours[0]
-        for other_statistics, other_norm in ours[1:]:
-            np.testing.assert_array_equal(other_statistics, statistics)  # every rank reports the same
-            assert other_norm == grad_norm
-        last = loss_metrics(torch.from_numpy(statistics), config.algorithm)
+        first = ours[0]
+        for other in ours[1:]:
+            np.testing.assert_array_equal(other.statistics, first.statistics)  # every rank reports the same
+            assert other.grad_norm == first.grad_norm
+        last = loss_metrics(torch.from_numpy(first.statistics), config.algorithm)
         assert last["loss"] == pytest.approx(oracle["loss"], rel=1e-5, abs=2e-5)
-        assert grad_norm == pytest.approx(oracle["grad_norm"], rel=1e-4)
+        assert first.grad_norm == pytest.approx(oracle["grad_norm"], rel=1e-4)
     assert abs(last["policy_kl"]) > 1e-2, "the third update must see a policy that has moved"
 
     exported = load_file(tmp_path / "hf" / "model.safetensors")
@@ -176,5 +176,5 @@ def test_reference_logprobs_stay_those_of_the_start(folder: Path, batch: Trainin
     np.testing.assert_array_equal(in_sample_order(still_moved), in_sample_order(moved))
     assert np.abs(in_sample_order(moved) - in_sample_order(start)).max() > 0.01
     q = -3 - in_sample_order(start).astype(np.float64)
-    found = loss_metrics(torch.from_numpy(metrics[0][0]), config.algorithm)
+    found = loss_metrics(torch.from_numpy(metrics[0].statistics), config.algorithm)
     assert found["reference_kl"] == pytest.approx(np.mean(np.exp(q) - q - 1), rel=1e-4)

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.smoke.train_process import REPO, SMALL
+from tests.smoke.train_process import ODD_REWARD, REPO, SMALL, UNTRAINED
 
 MAKE = {"make quickstart", "make test"}
 
@@ -47,7 +47,14 @@ def test_every_link_leads_somewhere() -> None:
 @pytest.mark.multiproc
 def test_the_tools_run_as_written(tmp_path: Path) -> None:
     commands = [command for command in readme_commands() if command not in MAKE]
-    small = [*SMALL, f"run.root={tmp_path}", f"warm_start.cache_dir={tmp_path / 'cache'}", "rollout.engine=hf"]
+    small = [
+        *SMALL,
+        UNTRAINED,
+        *ODD_REWARD,
+        f"run.root={tmp_path}",
+        f"warm_start.cache_dir={tmp_path / 'cache'}",
+        "rollout.engine=hf",
+    ]
     trained = [command for command in commands if "tools/train.py" in command]
     for command in trained:
         output = run(command, *small)

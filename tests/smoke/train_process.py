@@ -27,10 +27,13 @@ SMALL = (
     "dynamic_sampling.max_generation_batches=20",
     "trainer.mini_batch_prompts=2",
     "trainer.microbatch_tokens=256",
-    "trainer.steps=3",
+    "trainer.steps=2",
     "evaluation.num_problems=32",
     "optimizer.warmup_steps=0",
 )
+# For runs whose accuracy is not the matter: a base policy made in a second, and a reward that it gets at times.
+UNTRAINED = "warm_start.steps=4"
+ODD_REWARD = ("reward.rule=custom", "reward.function=tests/smoke/odd_reward.py:has_odd_ones")
 START_S, END_S = 240, 60
 
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import Any
 
 import pytest
 
@@ -20,14 +19,14 @@ def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """Where the run goes, in a working directory of its own; nothing is checked or planned."""
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(launch, "check_before_start", lambda config: None)
-    monkeypatch.setattr(launch, "plan_training", lambda config, files, folder, progress: folder)
+    monkeypatch.setattr(launch, "plan_training", lambda config, files, scratch, progress: None)
     return tmp_path / "runs" / "test"
 
 
-def start(monkeypatch: pytest.MonkeyPatch, ending: BaseException | None) -> int:
+def start(monkeypatch: pytest.MonkeyPatch, ending: BaseException | None, *overrides: str) -> int:
     """The exit status of a run that leaves what two of its steps leave, and ends so."""
 
-    async def run_training(folder: Any, progress: object) -> None:
+    async def run_training(plan: None, folder: Path, progress: object) -> None:
         lines = [{"step": 0, "eval/sampled_accuracy": 0.25}, {"step": 1}, {"step": 2, "eval/sampled_accuracy": 0.75}]
         (folder / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
         (folder / "curves.png").touch()
@@ -42,7 +41,7 @@ def start(monkeypatch: pytest.MonkeyPatch, ending: BaseException | None) -> int:
 
     monkeypatch.setattr(launch, "run_training", run_training)
     Path("small.yaml").write_text("warm_start: {}\n")
-    return train.main(["small.yaml", "run.name=test"])
+    return train.main(["small.yaml", "run.name=test", *overrides])
 
 
 LEFT = (
@@ -107,11 +106,27 @@ def test_what_is_refused_before_a_process_starts(
         raise ValueError("data.prompt = 'chat': there is no template")
 
     monkeypatch.setattr(launch, refusing, refuse)
-    assert start(monkeypatch, None) == 2
+    folder.mkdir(parents=True)
+    (folder / "config.yaml").touch()
+    assert start(monkeypatch, None, "run.overwrite=true") == 2
     printed = capsys.readouterr().err
     assert printed.splitlines()[-1] == "error: data.prompt = 'chat': there is no template"
-    assert not folder.exists()
+    assert (folder / "config.yaml").exists()  # of the run that it would have replaced
     assert "metrics: " not in printed
+
+
+def test_a_failure_before_there_is_a_folder_shows_where(
+    folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def fail(*arguments: object) -> None:
+        raise RuntimeError("the tokenizer is broken")
+
+    monkeypatch.setattr(launch, "plan_training", fail)
+    assert start(monkeypatch, None) == 1
+    printed = capsys.readouterr().err
+    assert "in fail\n" in printed
+    assert printed.splitlines()[-1] == "error: RuntimeError: the tokenizer is broken"
+    assert not folder.exists()
 
 
 def test_an_interrupt_before_there_is_a_folder(

@@ -198,7 +198,11 @@ def test_a_recipe_does_not_change_with_a_default() -> None:
             "evaluation.num_problems",
         ),
         *("reward.function", "reward.num_workers", "reward.timeout_s", "reward.memory_gib", "reward.max_unjudged_frac"),
-        *("dynamic_sampling.max_steps_without_spread", "trainer.max_policy_kl"),  # guards
+        *(
+            "dynamic_sampling.max_steps_without_spread",
+            "trainer.max_policy_kl",
+            "trainer.max_skipped_updates",
+        ),  # guards
         "algorithm.objective",  # the preset's
     }
     assert fixed - free == written("fipo_32b").keys() - {"model.dtype"}

@@ -56,7 +56,7 @@ def test_auto_takes_the_chat_template_where_there_is_one():
     assert text_of(PromptEncoder(with_template, "chat", "{question}"), DAPO) == chat
     assert text_of(PromptEncoder(with_template, "plain", "{question}"), DAPO).startswith("Be brief.\n\n")
     assert not PromptEncoder(without, "auto", "{question}").is_chat
-    with pytest.raises(ValueError, match=r"data.prompt = 'chat': .*no chat template; set data.prompt=plain"):
+    with pytest.raises(ValueError, match=r"data.prompt = 'chat' .*no chat template; choose plain"):
         PromptEncoder(without, "chat", "{question}")
 
 

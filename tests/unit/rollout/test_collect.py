@@ -265,6 +265,16 @@ def test_training_batch_joins_prompts_and_responses() -> None:
     assert dtypes == [np.int64, np.int64, np.int64, np.float32]
 
 
+def test_truncated_responses_are_masked_where_asked() -> None:
+    cut = dataclasses.replace(generation(8, 3), finish_reason="length")
+    groups = judged_groups(PROMPTS, [generation(7, 9), cut, cut, generation(2, 2, 2)])
+    advantages = np.array([1.5, -1.5, 0.5, -0.5])
+    assert make_training_batch(groups, advantages).loss_mask is None
+    mask = make_training_batch(groups, advantages, mask_truncated=True).loss_mask
+    assert mask is not None
+    assert mask.tolist() == [True] * 2 + [False] * 4 + [True] * 3
+
+
 def test_response_arrays_are_aligned() -> None:
     groups = [make_group("a", 0, 1, tokens=[2, 1]), make_group("b", 0, 1, tokens=[1, 3], version=4)]
     assert is_fresh_token(groups, weight_version=5).tolist() == [True] * 3 + [False] * 4

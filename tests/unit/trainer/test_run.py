@@ -14,6 +14,7 @@ import numpy as np
 import pytest
 
 from fipo_megatron.algorithm.advantage import group_relative_advantages
+from fipo_megatron.algorithm.loss_metrics import SUMS, reduce_statistics
 from fipo_megatron.config.load import load_config
 from fipo_megatron.config.schema import Config
 from fipo_megatron.data.encoding import load_prompt_encoder
@@ -27,7 +28,7 @@ from fipo_megatron.observability.trackers import Trackers
 from fipo_megatron.rollout.collect import make_training_batch
 from fipo_megatron.trainer.run import Run, make_run_folder
 from fipo_megatron.trainer.warm_start import write_skeleton
-from fipo_megatron.types import FinishedResponse, Generation, GenerationRequest, SamplingSettings
+from fipo_megatron.types import FinishedResponse, Generation, GenerationRequest, PolicyUpdate, SamplingSettings
 
 
 def test_run_folders_never_overwrite_unasked(tmp_path: Path) -> None:
@@ -216,6 +217,40 @@ def test_a_policy_that_the_engine_does_not_hold_or_that_ran_away_is_refused(tmp_
         for logprobs in (old_logprobs - 0.5, old_logprobs + 0.5, old_logprobs * np.nan):
             with pytest.raises(RuntimeError, match=r"trainer\.max_policy_kl = 0\.4; lower optimizer\.lr"):
                 run.check_kl(batch, logprobs)
+
+
+def statistics(**sums: float) -> np.ndarray:
+    vector = reduce_statistics([]).numpy()
+    for name, value in sums.items():
+        vector[SUMS.index(name)] = value
+    return vector
+
+
+EMPTY = PolicyUpdate(statistics(), grad_norm=None, skipped="empty")
+LOST = PolicyUpdate(statistics(loss_sum=np.nan, denominator=3), grad_norm=None, skipped="not_finite")
+
+
+def test_mini_batches_without_an_update_are_counted_and_left_out(tmp_path: Path) -> None:
+    made = PolicyUpdate(statistics(loss_sum=3.0, denominator=6, tokens=6), grad_norm=0.25)
+    with make_run(tmp_path / "run", 0, 0) as (run, _):
+        metrics = run.update_metrics([EMPTY, made, LOST, made, EMPTY], lr=0.1)
+        assert (metrics["train/loss"], metrics["train/grad_norm"]) == (0.5, 0.25)
+        counts = [metrics[f"train/{name}"] for name in ("updates", "skipped_empty", "skipped_not_finite")]
+        assert counts == [2, 2, 1]
+        metrics = run.update_metrics([LOST], lr=0.1)
+        assert metrics.keys() == {"train/" + name for name in ("lr", "updates", "skipped_empty", "skipped_not_finite")}
+
+
+@pytest.mark.parametrize(
+    ("last", "remedy"), [(EMPTY, "raise rollout.max_response_tokens"), (LOST, "lower optimizer.lr, raise")]
+)
+def test_mini_batches_in_a_row_without_an_update_end_the_run(tmp_path: Path, last: PolicyUpdate, remedy: str) -> None:
+    made = PolicyUpdate(statistics(denominator=1, tokens=1), grad_norm=1.0)
+    with make_run(tmp_path / "run", 0, 0, trainer={"max_skipped_updates": 3}) as (run, _):
+        run.update_metrics([LOST, LOST, made, EMPTY, LOST], lr=0.1)
+        message = rf"trainer\.max_skipped_updates: 3 mini-batches in a row made no update; .* {remedy}"
+        with pytest.raises(RuntimeError, match=message):
+            run.update_metrics([last, made], lr=0.1)
 
 
 def test_samples_are_written_within_the_tokens_counted_and_timed(tmp_path: Path) -> None:
