@@ -1,7 +1,8 @@
 """Whether a layout computes the update that one transformers process computes: tiny models, one batch, one step.
 
-The batch holds responses of one token and up to the limit, with masked holes, and every token of it is at least MARGIN away from each
-threshold of the loss: rounding can't move a token across a branch, so what differs is the layout's fault.
+The batch holds responses of one token and up to the limit, with masked holes. Every token that counts is at least
+MARGIN away from each threshold of the loss: rounding can't move one across a branch, so what differs is the layout's
+fault.
 """
 
 from __future__ import annotations
