@@ -2,6 +2,8 @@
 PYTHON ?= python3.11
 ARGS ?=
 PARITY_ARGS ?=
+# The newest that is tested; setup.py names the one that is installed.
+OTHER_MEGATRON = 0.19.2
 
 .DEFAULT_GOAL := help
 .PHONY: help install quickstart test parity lint format
@@ -18,8 +20,10 @@ quickstart: install ## train a tiny policy with FIPO on CPU; overrides: make qui
 test: install lint ## lint and run all tests; a selection: make test ARGS="-k loss -m 'not slow'"
 	.venv/bin/python -m pytest $(ARGS)
 
-parity: install ## every layout and family against transformers, in tiny models: PARITY_ARGS="--family qwen3"
+parity: install ## every layout and family against transformers, on both Megatron versions: PARITY_ARGS="--family qwen3"
 	.venv/bin/python tools/check_layouts.py $(PARITY_ARGS)
+	@$(PYTHON) tools/install.py --megatron $(OTHER_MEGATRON)
+	PYTHONPATH=.venv/megatron-core-$(OTHER_MEGATRON) .venv/bin/python tools/check_layouts.py $(PARITY_ARGS)
 
 lint: install ## ruff and mypy, without changing a file
 	.venv/bin/ruff check

@@ -229,17 +229,32 @@ def install() -> None:
     report("complete")
 
 
+def install_megatron(version: str) -> None:
+    """Puts another version of megatron-core beside `.venv`'s own, for PYTHONPATH: `.venv/megatron-core-<version>`."""
+    target = VENV / f"megatron-core-{version}"
+    if target.exists():
+        report(f"{target.name} is there")
+        return
+    unfinished = VENV / f"{target.name}.unfinished"
+    shutil.rmtree(unfinished, ignore_errors=True)
+    # Its metadata asks for Python 3.12; what is used of it runs on 3.11, as `make parity` shows.
+    any_python = ("--only-binary=:all:", "--python-version", "3.12")
+    run_pip(target.name, "--no-deps", *any_python, "--target", str(unfinished), f"megatron-core=={version}")
+    unfinished.rename(target)
+
+
 def main(arguments: Sequence[str]) -> int:
     """The exit status: 0 when `.venv` is complete."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--print-requirements", nargs="+", metavar="NAME", help=argparse.SUPPRESS)
+    parser.add_argument("--megatron", metavar="VERSION", help="only put that version of megatron-core beside .venv's")
     options = parser.parse_args(arguments)
     if options.print_requirements:
         print_requirements(options.print_requirements[0], options.print_requirements[1:])
         return 0
     try:
         with locked(ROOT):
-            install()
+            install_megatron(options.megatron) if options.megatron else install()
     except InstallError as error:
         print(error, file=sys.stderr)
         return 1

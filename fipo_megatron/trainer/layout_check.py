@@ -8,6 +8,7 @@ fault.
 from __future__ import annotations
 
 import math
+import resource
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import pairwise
@@ -30,8 +31,9 @@ if TYPE_CHECKING:
     from fipo_megatron.trainer.policy import MegatronPolicy
     from fipo_megatron.trainer.policy_processes import Call
 
-MAX_PROMPT_TOKENS, MAX_RESPONSE_TOKENS = 24, 96
+MAX_PROMPT_TOKENS = 24
 RESPONSE_LENS = (1, 96, 5, 40, 1, 64, 23, 2, 77, 12, 31, 8)
+LONG_SAMPLE = 8  # whose response is made longer where asked
 # (sample, response token): far above the old policy, where it is disliked. The first sample has two such, in chunks of
 # different context-parallel ranks, and is dropped; the second has one, and is kept.
 DUAL_CLIPPED = ((1, 10), (1, 60), (5, 20))
@@ -83,25 +85,36 @@ class CheckStep:
     loss: float
     grads: dict[str, torch.Tensor]  # by Hugging Face name, before clipping
     parameters: dict[str, torch.Tensor]  # by Hugging Face name, after the step
+    peak_gib: float = 0.0  # memory of the rank that took most: of its process on a CPU, of its tensors on a device
 
 
 class Checker:
     """Checks the layouts of a family; the oracle's step is made once."""
 
-    def __init__(self, family: str, folder: Path, **algorithm_settings: Any) -> None:
+    def __init__(
+        self, family: str, folder: Path, max_response_tokens: int | None = None, **algorithm_settings: Any
+    ) -> None:
+        """`max_response_tokens`: one response is that long, and packed with all others."""
         self.folder = folder
+        response_lens = list(RESPONSE_LENS)
+        if max_response_tokens is not None:
+            response_lens[LONG_SAMPLE] = max_response_tokens
+        longest = max(response_lens)
+        budget = 130 if max_response_tokens is None else sum(response_lens) + MAX_PROMPT_TOKENS * len(response_lens)
         self.config = Config.model_validate({
             "platform": "cpu",
             "model": {"path": str(folder / "model"), "dtype": "float32"},
-            "rollout": {"max_prompt_tokens": MAX_PROMPT_TOKENS, "max_response_tokens": MAX_RESPONSE_TOKENS},
-            "trainer": {"microbatch_tokens": 130, "max_policy_kl": 10.0},
+            "rollout": {"max_prompt_tokens": MAX_PROMPT_TOKENS, "max_response_tokens": longest},
+            "trainer": {"microbatch_tokens": budget, "max_policy_kl": 10.0},
             "algorithm": algorithm_settings,
-            "timeouts": {"startup_s": 100, "call_s": 60, "collective_s": 59},
+            "timeouts": {"startup_s": 100, "call_s": 60, "collective_s": 59}
+            if max_response_tokens is None
+            else {"startup_s": 100, "call_s": 600, "collective_s": 599},
         })  # fmt: skip
-        write_model(family, folder / "model")
+        write_model(family, folder / "model", MAX_PROMPT_TOKENS + longest)
         algorithm = self.config.algorithm
-        self.batch = make_check_batch(transformers_logprobs(folder / "model"), algorithm)
-        self.expected = transformers_step(folder / "model", self.batch, algorithm, MAX_RESPONSE_TOKENS)
+        self.batch = make_check_batch(transformers_logprobs(folder / "model"), response_lens, algorithm)
+        self.expected = transformers_step(folder / "model", self.batch, algorithm, longest)
 
     def check(self, layout: str, prepare: Sequence[Call] = (), **trainer: Any) -> LayoutErrors:
         """How far a layout's update is from transformers'; `trainer` replaces settings of that section, the calls of
@@ -118,13 +131,14 @@ class Checker:
         return compare_steps(found, self.expected, load_file(self.folder / "model" / "model.safetensors"))
 
 
-def make_check_batch(logprobs_of: Callable[[TrainingBatch], np.ndarray], config: AlgorithmConfig) -> TrainingBatch:
+def make_check_batch(
+    logprobs_of: Callable[[TrainingBatch], np.ndarray], response_lens: Sequence[int], config: AlgorithmConfig
+) -> TrainingBatch:
     """Samples with old log-probs that put the loss of `config` to work, no token within MARGIN of a threshold.
 
     `logprobs_of` gives the policy's log-probs of a batch's response tokens, float64 [R].
     """
     rng = np.random.default_rng(0)
-    response_lens = np.array(RESPONSE_LENS)
     prompt_lens = rng.integers(1, MAX_PROMPT_TOKENS + 1, len(response_lens))
     lens = prompt_lens + response_lens
     batch = TrainingBatch(
@@ -136,7 +150,7 @@ def make_check_batch(logprobs_of: Callable[[TrainingBatch], np.ndarray], config:
     logprobs = logprobs_of(batch)
     drifts = _draw_drifts(rng, len(logprobs))
     mask = rng.random(len(logprobs)) > MASKED_FRAC
-    dual_clipped = [int(response_lens[:sample].sum()) + token for sample, token in DUAL_CLIPPED]
+    dual_clipped = [sum(response_lens[:sample]) + token for sample, token in DUAL_CLIPPED]
     mask[dual_clipped] = True
     batch.advantages[[sample for sample, _ in DUAL_CLIPPED]] = -1.0
     while True:
@@ -146,7 +160,11 @@ def make_check_batch(logprobs_of: Callable[[TrainingBatch], np.ndarray], config:
         near = (branch_margins(logprobs, old, mask, response_lens, config) < MARGIN) & mask
         if not near.any():
             return replace(batch, old_logprobs=old, loss_mask=mask)
-        drifts[near] = _draw_drifts(rng, int(near.sum()))
+        # The last of each response: what a token's future-KL is made of, its own drift and those behind it, then stays.
+        responses = np.split(near, np.cumsum(response_lens)[:-1])
+        starts = np.cumsum([0, *response_lens])[:-1]
+        last = [start + part.nonzero()[0][-1] for start, part in zip(starts, responses, strict=True) if part.any()]
+        drifts[last] = _draw_drifts(rng, len(last))
 
 
 def _draw_drifts(rng: np.random.Generator, size: int) -> np.ndarray:
@@ -155,7 +173,7 @@ def _draw_drifts(rng: np.random.Generator, size: int) -> np.ndarray:
 
 
 def branch_margins(
-    logprobs: np.ndarray, old: np.ndarray, loss_mask: np.ndarray, response_lens: np.ndarray, config: AlgorithmConfig
+    logprobs: np.ndarray, old: np.ndarray, loss_mask: np.ndarray, response_lens: Sequence[int], config: AlgorithmConfig
 ) -> np.ndarray:
     """How far each response token's ratio and influence weight are from the nearest threshold of the loss, [R]."""
     segments = SegmentTable(torch.from_numpy(np.cumsum([0, *response_lens])))
@@ -263,7 +281,7 @@ def layout_step(
     from fipo_megatron.trainer.policy_processes import run_policy
 
     samples = range(batch.num_samples)
-    *_, logprobs, gradients, _, _ = run_policy(
+    *_, logprobs, gradients, _, peaks, _ = run_policy(
         config,
         [
             *prepare,
@@ -271,14 +289,23 @@ def layout_step(
             ("logprobs", (batch,)),
             (loss_and_gradients, (batch, samples)),
             ("update", (batch, samples, OPTIMIZER.lr)),
+            (peak_memory_gib, ()),
             ("export", (folder, target)),
         ],
+        timeout_s=2 * config.timeouts.call_s,
     )
     merged = merge_response_rows(part for reply in logprobs if reply is not None for part in reply)
     loss, arrays = gradients[0]
     grads = {name: torch.from_numpy(array) for name, array in arrays.items()}
     parameters = load_file(target / "model.safetensors")
-    return CheckStep(merged, loss, grads, parameters)
+    return CheckStep(merged, loss, grads, parameters, max(peaks))
+
+
+def peak_memory_gib(policy: MegatronPolicy) -> float:
+    """The most memory that this rank has had, in GiB: its tensors' on a device, else all of its process's."""
+    if policy.platform.name == "cuda":
+        return torch.cuda.max_memory_allocated() / 2**30
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
 
 
 def loss_and_gradients(
@@ -299,13 +326,14 @@ def loss_and_gradients(
 
 @dataclass(frozen=True)
 class LayoutErrors:
-    """How far a layout's update is from transformers'."""
+    """How far a layout's update is from transformers', and the memory of the rank that took most."""
 
     abs_err_logprob: float
     abs_err_loss: float
     rel_err_grad: float  # the global gradient, and the worst parameter: the larger of both, by L2 norms
     worst_parameter: str
     rel_err_parameters: float  # of what the step changed
+    peak_gib: float
 
     @property
     def ok(self) -> bool:
@@ -330,6 +358,7 @@ def compare_steps(found: CheckStep, expected: CheckStep, start: Mapping[str, tor
         rel_err_grad=max(difference / norm, per_parameter[worst]),
         worst_parameter=worst,
         rel_err_parameters=missed / moved,
+        peak_gib=found.peak_gib,
     )
 
 

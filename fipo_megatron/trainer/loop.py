@@ -7,6 +7,7 @@ from dataclasses import replace
 from fipo_megatron.algorithm.advantage import group_relative_advantages
 from fipo_megatron.rollout.collect import make_training_batch
 from fipo_megatron.trainer.run import Run
+from fipo_megatron.trainer.updates import learning_rate, mini_batches
 
 
 async def train(run: Run) -> None:
@@ -35,8 +36,8 @@ async def train(run: Run) -> None:
 
         with run.timers.phase("train"):
             handle = policy.put(batch)  # with the log-probs that the loss compares with
-            lr = run.learning_rate(step)
-            updates = [await policy.update(handle, samples, lr) for samples in run.mini_batches(step)]
+            lr = learning_rate(config, step)
+            updates = [await policy.update(handle, samples, lr) for samples in mini_batches(config, step)]
             logprobs = await policy.logprobs(handle)
         metrics |= run.check_kl(batch, logprobs)
         metrics |= run.update_metrics(updates, lr)

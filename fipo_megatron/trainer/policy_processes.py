@@ -9,8 +9,6 @@ from typing import Any
 
 from fipo_megatron.config.schema import Config
 
-TIMEOUT_S = 120
-
 CONTEXT = mp.get_context("forkserver")
 # What Megatron imports of torch, but not Megatron itself: it has to come after the patches of model/platform.py.
 CONTEXT.set_forkserver_preload(["fipo_megatron.trainer.policy", "torch.distributed.tensor", "torch._dynamo"])
@@ -19,16 +17,17 @@ CONTEXT.set_forkserver_preload(["fipo_megatron.trainer.policy", "torch.distribut
 Call = tuple[str | Callable[..., Any], tuple[Any, ...]]
 
 
-def run_policy(config: Config, calls: Sequence[Call]) -> list[list[Any]]:
+def run_policy(config: Config, calls: Sequence[Call], timeout_s: float = 120) -> list[list[Any]]:
     """Results `[call][rank]` of calls made on every rank of a policy.
 
     Raises:
         RuntimeError: a rank failed; the message holds its traceback.
+        queue.Empty: the ranks were not done within `timeout_s`.
     """
     world_size = config.parallel.world_size
     ports, results = CONTEXT.Queue(), CONTEXT.Queue()
     ranks = [
-        CONTEXT.Process(target=_run_rank, args=(config, rank, list(calls), ports, results), daemon=True)
+        CONTEXT.Process(target=_run_rank, args=(config, rank, list(calls), ports, results, timeout_s), daemon=True)
         for rank in range(world_size)
     ]
     for process in ranks:
@@ -36,12 +35,12 @@ def run_policy(config: Config, calls: Sequence[Call]) -> list[list[Any]]:
     try:
         replies: dict[int, Any] = {}
         while len(replies) < world_size:
-            rank, values, error = results.get(timeout=TIMEOUT_S)
+            rank, values, error = results.get(timeout=timeout_s)
             if error:
                 raise RuntimeError(f"rank {rank}: {error}")
             replies[rank] = values
         for process in ranks:
-            process.join(TIMEOUT_S)
+            process.join(timeout_s)
         return [[replies[rank][i] for rank in range(world_size)] for i in range(len(calls))]
     finally:
         for process in ranks:
@@ -50,7 +49,7 @@ def run_policy(config: Config, calls: Sequence[Call]) -> list[list[Any]]:
             process.join()
 
 
-def _run_rank(config: Config, rank: int, calls: list[Call], ports: Any, results: Any) -> None:
+def _run_rank(config: Config, rank: int, calls: list[Call], ports: Any, results: Any, timeout_s: float) -> None:
     import torch.distributed as dist
 
     from fipo_megatron.trainer.policy import MegatronPolicy
@@ -60,7 +59,7 @@ def _run_rank(config: Config, rank: int, calls: list[Call], ports: Any, results:
         if rank == 0:
             for _ in range(config.parallel.world_size):
                 ports.put(policy.port())
-        policy.connect(ports.get(timeout=TIMEOUT_S))
+        policy.connect(ports.get(timeout=timeout_s))
         values = [_make_call(policy, method, arguments) for method, arguments in calls]
         dist.destroy_process_group()
         results.put((rank, values, None))

@@ -4,15 +4,12 @@ from __future__ import annotations
 
 import math
 import time
-from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
-import torch
 
 from fipo_megatron.algorithm.future_kl import response_influence_weights
-from fipo_megatron.algorithm.loss_metrics import loss_metrics, reduce_statistics
 from fipo_megatron.config.load import save_config
 from fipo_megatron.config.schema import Config
 from fipo_megatron.data.run_prompts import RunPrompts
@@ -38,9 +35,9 @@ from fipo_megatron.rollout.collect import (
 from fipo_megatron.rollout.stream import judge_while_sampling
 from fipo_megatron.trainer.held_out import HeldOutEvaluation
 from fipo_megatron.trainer.placement import Workers
+from fipo_megatron.trainer.updates import SkipGuard, update_metrics
 from fipo_megatron.types import Decode, PolicyUpdate, SampleGroup, SamplingSettings, TrainingBatch
 
-MINI_BATCH_STREAM = 2  # keeps the random numbers apart from those of other purposes with the same seed
 CURVES_EVERY_S = 60.0  # between evaluations: to draw them takes a second or so
 
 
@@ -156,48 +153,14 @@ class Run:
         return {"train/batch_kl": kl}
 
     def update_metrics(self, updates: Sequence[PolicyUpdate], lr: float) -> dict[str, float]:
-        """Metrics of the loss over all updates of a step, from their summed statistics, and the mean gradient norm;
-        how many mini-batches made no update.
+        """Metrics over all updates of a step.
 
         Raises:
             RuntimeError: `trainer.max_skipped_updates` mini-batches in a row made none.
         """
-        metrics: dict[str, float] = {"lr": lr}
-        norms = [update.grad_norm for update in updates if update.grad_norm is not None]
-        if norms:
-            made = [torch.tensor(update.statistics) for update in updates if update.skipped is None]
-            metrics |= loss_metrics(reduce_statistics(made), self.config.algorithm)
-            metrics["grad_norm"] = float(np.mean(norms))
-        skipped = Counter(update.skipped for update in updates)
-        metrics |= {
-            "updates": skipped[None],
-            "skipped_empty": skipped["empty"],
-            "skipped_not_finite": skipped["not_finite"],
-        }
         for update in updates:
             self._skips.observe(update)
-        return {f"train/{name}": value for name, value in metrics.items()}
-
-    def mini_batches(self, step: int) -> list[list[int]]:
-        """Sample indices of each update of a step: whole groups, in a seeded order."""
-        config = self.config
-        order = np.random.default_rng([MINI_BATCH_STREAM, config.seed, step]).permutation(
-            config.rollout.prompts_per_step
-        )
-        size = config.rollout.samples_per_prompt
-        return [
-            [
-                int(group) * size + i
-                for group in order[start : start + config.trainer.mini_batch_prompts]
-                for i in range(size)
-            ]
-            for start in range(0, len(order), config.trainer.mini_batch_prompts)
-        ]
-
-    def learning_rate(self, step: int) -> float:
-        """Constant after a linear warm-up over rollout steps."""
-        optimizer = self.config.optimizer
-        return optimizer.lr * min(1.0, step / max(optimizer.warmup_steps, 1))
+        return update_metrics(updates, lr, self.config.algorithm)
 
     async def evaluate(self, step: int) -> dict[str, float]:
         """Held-out accuracy of the engine's policy, after step `step`."""
@@ -256,31 +219,6 @@ class Run:
         for reward in self._rewards.values():
             reward.close()
         self._metrics.close()
-
-
-class SkipGuard:
-    """Ends a run whose mini-batches make no update any more."""
-
-    def __init__(self, max_skipped: int) -> None:
-        self._max_skipped = max_skipped
-        self._num_skipped = 0
-
-    def observe(self, update: PolicyUpdate) -> None:
-        """Counts mini-batches in a row that made no update; at the limit a RuntimeError."""
-        self._num_skipped = 0 if update.skipped is None else self._num_skipped + 1
-        if self._num_skipped < self._max_skipped:
-            return
-        remedy = {
-            "empty": "no token of it counts in the loss: raise rollout.max_response_tokens if reward.mask_truncated "
-            "leaves out what is cut there, or lower optimizer.lr if all sequences are dropped",
-            "not_finite": "its loss or gradient is not finite: lower optimizer.lr, raise optimizer.warmup_steps, or "
-            "set model.dtype=float32",
-        }
-        assert update.skipped is not None
-        raise RuntimeError(
-            f"trainer.max_skipped_updates: {self._num_skipped} mini-batches in a row made no update; of the last "
-            + remedy[update.skipped]
-        )
 
 
 def make_run_folder(config: Config, config_name: str) -> Path:

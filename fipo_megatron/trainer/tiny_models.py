@@ -40,14 +40,16 @@ MODELS: dict[str, tuple[str, dict[str, Any]]] = {
 }
 
 
-def write_model(name: str, folder: Path) -> None:
+def write_model(name: str, folder: Path, max_positions: int = SIZES["max_position_embeddings"]) -> None:
     """A Hugging Face folder with config and float32 weights, norms around 1 and not equal to it."""
     import torch
     from transformers import AutoConfig, AutoModelForCausalLM
 
     model_type, settings = MODELS[name]
     torch.manual_seed(1)
-    model = AutoModelForCausalLM.from_config(AutoConfig.for_model(model_type, **{**SIZES, **settings}))
+    model = AutoModelForCausalLM.from_config(
+        AutoConfig.for_model(model_type, **{**SIZES, **settings, "max_position_embeddings": max_positions})
+    )
     for parameter_name, parameter in model.named_parameters():
         torch.nn.init.normal_(parameter, mean=1.0 if "norm" in parameter_name else 0.0, std=0.15)
     model.save_pretrained(folder)

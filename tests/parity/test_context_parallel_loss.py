@@ -15,9 +15,9 @@ from fipo_megatron.algorithm.loss_metrics import all_reduce_statistics, loss_met
 from fipo_megatron.config.schema import AlgorithmConfig
 from fipo_megatron.ops.future_kl_scan import future_kl_scan
 from fipo_megatron.ops.token_logprob import token_logprob
-from fipo_megatron.parallel.context import merge_context_chunks, merge_zigzag, split_zigzag
 from fipo_megatron.types import SegmentTable
 from tests.parity.gloo_processes import start_processes
+from tests.parity.zigzag import merge_zigzag, split_zigzag
 
 pytestmark = pytest.mark.multiproc
 
@@ -131,22 +131,19 @@ def local_scan(rank: int, size: int, group: dist.ProcessGroup) -> list[torch.Ten
         segments = make_segments([n // size for n in lengths])
         scan = future_kl_scan(local, 0.97, segments, context_group=group)
         assert torch.allclose(scan, future_kl_scan(local, 0.97, segments, context_group=group, impl="reference"))
-        rows = merge_context_chunks(split_zigzag(values[None, : lengths[-1]], [lengths[-1]], rank, size), group)
-        found += [scan, rows]
+        found.append(scan)
     with pytest.raises(ValueError, match="cannot be two equal zig-zag halves"):
         future_kl_scan(torch.zeros(3), 0.5, make_segments([3]), context_group=group)
     return found
 
 
-def test_scan_and_rows_over_four_ranks(tmp_path):
+def test_scan_over_four_ranks(tmp_path):
     found = start_processes(local_scan, 4, tmp_path)
     for i, lengths in enumerate(LENGTHS.values()):
         values = make_tokens(lengths)["logprobs"]
         expected = future_kl_scan(values, 0.97, make_segments(lengths), impl="reference")
-        merged = merge_zigzag([rank[2 * i] for rank in found], lengths)
+        merged = merge_zigzag([rank[i] for rank in found], lengths)
         torch.testing.assert_close(merged, expected, rtol=1e-12, atol=1e-12)
-        for rank in found:
-            assert torch.equal(rank[2 * i + 1], values[None, : lengths[-1]])
 
 
 TRUE_VOCAB, PADDED_VOCAB = 9, 20  # of two shards of ten columns the second is padding alone

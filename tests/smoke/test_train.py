@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import re
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -12,6 +14,7 @@ import torch
 from safetensors.torch import load_file
 
 from tests.smoke.train_process import ODD_REWARD, UNTRAINED, TrainProcess
+from tools import replay_run
 
 pytestmark = pytest.mark.multiproc
 
@@ -104,6 +107,37 @@ def test_one_seed_gives_one_run_bit_for_bit(runs: dict[str, Path]) -> None:
     weights = [load_file(run / "hf" / "model.safetensors") for run in (first, again, other)]
     assert all(torch.equal(weights[0][name], weights[1][name]) for name in weights[0])
     assert any(not torch.equal(weights[0][name], weights[2][name]) for name in weights[0])
+
+
+def test_the_updates_can_be_made_again_in_other_layouts(
+    runs: dict[str, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Also: what would not be equal is found."""
+    layouts = ["--layouts", "tp1", "dp2_cp2", "--steps", "2"]
+    assert replay_run.main([str(runs["first"]), *layouts]) == 0, capsys.readouterr()
+    changed = tmp_path / "changed"
+    shutil.copytree(runs["first"], changed)
+    lines = [json.loads(line) for line in (changed / "metrics.jsonl").read_text().splitlines()]
+    lines[2]["train/grad_norm"] *= 1.001
+    (changed / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    assert replay_run.main([str(changed), "--layouts", "tp1", "--steps", "2"]) == 1
+    assert "train/grad_norm" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("steps", "groups", "message"),
+    [("3", 8, "--steps 3: .* has no samples of step 3; give fewer"), ("2", 7, "holds 7 of the 8 groups of its step")],
+)
+def test_a_run_that_cannot_be_made_again_is_refused(
+    runs: dict[str, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str], steps: str, groups: int, message: str
+) -> None:
+    partial = tmp_path / "partial"
+    shutil.copytree(runs["first"], partial)
+    samples = partial / "samples" / "step_000002.jsonl"
+    samples.write_text("".join(samples.read_text().splitlines(keepends=True)[: 4 * groups]))
+    assert replay_run.main([str(partial), "--steps", steps]) == 2
+    assert re.search(message, capsys.readouterr().err)
+    assert replay_run.main([str(tmp_path)]) == 2
 
 
 def test_nothing_listens_beyond_loopback(ended: dict[str, tuple[Path, Addresses]]) -> None:

@@ -1,7 +1,8 @@
 import pytest
 import torch
 
-from fipo_megatron.parallel.context import merge_zigzag, split_zigzag, zigzag_positions
+from fipo_megatron.parallel.context import zigzag_positions
+from tests.parity.zigzag import merge_zigzag, split_zigzag
 
 
 @pytest.mark.parametrize(

@@ -1,0 +1,117 @@
+"""The updates of a recorded run, made again in any layout from the samples that it wrote; no engine takes part.
+
+Two layouts compute the same update, but for the order of sums: what their metrics differ by is what that order does.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+from itertools import groupby
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch.distributed as dist
+
+from fipo_megatron.config.load import load_config
+from fipo_megatron.config.schema import Config
+from fipo_megatron.observability.metrics import read_metrics
+from fipo_megatron.observability.samples import read_samples, samples_path
+from fipo_megatron.parallel.packed import merge_response_rows
+from fipo_megatron.rollout.collect import make_training_batch
+from fipo_megatron.trainer.updates import learning_rate, mini_batches, update_metrics
+from fipo_megatron.types import PolicyUpdate, Prompt, Sample, SampleGroup, TrainingBatch
+
+if TYPE_CHECKING:
+    from fipo_megatron.trainer.policy import MegatronPolicy
+
+TOLERANCE = 1e-4  # of a metric, relative to the recorded one where that is above 1
+TIMEOUT_S = 600.0
+
+
+def load_recorded_steps(run_folder: Path, num_steps: int) -> tuple[Config, list[TrainingBatch]]:
+    """A run's configuration, and the batches of its first steps without log-probs.
+
+    Raises:
+        ValueError: the folder is not a run's, the run has fewer steps, or did not write all of their samples.
+    """
+    if not (run_folder / "config.yaml").is_file():
+        raise ValueError(f"{run_folder} is no run folder (config.yaml); give one, e.g. runs/quickstart_cpu-seed0")
+    config = load_config(run_folder / "config.yaml")
+    batches = []
+    for step in range(1, num_steps + 1):
+        path = samples_path(run_folder, step)
+        if not path.is_file():
+            raise ValueError(f"--steps {num_steps}: {run_folder} has no samples of step {step}; give fewer")
+        lines = read_samples(path)
+        groups = [_read_group(list(of_group)) for _, of_group in groupby(lines, key=lambda line: line["uid"])]
+        if len(groups) != config.rollout.prompts_per_step:
+            raise ValueError(
+                f"{path} holds {len(groups)} of the {config.rollout.prompts_per_step} groups of its step; record a run "
+                f"with run.sample_groups={config.rollout.prompts_per_step} and run.sample_tokens above all their tokens"
+            )
+        advantages = np.array([line["advantage"] for line in lines], np.float32)
+        batches.append(make_training_batch(groups, advantages, mask_truncated=config.reward.mask_truncated))
+    return config, batches
+
+
+def _read_group(lines: Sequence[dict[str, Any]]) -> SampleGroup:
+    prompt = Prompt(lines[0]["uid"], tuple(lines[0]["prompt_ids"]), lines[0]["ground_truth"], "")
+    samples = [
+        Sample(
+            prompt,
+            np.array(line["response_ids"], np.int32),
+            np.array(line["rollout_logprobs"], np.float32),
+            *(line[key] for key in ("weight_version", "finish_reason", "text", "reward", "accuracy", "prediction")),
+        )
+        for line in lines
+    ]
+    return SampleGroup(prompt, tuple(samples))
+
+
+def replay(config: Config, batches: Sequence[TrainingBatch], base: Path) -> list[dict[str, float]]:
+    """Metrics of the updates that the layout of `config` makes of recorded batches, a dictionary each step.
+
+    Raises:
+        RuntimeError: a rank failed.
+    """
+    from fipo_megatron.trainer.policy_processes import run_policy
+
+    steps = [
+        (replay_step, (batch, mini_batches(config, step), learning_rate(config, step)))
+        for step, batch in enumerate(batches, start=1)
+    ]
+    _, *replies = run_policy(config, [("load", (base, config.optimizer)), *steps], timeout_s=TIMEOUT_S)
+    return [
+        update_metrics(updates[0], learning_rate(config, step), config.algorithm)
+        for step, updates in enumerate(replies, start=1)
+    ]
+
+
+def replay_step(
+    policy: MegatronPolicy, batch: TrainingBatch, samples: Sequence[Sequence[int]], lr: float
+) -> list[PolicyUpdate]:
+    """The updates of one step, with this policy's own log-probs as the old ones. Collective."""
+    batch = replace(batch, old_logprobs=_gather_logprobs(policy, policy.logprobs(batch)))
+    if policy.config.algorithm.reference_kl_coef > 0:
+        batch = replace(batch, ref_logprobs=_gather_logprobs(policy, policy.ref_logprobs(batch)))
+    return [policy.update(batch, of_update, lr) for of_update in samples]
+
+
+def _gather_logprobs(policy: MegatronPolicy, rows: Any) -> np.ndarray:
+    replies: list[Any] = [None] * policy.groups.world.size()
+    dist.all_gather_object(replies, rows, group=policy.groups.world)
+    return merge_response_rows(part for reply in replies if reply is not None for part in reply)
+
+
+def compare_metrics(replayed: Sequence[dict[str, float]], run_folder: Path) -> dict[str, float]:
+    """The largest difference of each `train/` metric from what the run recorded, over the replayed steps."""
+    recorded = {line["step"]: line for line in read_metrics(run_folder / "metrics.jsonl")}
+    differences: dict[str, float] = {}
+    for step, metrics in enumerate(replayed, start=1):
+        for name, value in metrics.items():
+            expected = recorded[step].get(name, np.nan)
+            difference = abs(value - expected) / max(1.0, abs(expected))
+            differences[name] = float(np.fmax(differences.get(name, 0.0), difference if difference >= 0 else np.inf))
+    return differences
