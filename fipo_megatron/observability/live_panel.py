@@ -22,6 +22,7 @@ SHOWN = (
     ("train/policy_kl", "kl", ".1e"),
     ("train/clip_frac", "clipped", ".4f"),
     ("train/grad_norm", "grad", ".2f"),
+    ("train/updates", "updates", ".0f"),
     ("rollout/mismatch_max", "mismatch", ".1e"),
     ("time/tokens_per_second_generated", "tokens/s", ".0f"),
     ("time/tokens_per_second_trained", "trained/s", ".0f"),

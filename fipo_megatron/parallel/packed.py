@@ -34,7 +34,6 @@ class PackedTokens:
     tokens: torch.Tensor  # int64 [T / cp]
     position_ids: torch.Tensor  # int64 [T / cp], from 0 in every sequence
     cu_seqlens: torch.Tensor  # int32 [num_sequences + 1], boundaries of the padded sequences over all cp ranks, last T
-    max_seqlen: int  # of the padded sequences
     # Response rows, in local order; all but the first are what the loss reads
     response_index: torch.Tensor  # int64 [R], where they stand in `tokens`
     batch_rows: torch.Tensor  # int64 [R], where they stand in the batch's response arrays
@@ -80,7 +79,6 @@ def make_packed_tokens(
         tokens=torch.from_numpy(tokens)[positions],
         position_ids=torch.cat([torch.arange(n) for n in sequence_lens])[positions],
         cu_seqlens=torch.tensor([0, *np.cumsum(sequence_lens)], dtype=torch.int32),
-        max_seqlen=max(sequence_lens),
         response_index=is_response.nonzero().squeeze(1),
         batch_rows=local_rows[is_response],
         # Before response row r of the batch stand r response tokens and the prompts up to that of its own sample

@@ -31,7 +31,7 @@ from fipo_megatron.observability.trackers import Trackers, check_trackers
 from fipo_megatron.reward.judge import make_reward
 from fipo_megatron.trainer.loop import train
 from fipo_megatron.trainer.placement import Workers
-from fipo_megatron.trainer.run import Run
+from fipo_megatron.trainer.run import Run, check_run_folder
 from fipo_megatron.trainer.warm_start import TraceSource, base_policy_folder, make_base_policy, write_skeleton
 
 
@@ -42,6 +42,7 @@ def check_before_start(config: Config) -> ProblemFiles:
         ValueError: for everything that would fail later and can be known before a process starts.
     """
     check_config(config)
+    check_run_folder(config)
     check_trackers(config.run.trackers)
     make_reward(config.reward, config.rollout.max_response_tokens)  # refuses a function that does not exist
     if resolve_platform(config.platform).name == "cpu":

@@ -39,8 +39,8 @@ async def train(run: Run) -> None:
             lr = learning_rate(config, step)
             updates = [await policy.update(handle, samples, lr) for samples in mini_batches(config, step)]
             logprobs = await policy.logprobs(handle)
-        metrics |= run.check_kl(batch, logprobs)
         metrics |= run.update_metrics(updates, lr)
+        metrics |= run.check_kl(batch, logprobs)
 
         with run.timers.phase("sync"):
             await run.workers.sync_weights(version=step)

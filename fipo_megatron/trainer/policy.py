@@ -28,6 +28,8 @@ from fipo_megatron.parallel.plan import PackingUnits, forward_cost, microbatch_t
 from fipo_megatron.reshard.transport.collective import SENDER, BroadcastGroup
 from fipo_megatron.types import PolicyUpdate, TrainingBatch
 
+FLOAT32_MAX = torch.finfo(torch.float32).max
+
 
 class PolicyDivergedError(RuntimeError):
     """An update would have lost the policy; it was not made."""
@@ -126,16 +128,14 @@ class MegatronPolicy:
         """One optimizer step of FIPO's loss over a mini-batch. Collective; equal on every rank.
 
         No step is made, and weights and optimizer stay as they were, where no token counts in the loss, or where the
-        loss or the gradient of any rank is not finite.
+        loss or the norm of the gradient is not finite.
 
         Raises:
             PolicyDivergedError: the mini-batch's KL is beyond `trainer.max_policy_kl`; the weights are left as they
-                were. Or the gradient is finite, its norm is not.
+                were.
         """
         config, vector = self.config, self.backward(batch, samples)
         statistics, metrics = vector.cpu().numpy(), loss_metrics(vector, config.algorithm)
-        if LossStatistics(vector).sums["kept_tokens"] == 0:
-            return PolicyUpdate(statistics, grad_norm=None, skipped="empty")
         if not (math.isfinite(metrics["loss"]) and self._has_finite_gradient()):
             return PolicyUpdate(statistics, grad_norm=None, skipped="not_finite")
         if abs(metrics["policy_kl"]) > config.trainer.max_policy_kl:
@@ -144,6 +144,8 @@ class MegatronPolicy:
                 f"{config.trainer.max_policy_kl:g}; the update was not made: lower optimizer.lr ({lr:g}), raise "
                 "optimizer.warmup_steps, or use larger mini-batches"
             )
+        if LossStatistics(vector).sums["kept_tokens"] == 0:
+            return PolicyUpdate(statistics, grad_norm=None, skipped="empty")
         return PolicyUpdate(statistics, self._optimizer_step(lr))
 
     def backward(self, batch: TrainingBatch, samples: Sequence[int]) -> torch.Tensor:
@@ -177,12 +179,12 @@ class MegatronPolicy:
         return (total[0] / total[1]).item()
 
     def _has_finite_gradient(self) -> bool:
-        """Whether the gradient in Megatron's buffers is finite on every rank: Adam would keep a NaN. Collective."""
+        """Whether the gradient in Megatron's buffers has a finite norm: Adam would keep a NaN. Collective."""
         buffers = [buffer for chunk in self.chunks for buffer in (*chunk.buffers, *chunk.expert_parallel_buffers)]
-        largest = [torch.linalg.vector_norm(buffer.grad_data, torch.inf).isfinite() for buffer in buffers]
-        num_lost = (~torch.stack(largest)).sum()
-        dist.all_reduce(num_lost, group=self.groups.world)
-        return num_lost.item() == 0
+        norms = [torch.linalg.vector_norm(buffer.grad_data, dtype=torch.float64) for buffer in buffers]
+        squares = torch.stack(norms).square().sum()
+        dist.all_reduce(squares, group=self.groups.world)
+        return squares.item() < FLOAT32_MAX  # False for NaN; in float32 Megatron sums these squares to clip by them
 
     def _optimizer_step(self, lr: float) -> float:
         """The gradient's norm before clipping."""

@@ -15,11 +15,15 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import torch.distributed as dist
 
+from fipo_megatron.config.checks import check_config, check_model_folder
 from fipo_megatron.config.load import load_config
 from fipo_megatron.config.schema import Config
+from fipo_megatron.data.load import load_files
+from fipo_megatron.observability.metrics import read_metrics
 from fipo_megatron.observability.samples import read_samples, samples_path
 from fipo_megatron.parallel.packed import merge_response_rows
 from fipo_megatron.rollout.collect import make_training_batch
+from fipo_megatron.trainer.launch import initial_policy
 from fipo_megatron.trainer.updates import learning_rate, mini_batches, update_metrics
 from fipo_megatron.types import PolicyUpdate, Prompt, Sample, SampleGroup, TrainingBatch
 
@@ -33,30 +37,54 @@ NOT_REPLAYED = {"train/batch_kl"}  # of the policy after the updates
 TIMEOUT_S = 600.0
 
 
-def load_recorded_steps(run_folder: Path, num_steps: int) -> tuple[Config, list[TrainingBatch]]:
-    """A run's configuration, and the batches of its first steps without log-probs.
+@dataclass(frozen=True)
+class RecordedRun:
+    """The first steps of a run, as it wrote them."""
+
+    name: str
+    config: Config
+    base: Path  # folder of the policy that it began with
+    batches: list[TrainingBatch]  # without log-probs
+    metrics: list[dict[str, Any]]  # of the same steps
+
+    def in_layout(self, parallel: dict[str, Any]) -> Config:
+        """The run's configuration in another layout; a ValueError if its model can't be laid out so."""
+        config = Config.model_validate({**self.config.model_dump(), "parallel": parallel})
+        check_config(config)
+        check_model_folder(self.base, config.parallel)
+        return config
+
+
+def load_recorded_run(run_folder: Path, num_steps: int) -> RecordedRun:
+    """The first steps of a run.
 
     Raises:
-        ValueError: the folder is not a run's, the run has fewer steps, or did not write all of their samples.
+        ValueError: the folder is not a run's, the run has fewer steps, did not write all of their samples, or its base
+            policy is gone.
     """
     if not (run_folder / "config.yaml").is_file():
         raise ValueError(f"{run_folder} is no run folder (config.yaml); give one, e.g. runs/quickstart_cpu-seed0")
     config = load_config(run_folder / "config.yaml")
-    batches = []
-    for step in range(1, num_steps + 1):
-        path = samples_path(run_folder, step)
-        if not path.is_file():
-            raise ValueError(f"--steps {num_steps}: {run_folder} has no samples of step {step}; give fewer")
-        lines = read_samples(path)
-        groups = [_read_group(list(of_group)) for _, of_group in groupby(lines, key=lambda line: line["uid"])]
-        if len(groups) != config.rollout.prompts_per_step:
-            raise ValueError(
-                f"{path} holds {len(groups)} of the {config.rollout.prompts_per_step} groups of its step; record a run "
-                f"with run.sample_groups={config.rollout.prompts_per_step} and run.sample_tokens above all their tokens"
-            )
-        advantages = np.array([line["advantage"] for line in lines], np.float32)
-        batches.append(make_training_batch(groups, advantages, mask_truncated=config.reward.mask_truncated))
-    return config, batches
+    metrics = read_metrics(run_folder / "metrics.jsonl")[1 : num_steps + 1]
+    if not 1 <= num_steps <= len(metrics):
+        raise ValueError(f"--steps {num_steps}: {run_folder} has {len(metrics)} steps; give 1 to that many")
+    base, _ = initial_policy(config, load_files(config.data))
+    if not (base / "config.json").is_file():
+        raise ValueError(f"{base}, the policy that {run_folder} began with, is gone; train the run again")
+    batches = [_read_batch(samples_path(run_folder, step), config) for step in range(1, num_steps + 1)]
+    return RecordedRun(run_folder.resolve().name, config, base, batches, metrics)
+
+
+def _read_batch(path: Path, config: Config) -> TrainingBatch:
+    lines = read_samples(path) if path.is_file() else []
+    groups = [_read_group(list(of_group)) for _, of_group in groupby(lines, key=lambda line: line["uid"])]
+    if len(groups) != config.rollout.prompts_per_step:
+        raise ValueError(
+            f"{path} holds {len(groups)} of the {config.rollout.prompts_per_step} groups of its step; record a run "
+            f"with run.sample_groups={config.rollout.prompts_per_step} and run.sample_tokens above all their tokens"
+        )
+    advantages = np.array([line["advantage"] for line in lines], np.float32)
+    return make_training_batch(groups, advantages, mask_truncated=config.reward.mask_truncated)
 
 
 def _read_group(lines: Sequence[dict[str, Any]]) -> SampleGroup:

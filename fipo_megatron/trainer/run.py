@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import math
+import os
 import time
+from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -68,7 +70,7 @@ class Run:
         rewards = {name: self._rewards[rule] for name, rule in prompts.rules.items()}
         self._evaluation = HeldOutEvaluation(config, prompts.evaluation, rewards, self.decode, folder / "evaluation")
         num_problems = {name: len(of_set) for name, of_set in prompts.evaluation.items()}
-        write_sets(folder / "evaluation" / "sets.json", num_problems, prompts.rules)
+        write_sets(folder / "evaluation_sets.json", num_problems, prompts.rules)
         self._buffer = GroupBuffer(config.dynamic_sampling)
         self._spread = SpreadGuard(config.dynamic_sampling.max_steps_without_spread)
         self._skips = SkipGuard(config.trainer.max_skipped_updates)
@@ -135,15 +137,24 @@ class Run:
         return {f"rollout/{name}": value for name, value in mismatch.items()}
 
     def check_kl(self, batch: TrainingBatch, logprobs: np.ndarray) -> dict[str, float]:
-        """KL of the policy before to the policy after all updates of a batch: mean(old - new) over response tokens.
+        """KL of the policy before to the policy after all updates of a batch: mean(old - new) over what counts.
 
         Each update has checked the policy that it began with; this checks what the last one made, before it is pushed.
 
         Raises:
-            RuntimeError: beyond `trainer.max_policy_kl`.
+            RuntimeError: beyond `trainer.max_policy_kl`, or a log-prob is not finite.
         """
         assert batch.old_logprobs is not None
-        kl = float(np.mean(batch.old_logprobs.astype(np.float64) - logprobs))
+        changes = batch.old_logprobs.astype(np.float64) - logprobs
+        if not np.isfinite(changes).all():
+            raise RuntimeError(
+                f"{np.count_nonzero(~np.isfinite(changes))} of {changes.size} log-probs are not finite before or after "
+                "the updates of a rollout batch; lower optimizer.lr, raise optimizer.warmup_steps, or set "
+                "model.dtype=float32"
+            )
+        if batch.loss_mask is not None:
+            changes = changes[batch.loss_mask]
+        kl = float(np.mean(changes)) if changes.size else 0.0
         limit = self.config.trainer.max_policy_kl
         if not abs(kl) <= limit:
             raise RuntimeError(
@@ -160,6 +171,10 @@ class Run:
         """
         for update in updates:
             self._skips.observe(update)
+        skipped = Counter(update.skipped for update in updates if update.skipped is not None)
+        if skipped:
+            counts = ", ".join(f"{number} {why.replace('_', ' ')}" for why, number in sorted(skipped.items()))
+            self.progress.note(f"{skipped.total()} of {len(updates)} mini-batches made no update: {counts}")
         return update_metrics(updates, lr, self.config.algorithm)
 
     async def evaluate(self, step: int) -> dict[str, float]:
@@ -198,6 +213,7 @@ class Run:
                 batch.advantages[:num_samples],
                 lengths,
                 self.config.algorithm,
+                batch.loss_mask[:num_tokens] if batch.loss_mask is not None else None,
             ),
         )
         write_samples(samples_path(self.folder, step), recorded, tokens, self.decode)
@@ -221,21 +237,38 @@ class Run:
         self._metrics.close()
 
 
+def check_run_folder(config: Config) -> None:
+    """Raises ValueError if the run's folder can't be made: `run.root` can't be written, or `run.name` is taken."""
+    root = Path(config.run.root)
+    existing = next(folder for folder in (root, *root.absolute().parents) if folder.exists())
+    if not existing.is_dir() or not os.access(existing, os.W_OK):
+        raise ValueError(f"run.root = {config.run.root!r}: {existing} is no folder that can be written; give another")
+    folder = root / config.run.name if config.run.name is not None else None
+    if folder is None or not folder.exists():
+        return
+    if not config.run.overwrite:
+        raise ValueError(f"run.name: {folder} exists; choose another name, or set run.overwrite=true to replace it")
+    if not (folder / "config.yaml").is_file():
+        raise ValueError(
+            f"run.name: {folder} is no run's folder (no config.yaml), so run.overwrite does not replace it; choose "
+            "another name"
+        )
+
+
 def make_run_folder(config: Config, config_name: str) -> Path:
     """A new folder of the run, with its resolved config in it; `run.overwrite` replaces an older run's, nothing else.
 
     Raises:
-        ValueError: `run.name` exists already and `run.overwrite` is off.
+        ValueError: what `check_run_folder` refuses.
     """
     import shutil
 
+    check_run_folder(config)
     root = Path(config.run.root)
     name = config.run.name or f"{config_name}-seed{config.seed}"
     folder = root / name
     if config.run.overwrite and (folder / "config.yaml").is_file():
         shutil.rmtree(folder)
-    elif folder.exists() and config.run.name is not None:
-        raise ValueError(f"run.name: {folder} exists; choose another name, or set run.overwrite=true to replace it")
     number = 1
     while folder.exists():
         number += 1

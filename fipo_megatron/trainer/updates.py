@@ -35,13 +35,14 @@ def learning_rate(config: Config, step: int) -> float:
 
 
 def update_metrics(updates: Sequence[PolicyUpdate], lr: float, config: AlgorithmConfig) -> dict[str, float]:
-    """Metrics of the loss over all updates of a step, from their summed statistics, the mean gradient norm, and how
-    many mini-batches made no update; under `train/`."""
+    """Metrics of the loss over all mini-batches of a step but those that are not finite, from their summed statistics,
+    the mean gradient norm, and how many made no update; under `train/`."""
     metrics: dict[str, float] = {"lr": lr}
+    finite = [torch.tensor(update.statistics) for update in updates if update.skipped != "not_finite"]
+    if finite:
+        metrics |= loss_metrics(reduce_statistics(finite), config)
     norms = [update.grad_norm for update in updates if update.grad_norm is not None]
     if norms:
-        made = [torch.tensor(update.statistics) for update in updates if update.skipped is None]
-        metrics |= loss_metrics(reduce_statistics(made), config)
         metrics["grad_norm"] = float(np.mean(norms))
     skipped = Counter(update.skipped for update in updates)
     metrics |= {

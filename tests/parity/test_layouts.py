@@ -63,6 +63,13 @@ def test_unpacked_and_packed_microbatches_make_one_update(make_checker: MakeChec
         assert errors.ok, errors
 
 
+@pytest.mark.parametrize("recompute", ["selective", "full"])
+@pytest.mark.parametrize(("family", "layout"), [("qwen3", "cp2"), ("qwen2_tied", "tp2_pp2_sp")])
+def test_recomputation_changes_nothing(family: str, layout: str, recompute: str, make_checker: MakeChecker) -> None:
+    errors = make_checker(family).check(layout, recompute=recompute)
+    assert errors.ok, errors
+
+
 @pytest.mark.parametrize(("mutation", "layout", "aggregation"), mutations.CASES)
 def test_a_mistake_is_found(mutation: str, layout: str, aggregation: str, make_checker: MakeChecker) -> None:
     checker = make_checker("qwen2", loss_aggregation=aggregation)

@@ -57,7 +57,9 @@ def metrics(run: Path) -> list[dict[str, float]]:
 def test_run_folder_is_complete(runs: dict[str, Path]) -> None:
     run = runs["first"]
     names = {path.name for path in run.iterdir()}
-    assert names == {"config.yaml", "metrics.jsonl", "curves.png", "samples", "evaluation", "hf"}
+    assert names == {
+        *("config.yaml", "metrics.jsonl", "curves.png", "samples", "evaluation", "evaluation_sets.json", "hf")
+    }
     assert (run / "curves.png").read_bytes()[:4] == b"\x89PNG"
     lines = metrics(run)
     assert [line["step"] for line in lines] == [0, 1, 2]
@@ -74,6 +76,12 @@ def test_run_folder_is_complete(runs: dict[str, Path]) -> None:
     assert 1 == weights.min() < weights.max() <= np.float32(1.2)
     assert all(len(sample["new_logprobs"]) == len(sample["response_ids"]) for sample in samples)
     assert any(sample["new_logprobs"] != sample["old_logprobs"] for sample in samples)
+    for start in range(0, len(samples), 4):
+        rewards = np.array([sample["reward"] for sample in samples[start : start + 4]])
+        advantages = [sample["advantage"] for sample in samples[start : start + 4]]
+        np.testing.assert_allclose(advantages, (rewards - rewards.mean()) / rewards.std(ddof=1), atol=1e-5)
+    sets = json.loads((run / "evaluation_sets.json").read_text())
+    assert sets == {"held_out": {"num_problems": 32, "rule": "custom"}}
 
 
 def test_exported_folder_speaks_for_the_policy_in_transformers_alone(runs: dict[str, Path]) -> None:
@@ -126,7 +134,7 @@ def test_the_updates_can_be_made_again_in_other_layouts(
 
 @pytest.mark.parametrize(
     ("steps", "groups", "message"),
-    [("3", 8, "--steps 3: .* has no samples of step 3; give fewer"), ("2", 7, "holds 7 of the 8 groups of its step")],
+    [("3", 8, "--steps 3: .* has 2 steps; give 1 to that many"), ("2", 7, "holds 7 of the 8 groups of its step")],
 )
 def test_a_run_that_cannot_be_made_again_is_refused(
     runs: dict[str, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str], steps: str, groups: int, message: str

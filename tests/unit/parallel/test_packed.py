@@ -46,7 +46,7 @@ def test_three_samples_by_hand():
     packed = make_packed_tokens(BATCH, [2, 0, 1], PackingUnits())
     assert packed.tokens.tolist() == [4, 5, 6, 30, 1, 2, 10, 11, 3]
     assert packed.position_ids.tolist() == [0, 1, 2, 3, 0, 1, 2, 3, 0]
-    assert (packed.cu_seqlens.tolist(), packed.cu_seqlens.dtype, packed.max_seqlen) == ([0, 4, 8, 9], torch.int32, 4)
+    assert (packed.cu_seqlens.tolist(), packed.cu_seqlens.dtype) == ([0, 4, 8, 9], torch.int32)
     assert packed.response_index.tolist() == [2, 3, 5, 6, 7, 8]
     assert packed.batch_rows.tolist() == [4, 5, 0, 1, 2, 3]
     assert packed.targets.tolist() == [30, 31, 10, 11, 12, 20]
@@ -110,7 +110,6 @@ def test_holds_what_padded_rows_hold(lens, context_size, tensor_size, seed):
         assert packed.loss_mask.tolist() == batch.loss_mask[packed.batch_rows.numpy()].tolist()
         assert packed.cu_seqlens.tolist()[: len(samples) + 1] == np.cumsum([0, *lengths]).tolist()
         assert packed.cu_seqlens[-1] == len(packed.tokens) * context_size
-        assert packed.max_seqlen == max(np.diff(packed.cu_seqlens))
         check_segments(packed, rows)
 
 

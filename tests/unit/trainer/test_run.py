@@ -44,8 +44,11 @@ def test_run_folders_never_overwrite_unasked(tmp_path: Path) -> None:
     (tmp_path / "mine").mkdir()
     (tmp_path / "mine" / "thesis.txt").touch()
     foreign = Config.model_validate({"run": {"root": str(tmp_path), "name": "mine", "overwrite": True}})
-    with pytest.raises(ValueError, match="run.name"):
+    with pytest.raises(ValueError, match=r"run.name: .*mine is no run's folder .* choose another name"):
         make_run_folder(foreign, "quickstart")
+    root = str(tmp_path / "mine" / "thesis.txt" / "runs")
+    with pytest.raises(ValueError, match=r"run.root = .*thesis.txt is no folder that can be written; give another"):
+        make_run_folder(Config.model_validate({"run": {"root": root}}), "quickstart")
     (tmp_path / "quickstart-seed7" / "old").touch()
     replacing = Config.model_validate({"run": {"root": str(tmp_path), "name": "quickstart-seed7", "overwrite": True}})
     assert {path.name for path in make_run_folder(replacing, "quickstart").iterdir()} == {"config.yaml"}
@@ -214,7 +217,12 @@ def test_a_policy_that_the_engine_does_not_hold_or_that_ran_away_is_refused(tmp_
             run.check_mismatch(groups, batch, 0)
         assert "rollout/mismatch_max" not in run.check_mismatch(groups, batch, 1)  # no sample is fresh
         assert run.check_kl(batch, old_logprobs - 0.25)["train/batch_kl"] == pytest.approx(0.25, abs=1e-6)
-        for logprobs in (old_logprobs - 0.5, old_logprobs + 0.5, old_logprobs * np.nan):
+        with pytest.raises(RuntimeError, match=r"log-probs are not finite before or after the updates .* lower optim"):
+            run.check_kl(batch, old_logprobs * np.nan)
+        masked = replace(batch, loss_mask=np.arange(num_tokens) % 2 == 0)
+        changed = np.where(masked.loss_mask, old_logprobs - 0.25, old_logprobs - 9).astype(np.float32)
+        assert run.check_kl(masked, changed)["train/batch_kl"] == pytest.approx(0.25, abs=1e-6)
+        for logprobs in (old_logprobs - 0.5, old_logprobs + 0.5):
             with pytest.raises(RuntimeError, match=r"trainer\.max_policy_kl = 0\.4; lower optimizer\.lr"):
                 run.check_kl(batch, logprobs)
 
@@ -234,6 +242,7 @@ def test_mini_batches_without_an_update_are_counted_and_left_out(tmp_path: Path)
     made = PolicyUpdate(statistics(loss_sum=3.0, denominator=6, tokens=6), grad_norm=0.25)
     with make_run(tmp_path / "run", 0, 0) as (run, _):
         metrics = run.update_metrics([EMPTY, made, LOST, made, EMPTY], lr=0.1)
+        assert "3 of 5 mini-batches made no update: 2 empty, 1 not finite" in (tmp_path / "run/notes.txt").read_text()
         assert (metrics["train/loss"], metrics["train/grad_norm"]) == (0.5, 0.25)
         counts = [metrics[f"train/{name}"] for name in ("updates", "skipped_empty", "skipped_not_finite")]
         assert counts == [2, 2, 1]
