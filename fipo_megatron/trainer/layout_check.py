@@ -71,10 +71,22 @@ LAYOUTS: dict[str, dict[str, Any]] = {
 def supports(family: str, layout: str) -> bool:
     """Whether a layout is one of the family's: experts are shared out where there are any, and cut over tensor-parallel
     ranks only under sequence parallelism."""
-    parallel, has_experts = LAYOUTS[layout], "num_experts" in MODELS[family][1]
-    if not has_experts:
-        return "expert" not in parallel
-    return "tensor" not in parallel or "sequence_parallel" in parallel
+    if not _has_experts(family):
+        return "expert" not in LAYOUTS[layout]
+    return "tensor" not in LAYOUTS[layout] or "sequence_parallel" in LAYOUTS[layout]
+
+
+def parallel_settings(family: str, layout: str) -> dict[str, Any]:
+    """The section `parallel` of a layout. Experts that are not shared out are cut as all else is: whole ones would have
+    each tensor-parallel rank's own gradient, which is refused (config/checks.py)."""
+    parallel = LAYOUTS[layout]
+    if not _has_experts(family) or "expert" in parallel:
+        return parallel
+    return parallel | {"expert_tensor": parallel.get("tensor", 1)}
+
+
+def _has_experts(family: str) -> bool:
+    return "num_experts" in MODELS[family][1]
 
 
 @dataclass(frozen=True)
@@ -95,7 +107,7 @@ class Checker:
         self, family: str, folder: Path, max_response_tokens: int | None = None, **algorithm_settings: Any
     ) -> None:
         """`max_response_tokens`: one response is that long, and packed with all others."""
-        self.folder = folder
+        self.family, self.folder = family, folder
         response_lens = list(RESPONSE_LENS)
         if max_response_tokens is not None:
             response_lens[LONG_SAMPLE] = max_response_tokens
@@ -125,7 +137,8 @@ class Checker:
         """
         from safetensors.torch import load_file
 
-        changes = {"parallel": LAYOUTS[layout], "trainer": {**self.config.trainer.model_dump(), **trainer}}
+        parallel = parallel_settings(self.family, layout)
+        changes = {"parallel": parallel, "trainer": {**self.config.trainer.model_dump(), **trainer}}
         config = Config.model_validate({**self.config.model_dump(), **changes})
         found = layout_step(config, self.batch, self.folder / "model", self.folder / f"updated-{layout}", prepare)
         return compare_steps(found, self.expected, load_file(self.folder / "model" / "model.safetensors"))

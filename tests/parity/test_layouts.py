@@ -6,12 +6,15 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
 
-from fipo_megatron.trainer.layout_check import Checker, supports
-from fipo_megatron.trainer.tiny_models import MODELS
+from fipo_megatron.config.checks import check_model_folder
+from fipo_megatron.config.schema import ParallelConfig
+from fipo_megatron.trainer.layout_check import LAYOUTS, Checker, parallel_settings, supports
+from fipo_megatron.trainer.tiny_models import MODELS, write_model
 from tests.parity import mutations
 
 pytestmark = pytest.mark.multiproc
@@ -31,6 +34,7 @@ COVER = [
     ("qwen3_moe", "ep2_cp2"),
     ("qwen3_moe", "ep2_pp2"),
     ("qwen3_moe", "ep2_tp2_sp"),
+    ("qwen3_moe", "tp2_cp2_sp"),
 ]
 
 MakeChecker = Callable[..., Checker]
@@ -76,6 +80,15 @@ def test_a_mistake_is_found(mutation: str, layout: str, aggregation: str, make_c
     errors = checker.check(layout, prepare=[(mutations.apply, (mutation,))])
     assert not errors.ok, errors
     assert errors.abs_err_logprob <= 2e-5 or mutation == "logprobs_shifted_by_one"
+
+
+@pytest.mark.parametrize("family", MODELS)
+def test_no_layout_is_one_that_is_refused(family: str, tmp_path: Path) -> None:
+    write_model(family, tmp_path)
+    (tmp_path / "tokenizer.json").write_text("{}")
+    for layout in LAYOUTS:
+        if supports(family, layout):
+            check_model_folder(tmp_path, ParallelConfig.model_validate(parallel_settings(family, layout)))
 
 
 def test_experts_are_shared_out_only_where_there_are_any() -> None:
