@@ -225,3 +225,17 @@ def test_make_help_lists_every_target():
         "lint",
         "format",
     ]
+
+
+def test_another_megatron_lies_beside_the_environment_and_is_fetched_once(install, checkout, monkeypatch):
+    def run_pip(step, *arguments):
+        steps.append(arguments)
+        Path(arguments[arguments.index("--target") + 1]).mkdir()
+
+    steps = []
+    monkeypatch.setattr(install, "run_pip", run_pip)
+    assert install.main(["--megatron", "0.19.2"]) == install.main(["--megatron", "0.19.2"]) == 0
+    assert [arguments[-1] for arguments in steps] == ["megatron-core==0.19.2"]
+    assert "--no-deps" in steps[0]
+    assert [path.name for path in install.VENV.glob("megatron*")] == ["megatron-core-0.19.2"]
+    assert checkout == [("bytecode", install.VENV / "megatron-core-0.19.2.unfinished")]
