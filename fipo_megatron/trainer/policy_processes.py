@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import multiprocessing as mp
+import queue
 import traceback
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -21,8 +22,7 @@ def run_policy(config: Config, calls: Sequence[Call], timeout_s: float = 120) ->
     """Results `[call][rank]` of calls made on every rank of a policy.
 
     Raises:
-        RuntimeError: a rank failed; the message holds its traceback.
-        queue.Empty: the ranks were not done within `timeout_s`.
+        RuntimeError: a rank failed, the message holds its traceback; or they were not done within `timeout_s`.
     """
     world_size = config.parallel.world_size
     ports, results = CONTEXT.Queue(), CONTEXT.Queue()
@@ -35,7 +35,10 @@ def run_policy(config: Config, calls: Sequence[Call], timeout_s: float = 120) ->
     try:
         replies: dict[int, Any] = {}
         while len(replies) < world_size:
-            rank, values, error = results.get(timeout=timeout_s)
+            try:
+                rank, values, error = results.get(timeout=timeout_s)
+            except queue.Empty:
+                raise RuntimeError(f"{world_size - len(replies)} ranks did not answer within {timeout_s:g} s") from None
             if error:
                 raise RuntimeError(f"rank {rank}: {error}")
             replies[rank] = values
