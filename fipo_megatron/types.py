@@ -116,6 +116,17 @@ class TrainingBatch:
 
 
 @dataclass(frozen=True)
+class UpdateCost:
+    """What a mini-batch took. Of its packing plan, over all ranks, and of the rank that took most memory."""
+
+    num_microbatches: int  # a data-parallel rank
+    packing_waste_frac: float  # of the microbatches' capacity: padding, and microbatches beyond the fewest possible
+    unused_frac: float  # of the microbatches' capacity: all that holds no token
+    imbalance_frac: float  # by which the slowest data-parallel rank computes longer than the mean
+    peak_memory_bytes: int  # of tensors on a device, of the whole process on a CPU
+
+
+@dataclass(frozen=True)
 class PolicyUpdate:
     """What a mini-batch did to the policy."""
 
@@ -124,6 +135,7 @@ class PolicyUpdate:
     skipped: Literal["empty", "not_finite"] | None = (
         None  # why: no token counts in its loss, or loss or gradient is NaN
     )
+    cost: UpdateCost | None = None  # None: not measured
 
 
 @dataclass(frozen=True)

@@ -308,6 +308,10 @@ class TrainerConfig(Section):
     recompute: Literal["none", "selective", "full"] = Field(
         "none", description="in the backward pass, to save memory: selective: attention; full: every layer"
     )
+    offload: bool = Field(
+        False,
+        description="host memory holds parameters, gradients and optimizer state from the weights' push until needed",
+    )
 
 
 class RewardConfig(Section):

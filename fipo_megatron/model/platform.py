@@ -9,9 +9,11 @@ from __future__ import annotations
 import contextlib
 import functools
 import importlib.metadata
+import re
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, Literal
 
 import torch
@@ -44,6 +46,21 @@ class Platform:
     @property
     def has_transformer_engine(self) -> bool:
         return self.name == "cuda" and importlib.util.find_spec("transformer_engine") is not None
+
+    def reset_peak_memory(self) -> None:
+        """Begin to measure `peak_memory_bytes` anew."""
+        if self.name == "cuda":
+            torch.cuda.reset_peak_memory_stats()
+            return
+        with contextlib.suppress(PermissionError):  # in some containers: then it is the peak of the process's life
+            Path("/proc/self/clear_refs").write_text("5")
+
+    def peak_memory_bytes(self) -> int:
+        """The most memory that this process has had: its tensors on a device, on a CPU all of it."""
+        if self.name == "cuda":
+            return torch.cuda.max_memory_allocated()
+        (kib,) = re.findall(r"VmHWM:\s+(\d+) kB", Path("/proc/self/status").read_text())
+        return int(kib) << 10
 
     def fusion_flags(self) -> dict[str, bool]:
         """Megatron's fusion settings: all off without Transformer Engine, whose or apex's kernels they call."""

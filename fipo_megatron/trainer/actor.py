@@ -53,8 +53,9 @@ class PolicyClient:
         return self._join(await self._call("ref_logprobs", batch))
 
     async def update(self, batch: ray.ObjectRef, samples: Sequence[int], lr: float) -> PolicyUpdate:
-        """One optimizer step over the mini-batch of these samples."""
-        return (await self._call("update", batch, samples, lr))[0]
+        """One optimizer step over the mini-batch of these samples; its memory is that of the rank that took most."""
+        replies = await self._call("update", batch, samples, lr)
+        return max(replies, key=lambda update: update.cost.peak_memory_bytes)
 
     async def supervised_update(self, batch: TrainingBatch, lr: float) -> float:
         """Mean negative log-likelihood of one supervised optimizer step over the whole batch."""
@@ -79,6 +80,10 @@ class PolicyClient:
     async def push_weights(self) -> None:
         """Send the weights to the engine; run it while the engine receives."""
         await self._call("push_weights")
+
+    async def offload(self) -> None:
+        """Move the policy to host memory until a call needs it."""
+        await self._call("offload")
 
     async def _call(
         self, method: str, *args: Any, first_only: bool = False, timeout_s: float | None = None

@@ -8,7 +8,6 @@ fault.
 from __future__ import annotations
 
 import math
-import resource
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import pairwise
@@ -315,17 +314,16 @@ def layout_step(
 
 
 def peak_memory_gib(policy: MegatronPolicy) -> float:
-    """The most memory that this rank has had, in GiB: its tensors' on a device, else all of its process's."""
-    if policy.platform.name == "cuda":
-        return torch.cuda.max_memory_allocated() / 2**30
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
+    """The most memory that this rank had in its update, in GiB: its tensors' on a device, else all of its process's."""
+    return policy.platform.peak_memory_bytes() / 2**30
 
 
 def loss_and_gradients(
     policy: MegatronPolicy, batch: TrainingBatch, samples: Sequence[int]
 ) -> tuple[float, dict[str, np.ndarray]]:
     """The loss of a mini-batch, and on rank 0 its gradient by Hugging Face name; nothing is updated. Collective."""
-    loss = loss_metrics(policy.backward(batch, samples), policy.config.algorithm)["loss"]
+    vector = policy.backward(batch, policy.plan(batch, samples))
+    loss = loss_metrics(vector, policy.config.algorithm)["loss"]
     for chunk in policy.chunks:
         if chunk.ddp_config.use_distributed_optimizer:  # each rank holds the sums of its shard of a bucket alone
             for group in chunk.bucket_groups + chunk.expert_parallel_bucket_groups:

@@ -142,6 +142,8 @@ class Workers:
             await self._connect_engine()
         metadata = await self.policy.weight_metadata()
         await _transfer(self.policy.push_weights(), self.engine.update_weights(metadata, version))
+        if self.config.trainer.offload:
+            await self.policy.offload()
 
     async def _connect_engine(self) -> None:
         await self.engine.ready()

@@ -24,9 +24,9 @@ from fipo_megatron.model.hf_config import read_model_shape
 from fipo_megatron.model.platform import prepare_process, resolve_platform
 from fipo_megatron.parallel.groups import initialize_groups, listening_socket, make_store
 from fipo_megatron.parallel.packed import PackedTokens, ResponseRows, make_packed_tokens
-from fipo_megatron.parallel.plan import PackingUnits, forward_cost, microbatch_tokens, plan_packing
+from fipo_megatron.parallel.plan import PackingPlan, PackingUnits, forward_cost, microbatch_tokens, plan_packing
 from fipo_megatron.reshard.transport.collective import SENDER, BroadcastGroup
-from fipo_megatron.types import PolicyUpdate, TrainingBatch
+from fipo_megatron.types import PolicyUpdate, TrainingBatch, UpdateCost
 
 FLOAT32_MAX = torch.finfo(torch.float32).max
 
@@ -63,6 +63,7 @@ class MegatronPolicy:
     def load(self, folder: Path, optimizer: OptimizerConfig, random_seed: int | None = None) -> None:
         """Build model and optimizer of the folder's shape, with its weights, or random ones of a seed. Collective."""
         from fipo_megatron.model.build import build_model, build_optimizer
+        from fipo_megatron.model.host_offload import HostOffload
         from fipo_megatron.model.weights import PolicyWeights
         from fipo_megatron.trainer.step import PipelineStep
 
@@ -86,6 +87,7 @@ class MegatronPolicy:
         self.units = PackingUnits(parallel.context, parallel.tensor if parallel.sequence_parallel else 1)
         self.optimizer = build_optimizer(optimizer, self.config.parallel, self.chunks)
         self.optimizer_settings = optimizer
+        self.host_offload = HostOffload(self.chunks, self.optimizer)
         self.step = PipelineStep(self.chunks, self.groups, shape.vocab_size)
         self.reference = None
         if self.config.algorithm.reference_kl_coef > 0:
@@ -98,7 +100,8 @@ class MegatronPolicy:
 
         Only ranks that speak for their tokens (see `reports`) return them; `merge_response_rows` joins all.
         """
-        microbatches = self._microbatches(batch, range(batch.num_samples))
+        self.host_offload.reload("parameters")
+        microbatches = self._microbatches(batch, self.plan(batch, range(batch.num_samples)))
         logprobs = self.step.logprobs(microbatches, self.config.rollout.temperature)
         if not self.reports:
             return None
@@ -110,6 +113,7 @@ class MegatronPolicy:
     def ref_logprobs(self, batch: TrainingBatch) -> list[ResponseRows] | None:
         """The same, by the frozen initial policy. Collective."""
         assert self.reference is not None, "needs algorithm.reference_kl_coef > 0"
+        self.host_offload.reload("parameters")
         current = {name: p.detach().clone() for name, p in self.weights.parameters.items()}
         self._set_parameters(self.reference)
         try:
@@ -134,10 +138,12 @@ class MegatronPolicy:
             PolicyDivergedError: the mini-batch's KL is beyond `trainer.max_policy_kl`; the weights are left as they
                 were.
         """
-        config, vector = self.config, self.backward(batch, samples)
+        config, plan = self.config, self.plan(batch, samples)
+        self.platform.reset_peak_memory()
+        vector = self.backward(batch, plan)
         statistics, metrics = vector.cpu().numpy(), loss_metrics(vector, config.algorithm)
         if not (math.isfinite(metrics["loss"]) and self._has_finite_gradient()):
-            return PolicyUpdate(statistics, grad_norm=None, skipped="not_finite")
+            return PolicyUpdate(statistics, grad_norm=None, skipped="not_finite", cost=self._cost_of(plan))
         if abs(metrics["policy_kl"]) > config.trainer.max_policy_kl:
             raise PolicyDivergedError(
                 f"a mini-batch's policy KL is {metrics['policy_kl']:.4g}, beyond trainer.max_policy_kl = "
@@ -145,12 +151,13 @@ class MegatronPolicy:
                 "optimizer.warmup_steps, or use larger mini-batches"
             )
         if LossStatistics(vector).sums["kept_tokens"] == 0:
-            return PolicyUpdate(statistics, grad_norm=None, skipped="empty")
-        return PolicyUpdate(statistics, self._optimizer_step(lr))
+            return PolicyUpdate(statistics, grad_norm=None, skipped="empty", cost=self._cost_of(plan))
+        grad_norm = self._optimizer_step(lr)
+        return PolicyUpdate(statistics, grad_norm, cost=self._cost_of(plan))
 
-    def backward(self, batch: TrainingBatch, samples: Sequence[int]) -> torch.Tensor:
-        """Statistics of FIPO's loss over a mini-batch, float64, equal on every rank; its gradient is left in Megatron's
-        buffers. Collective."""
+    def backward(self, batch: TrainingBatch, plan: PackingPlan) -> torch.Tensor:
+        """Statistics of FIPO's loss over the mini-batch of a plan, float64, equal on every rank; its gradient is left
+        in Megatron's buffers. Collective."""
         from fipo_megatron.trainer.step import policy_loss
 
         loss = partial(
@@ -159,7 +166,8 @@ class MegatronPolicy:
             groups=self.groups,
             sequence_norm=self.config.rollout.max_response_tokens,
         )
-        microbatches = self._microbatches(batch, samples)
+        self.host_offload.reload("parameters", "gradients")
+        microbatches = self._microbatches(batch, plan)
         statistics = self.step.gradients(microbatches, self.config.rollout.temperature, loss)
         return self._all_reduce(statistics, NUM_STATISTICS)
 
@@ -167,7 +175,9 @@ class MegatronPolicy:
         """Mean negative log-likelihood per response token of one supervised optimizer step. Collective."""
         from fipo_megatron.trainer.step import supervised_loss
 
-        statistics = self.step.gradients(self._microbatches(batch, samples), 1.0, supervised_loss)
+        self.host_offload.reload("parameters", "gradients")
+        microbatches = self._microbatches(batch, self.plan(batch, samples))
+        statistics = self.step.gradients(microbatches, 1.0, supervised_loss)
         total = (
             torch.stack(statistics).sum(0)
             if statistics
@@ -188,6 +198,7 @@ class MegatronPolicy:
 
     def _optimizer_step(self, lr: float) -> float:
         """The gradient's norm before clipping."""
+        self.host_offload.reload("optimizer")
         for group in self.optimizer.param_groups:
             group["lr"] = lr * group["lr_mult"]
             group["weight_decay"] = self.optimizer_settings.weight_decay * group["wd_mult"]
@@ -211,10 +222,10 @@ class MegatronPolicy:
         if self.groups.pipeline.size() > 1:
             dist.broadcast(vector, group=self.groups.pipeline, group_src=self.groups.pipeline.size() - 1)
 
-    def _microbatches(self, batch: TrainingBatch, samples: Sequence[int]) -> list[PackedTokens]:
-        """This rank's part of the plan that every rank makes of the whole mini-batch."""
+    def plan(self, batch: TrainingBatch, samples: Sequence[int]) -> PackingPlan:
+        """The microbatches of a mini-batch on all data-parallel ranks; every rank makes the same plan."""
         sample_lens = np.diff(batch.cu_seqlens)
-        plan = plan_packing(
+        return plan_packing(
             samples,
             sample_lens,
             self.cost.of(sample_lens, sample_lens - batch.prompt_lens),
@@ -223,10 +234,22 @@ class MegatronPolicy:
             microbatch_tokens=microbatch_tokens(self.config),
             microbatch_multiple=self.groups.pipeline.size() if len(self.chunks) > 1 else 1,
         )
+
+    def _microbatches(self, batch: TrainingBatch, plan: PackingPlan) -> list[PackedTokens]:
+        """This rank's part of a plan."""
         return [
             make_packed_tokens(batch, chosen, self.units, self.groups.context.rank()).to(self.platform.device)
             for chosen in plan.microbatches[self.groups.data.rank()]
         ]
+
+    def _cost_of(self, plan: PackingPlan) -> UpdateCost:
+        return UpdateCost(
+            num_microbatches=plan.num_microbatches,
+            packing_waste_frac=plan.waste,
+            unused_frac=plan.unused,
+            imbalance_frac=plan.imbalance,
+            peak_memory_bytes=self.platform.peak_memory_bytes(),
+        )
 
     def _set_parameters(self, values: dict[str, torch.Tensor]) -> None:
         with torch.no_grad():
@@ -266,6 +289,7 @@ class MegatronPolicy:
         Raises:
             ConnectionError: (rank 0) the engine is gone; the trainer's own ranks have finished their part and go on.
         """
+        self.host_offload.reload("parameters")
         failure: RuntimeError | None = None
         for name, tensor in self.weights.gather():
             assert self.weight_group is not None, "connect_engine comes first"
@@ -280,9 +304,14 @@ class MegatronPolicy:
 
     def export(self, source: Path, target: Path) -> None:
         """Write the policy as a Hugging Face folder, config and tokenizer from `source`. Collective."""
+        self.host_offload.reload("parameters")
         weights = self.weights.gather()
         if self.rank == 0:
             write_hf_folder(weights, source, target)
         else:
             for _ in weights:
                 pass
+
+    def offload(self) -> None:
+        """Move the policy to host memory; each call above brings back the parts that it needs."""
+        self.host_offload.offload()

@@ -37,7 +37,7 @@ from fipo_megatron.rollout.collect import (
 from fipo_megatron.rollout.stream import judge_while_sampling
 from fipo_megatron.trainer.held_out import HeldOutEvaluation
 from fipo_megatron.trainer.placement import Workers
-from fipo_megatron.trainer.updates import SkipGuard, update_metrics
+from fipo_megatron.trainer.updates import SkipGuard, cost_metrics, update_metrics
 from fipo_megatron.types import Decode, PolicyUpdate, SampleGroup, SamplingSettings, TrainingBatch
 
 CURVES_EVERY_S = 60.0  # between evaluations: to draw them takes a second or so
@@ -175,7 +175,7 @@ class Run:
         if skipped:
             counts = ", ".join(f"{number} {why.replace('_', ' ')}" for why, number in sorted(skipped.items()))
             self.progress.note(f"{skipped.total()} of {len(updates)} mini-batches made no update: {counts}")
-        return update_metrics(updates, lr, self.config.algorithm)
+        return update_metrics(updates, lr, self.config.algorithm) | cost_metrics(updates)
 
     async def evaluate(self, step: int) -> dict[str, float]:
         """Held-out accuracy of the engine's policy, after step `step`."""

@@ -53,6 +53,21 @@ def update_metrics(updates: Sequence[PolicyUpdate], lr: float, config: Algorithm
     return {f"train/{name}": value for name, value in metrics.items()}
 
 
+def cost_metrics(updates: Sequence[PolicyUpdate]) -> dict[str, float]:
+    """What the updates of a step took in this layout, under `cost/`: microbatches of a rank in all, means of the shares
+    over updates, and the most memory that a rank had in any."""
+    costs = [update.cost for update in updates if update.cost is not None]
+    if not costs:
+        return {}
+    return {
+        "cost/microbatches": sum(cost.num_microbatches for cost in costs),
+        "cost/packing_waste_frac": float(np.mean([cost.packing_waste_frac for cost in costs])),
+        "cost/packing_unused_frac": float(np.mean([cost.unused_frac for cost in costs])),
+        "cost/imbalance_frac": float(np.mean([cost.imbalance_frac for cost in costs])),
+        "cost/peak_memory_gib": max(cost.peak_memory_bytes for cost in costs) / 2**30,
+    }
+
+
 class SkipGuard:
     """Ends a run whose mini-batches make no update any more."""
 

@@ -20,6 +20,7 @@ pytestmark = pytest.mark.multiproc
 
 
 Addresses = list[str]
+MEASURED = ("time/", "cost/peak_memory")  # what no two runs have alike
 
 
 def run_once(folder: Path, cache: Path, *overrides: str) -> tuple[Path, Addresses]:
@@ -39,7 +40,8 @@ def ended(tmp_path_factory: pytest.TempPathFactory) -> dict[str, tuple[Path, Add
     root = tmp_path_factory.mktemp("runs")
     return {
         "first": run_once(root / "first", root / "cache"),
-        "again": run_once(root / "again", root / "cache_again"),  # its base policy made anew
+        # Its base policy made anew, and in host memory between the phases.
+        "again": run_once(root / "again", root / "cache_again", "trainer.offload=true"),
         "other_seed": run_once(root / "other_seed", root / "cache", "seed=1"),
     }
 
@@ -51,7 +53,7 @@ def runs(ended: dict[str, tuple[Path, Addresses]]) -> dict[str, Path]:
 
 def metrics(run: Path) -> list[dict[str, float]]:
     lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
-    return [{key: value for key, value in line.items() if not key.startswith("time/")} for line in lines]
+    return [{key: value for key, value in line.items() if not key.startswith(MEASURED)} for line in lines]
 
 
 def test_run_folder_is_complete(runs: dict[str, Path]) -> None:
@@ -67,6 +69,9 @@ def test_run_folder_is_complete(runs: dict[str, Path]) -> None:
         assert line["rollout/trained_groups"] == 8
         assert line["rollout/mismatch_max"] <= 1e-3
         assert line["train/grad_norm"] > 0
+        assert line["cost/microbatches"] >= 4  # of as many updates
+        assert 0 <= line["cost/packing_waste_frac"] <= line["cost/packing_unused_frac"] < 1
+        assert line["cost/imbalance_frac"] == 0  # of one data-parallel rank
     for line in (lines[0], lines[-1]):
         assert 0 <= line["eval/sampled_accuracy"] <= 1
     samples = [json.loads(line) for line in (run / "samples" / "step_000001.jsonl").read_text().splitlines()]

@@ -195,6 +195,7 @@ def test_a_recipe_does_not_change_with_a_default() -> None:
             "rollout.gpu_memory_utilization",
             "trainer.microbatch_tokens",
             "trainer.recompute",
+            "trainer.offload",
             "evaluation.num_problems",
         ),
         *("reward.function", "reward.num_workers", "reward.timeout_s", "reward.memory_gib", "reward.max_unjudged_frac"),

@@ -3,6 +3,7 @@ from __future__ import annotations
 import importlib.metadata
 
 import pytest
+import torch
 
 from fipo_megatron.config.schema import ParallelConfig
 from fipo_megatron.model.platform import (
@@ -66,3 +67,13 @@ def test_cuda_without_a_device_is_refused(monkeypatch: pytest.MonkeyPatch) -> No
     with pytest.raises(ValueError, match="platform=cpu"):
         resolve_platform("cuda")
     assert resolve_platform("auto").name == "cpu"
+
+
+def test_peak_memory_is_that_since_it_was_reset() -> None:
+    cpu = Platform("cpu")
+    cpu.reset_peak_memory()
+    start = cpu.peak_memory_bytes()
+    torch.ones(64 << 20, dtype=torch.uint8)
+    assert cpu.peak_memory_bytes() - start == pytest.approx(64 << 20, abs=4 << 20)
+    cpu.reset_peak_memory()
+    assert cpu.peak_memory_bytes() - start < 8 << 20

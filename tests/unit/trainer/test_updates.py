@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import numpy as np
 import pytest
 
 from fipo_megatron.config.schema import Config
-from fipo_megatron.trainer.updates import learning_rate, mini_batches
+from fipo_megatron.trainer.updates import cost_metrics, learning_rate, mini_batches
+from fipo_megatron.types import PolicyUpdate, UpdateCost
 
 
 def test_mini_batches_take_whole_groups_once_in_a_seeded_order() -> None:
@@ -26,3 +28,13 @@ def test_mini_batches_take_whole_groups_once_in_a_seeded_order() -> None:
 def test_the_learning_rate_rises_linearly_and_stays(warmup: int, rates: list[float]) -> None:
     config = Config.model_validate({"optimizer": {"lr": 0.2, "warmup_steps": warmup}})
     assert [learning_rate(config, step) for step in range(1, 6)] == pytest.approx(rates)
+
+
+def test_costs_are_added_averaged_and_at_their_worst() -> None:
+    costs = [UpdateCost(2, 0.01, 0.2, 0.05, 3 << 30), UpdateCost(3, 0.03, 0.4, 0.15, 2 << 30)]
+    updates = [PolicyUpdate(np.zeros(0), grad_norm=1.0, cost=cost) for cost in (*costs, None)]
+    expected = {"microbatches": 5, "packing_waste_frac": 0.02, "packing_unused_frac": 0.3, "imbalance_frac": 0.1}
+    assert cost_metrics(updates) == pytest.approx(
+        {f"cost/{name}": value for name, value in (expected | {"peak_memory_gib": 3.0}).items()}
+    )
+    assert cost_metrics(updates[2:]) == {}
