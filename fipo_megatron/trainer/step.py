@@ -36,7 +36,7 @@ class PipelineStep:
         Collective."""
 
         def collect(packed: PackedTokens, logits: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-            logprobs, _ = self._token_logprobs(packed, logits, temperature, with_entropy=False)
+            logprobs, _ = self._token_logprobs(packed, logits, temperature, entropy="none")
             return torch.zeros(()), torch.zeros((), dtype=torch.int), logprobs
 
         with torch.no_grad():
@@ -53,7 +53,7 @@ class PipelineStep:
         def microbatch_loss(
             packed: PackedTokens, logits: torch.Tensor
         ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-            logprobs, entropy = self._token_logprobs(packed, logits, temperature, with_entropy=True)
+            logprobs, entropy = self._token_logprobs(packed, logits, temperature, entropy="detached")
             assert entropy is not None
             output = loss(packed, logprobs, entropy)
             return output.loss_sum, output.denominator.to(torch.int), output.statistics
@@ -66,7 +66,7 @@ class PipelineStep:
         return self._run(microbatches, microbatch_loss, forward_only=False)
 
     def _token_logprobs(
-        self, packed: PackedTokens, logits: torch.Tensor, temperature: float, with_entropy: bool
+        self, packed: PackedTokens, logits: torch.Tensor, temperature: float, entropy: str
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
         return token_logprob(
             logits[0],
@@ -75,7 +75,7 @@ class PipelineStep:
             true_vocab_size=self.vocab_size,
             vocab_start=self.groups.tensor.rank() * logits.size(-1),
             tp_group=self.groups.tensor,
-            with_entropy=with_entropy,
+            entropy=entropy,
         )
 
     def _run(self, microbatches: Sequence[PackedTokens], loss: Callable[..., Any], forward_only: bool) -> list[Any]:

@@ -164,7 +164,7 @@ def compute_logprobs(logits, targets, true_vocab, rank=0, group=None, impl="auto
         true_vocab_size=true_vocab,
         vocab_start=rank * logits.size(1),
         tp_group=group,
-        with_entropy=True,
+        entropy="detached",
         impl=impl,
     )
     (grad,) = torch.autograd.grad((logprobs * torch.arange(13.0)).sum(), logits)

@@ -6,12 +6,16 @@ import torch
 
 
 def logprob_reference(
-    logits: torch.Tensor, target_ids: torch.Tensor, temperature: float, num_columns: int, with_entropy: bool
+    logits: torch.Tensor, target_ids: torch.Tensor, temperature: float, num_columns: int, entropy: str
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
-    """log p(target) [N] and the detached entropy [N] of softmax(logits / temperature) over the first `num_columns`."""
+    """log p(target) [N] and the entropy [N] of softmax(logits / temperature) over the first `num_columns`.
+
+    float32, float64 for float64 logits. `entropy` is "none", "detached" or "differentiable".
+    """
     dtype = torch.promote_types(logits.dtype, torch.float32)
     log_probs = torch.log_softmax(logits[:, :num_columns].to(dtype) / temperature, dim=-1)
     target_logprobs = log_probs.gather(1, target_ids[:, None]).squeeze(1)
-    if not with_entropy:
+    if entropy == "none":
         return target_logprobs, None
-    return target_logprobs, -(log_probs.exp() * log_probs).sum(-1).detach()
+    row_entropy = -(log_probs.exp() * log_probs).sum(-1)
+    return target_logprobs, row_entropy if entropy == "differentiable" else row_entropy.detach()
