@@ -29,15 +29,18 @@ def fipo_loss(
     ref_logprobs: torch.Tensor | None = None,
     context_group: ProcessGroup | None = None,
     sequence_norm: int | None = None,
+    scan_impl: str = "auto",
 ) -> LossOutput:
-    """Loss sum, denominator and statistics of one microbatch on this rank; gradient to `logprobs` alone.
+    """Loss sum, denominator and statistics of one microbatch on this rank; gradient to `logprobs`, and where
+    entropy_coef > 0 to `entropy`.
 
     All tensors are rows [B, L], each row a sequence, or flat [N] with the sequences in `segments`; float32 or float64,
     the mask of any type. `response_mask` marks the response tokens; what stands outside it may be anything. All
     log-probs are the trainer's, at the sampling temperature: `old_logprobs` from before the rollout batch's first
     update, `ref_logprobs` from the frozen reference (needed where reference_kl_coef > 0). `sequence_norm`: see
-    reduction.py. Collectives over `context_group` (every rank must call): one all-gather for F, one all-reduce of
-    counts a sequence. Source: equations 3 to 8 of the paper in the form of the released code.
+    reduction.py; `scan_impl`: see future_kl_scan. Collectives over `context_group` (every rank must call): one
+    all-gather for F, one all-reduce of counts a sequence. Source: equations 3 to 8 of the paper in the form of the
+    released code.
     """
     _check_inputs(
         logprobs, segments, config, ref_logprobs,
@@ -52,7 +55,7 @@ def fipo_loss(
 
     future_kls = weights = None
     if config.objective == "fipo":
-        future_kls = future_kl(log_ratios, mask, config, segments, context_group)
+        future_kls = future_kl(log_ratios, mask, config, segments, context_group, scan_impl)
         weights = influence_weights(future_kls, ratios, advantages, config)
     surrogate = _clipped_surrogate(ratios, advantages, weights, config)
     kept = _find_kept(mask, surrogate.dual_clipped, segments, config, context_group)
@@ -60,12 +63,15 @@ def fipo_loss(
     if ref_logprobs is not None:
         reference_kl = _reference_kl(logprobs, ref_logprobs.detach().flatten().to(logprobs), mask)
         losses = losses + config.reference_kl_coef * reference_kl
+    if config.entropy_coef > 0:
+        assert entropy is not None
+        losses = losses - config.entropy_coef * torch.where(mask, entropy.flatten(), 0)
     loss_sum, denominator = reduce_loss(
         losses, kept.tokens, kept.per_segment, segments, config.loss_aggregation, sequence_norm, context_group
     )
     terms = TokenTerms(
         mask, log_ratios, advantages, surrogate.clipped, surrogate.dual_clipped,
-        future_kls, weights, None if entropy is None else entropy.flatten(), reference_kl,
+        future_kls, weights, None if entropy is None else entropy.detach().flatten(), reference_kl,
     )  # fmt: skip
     dropped_sequences = kept.dropped.sum() * counts_sequences(context_group)
     statistics = loss_statistics(terms, config, loss_sum, denominator, kept.tokens.sum(), dropped_sequences)
@@ -150,6 +156,10 @@ def _check_inputs(
     for name, value in {"ref_logprobs": ref_logprobs, **others}.items():
         if value is not None and value.shape != logprobs.shape:
             raise ValueError(f"{name} is {list(value.shape)}, logprobs {list(logprobs.shape)}: pass one value a token")
+    if config.entropy_coef > 0 and others["entropy"] is None:
+        raise ValueError(
+            f"entropy_coef={config.entropy_coef} needs entropy: pass it, with gradient, or set the coefficient to 0"
+        )
     if config.reference_kl_coef > 0 and ref_logprobs is None:
         raise ValueError(
             f"reference_kl_coef={config.reference_kl_coef} needs ref_logprobs: pass them, or set the coefficient to 0"

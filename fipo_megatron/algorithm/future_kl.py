@@ -29,6 +29,7 @@ def future_kl(
     config: AlgorithmConfig,
     segments: SegmentTable,
     context_group: ProcessGroup | None = None,
+    scan_impl: str = "auto",
 ) -> torch.Tensor:
     """F_t = sum over k >= t of gamma^(k - t) * M_k * d_k, [N], no gradient; gamma = 2^(-1 / half_life_tokens).
 
@@ -39,7 +40,8 @@ def future_kl(
     if config.dual_clip_ratio is not None:
         participates = participates & (log_ratios <= math.log(config.dual_clip_ratio))
     values = torch.where(participates, log_ratios.detach(), 0)
-    return future_kl_scan(values, 2 ** (-1 / config.half_life_tokens), segments, context_group=context_group)
+    gamma = 2 ** (-1 / config.half_life_tokens)
+    return future_kl_scan(values, gamma, segments, impl=scan_impl, context_group=context_group)
 
 
 def influence_bounds(config: AlgorithmConfig) -> tuple[float, float]:

@@ -39,6 +39,7 @@ def check_config(config: Config) -> None:
         *_find_layout_problems(config.parallel),
         *_find_length_problems(config),
         *_find_objective_problems(config.algorithm),
+        *_find_kernel_problems(config),
         *_find_idle_keys(config),
     ]
     if config.warm_start is not None:
@@ -222,6 +223,22 @@ def _find_objective_problems(algorithm: AlgorithmConfig) -> Iterator[str]:
     yield from _idle_keys("algorithm", algorithm, INFLUENCE_KEYS, why)
 
 
+def _find_kernel_problems(config: Config) -> Iterator[str]:
+    kernels = config.kernels
+    if kernels.has_entropy:
+        return
+    if kernels.logprob_from != "logits":
+        yield (
+            f"kernels.logprob = {kernels.logprob!r}: computes from logits; set kernels.logprob_from=logits, or "
+            "kernels.logprob=auto"
+        )
+    if config.algorithm.entropy_coef > 0:
+        yield (
+            f"kernels.logprob = {kernels.logprob!r}: computes no entropy, which algorithm.entropy_coef = "
+            f"{config.algorithm.entropy_coef:g} needs; set kernels.logprob=auto, or the coefficient to 0"
+        )
+
+
 def _find_idle_keys(config: Config) -> Iterator[str]:
     """Settings that nothing would read, and whose author believes otherwise.
 
@@ -241,6 +258,12 @@ def _find_idle_keys(config: Config) -> Iterator[str]:
         )
     if config.rollout.engine == "hf":
         yield from _idle_keys("rollout", config.rollout, ("kv_cache_gib",), "on rollout.engine = 'hf'; remove it")
+    if config.kernels.logprob_from == "logits":
+        why = "with kernels.logprob_from = 'logits', which makes all at once; remove it"
+        yield from _idle_keys("kernels", config.kernels, ("workspace_mib",), why)
+    if config.algorithm.objective != "fipo":
+        why = f"with objective = {config.algorithm.objective!r}, which scans nothing; remove it"
+        yield from _idle_keys("kernels", config.kernels, ("future_kl_scan",), why)
     if reward.overlong_buffer_tokens == 0:
         why = "with reward.overlong_buffer_tokens = 0: nothing is penalised; remove it, or set the buffer"
         yield from _idle_keys("reward", reward, ("overlong_penalty_factor",), why)

@@ -239,6 +239,7 @@ class AlgorithmConfig(Section):
     )
     loss_aggregation: LossAggregation = "token-mean"
     reference_kl_coef: float = Field(0.0, ge=0, description="beta of the KL penalty to the frozen initial policy")
+    entropy_coef: float = Field(0.0, ge=0, description="of the entropy that is taken off each token's loss")
     normalize_advantage_by_std: bool = True
 
     @model_validator(mode="before")
@@ -312,6 +313,26 @@ class TrainerConfig(Section):
         False,
         description="host memory holds parameters, gradients and optimizer state from the weights' push until needed",
     )
+
+
+class KernelsConfig(Section):
+    """Which implementation computes what; "auto" picks by the device. All give the same numbers, up to rounding."""
+
+    logprob_from: Literal["hidden_states", "logits"] = Field(
+        "hidden_states",
+        description="hidden_states: logits exist a block at a time (ops/linear_logprob); logits: all at once "
+        "(ops/token_logprob)",
+    )
+    logprob: Literal["auto", "torch", "triton", "te", "megatron", "reference"] = Field(
+        "auto", description="te, megatron: losses of Transformer Engine and Megatron, from logits, without entropy"
+    )
+    workspace_mib: int = Field(256, gt=0, description="memory of the blocks of logits, with logprob_from=hidden_states")
+    future_kl_scan: Literal["auto", "torch", "numba", "triton", "reference"] = "auto"
+
+    @property
+    def has_entropy(self) -> bool:
+        """Whether `logprob` computes the entropy, too."""
+        return self.logprob not in ("te", "megatron")
 
 
 class RewardConfig(Section):
@@ -409,6 +430,7 @@ class Config(Section):
     reward: RewardConfig = RewardConfig()
     algorithm: AlgorithmConfig = AlgorithmConfig()
     trainer: TrainerConfig = TrainerConfig()
+    kernels: KernelsConfig = KernelsConfig()
     optimizer: OptimizerConfig = OptimizerConfig()
     parallel: ParallelConfig = ParallelConfig()
     evaluation: EvaluationConfig = EvaluationConfig()

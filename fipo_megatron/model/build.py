@@ -146,6 +146,7 @@ def build_model(
             rope_scaling=shape.rope_factor is not None,
             rope_scaling_factor=shape.rope_factor,
             vp_stage=vp_stage,
+            returns_hidden_states=config.kernels.logprob_from == "hidden_states",
         )
         chunks.append(DistributedDataParallel(transformer_config, ddp_config, model.to(platform.device)))
     return chunks

@@ -88,7 +88,7 @@ class MegatronPolicy:
         self.optimizer = build_optimizer(optimizer, self.config.parallel, self.chunks)
         self.optimizer_settings = optimizer
         self.host_offload = HostOffload(self.chunks, self.optimizer)
-        self.step = PipelineStep(self.chunks, self.groups, shape.vocab_size)
+        self.step = PipelineStep(self.chunks, self.groups, shape.vocab_size, self.config.kernels)
         self.reference = None
         if self.config.algorithm.reference_kl_coef > 0:
             self.reference = {name: p.detach().to("cpu", copy=True) for name, p in self.weights.parameters.items()}
@@ -165,10 +165,17 @@ class MegatronPolicy:
             config=self.config.algorithm,
             groups=self.groups,
             sequence_norm=self.config.rollout.max_response_tokens,
+            scan_impl=self.config.kernels.future_kl_scan,
         )
+        entropy = "differentiable" if self.config.algorithm.entropy_coef > 0 else "detached"
         self.host_offload.reload("parameters", "gradients")
         microbatches = self._microbatches(batch, plan)
-        statistics = self.step.gradients(microbatches, self.config.rollout.temperature, loss)
+        statistics = self.step.gradients(
+            microbatches,
+            self.config.rollout.temperature,
+            loss,
+            entropy if self.config.kernels.has_entropy else "none",
+        )
         return self._all_reduce(statistics, NUM_STATISTICS)
 
     def supervised_update(self, batch: TrainingBatch, samples: Sequence[int], lr: float) -> float:
@@ -181,7 +188,7 @@ class MegatronPolicy:
         total = (
             torch.stack(statistics).sum(0)
             if statistics
-            else torch.zeros(3, dtype=torch.float64, device=self.platform.device)
+            else torch.zeros(2, dtype=torch.float64, device=self.platform.device)
         )
         dist.all_reduce(total, group=self.groups.data_context)
         self._from_last_stage(total)
