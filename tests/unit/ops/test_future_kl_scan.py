@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 from fipo_megatron.ops.future_kl_scan import future_kl_scan
 from fipo_megatron.types import SegmentTable
 
-IMPLEMENTATIONS = ("auto", "reference")
+IMPLEMENTATIONS = ("auto", "torch", "numba", "reference")  # in the interpreter: test_future_kl_scan_triton.py
 
 
 def make_segments(lengths: list[int]) -> SegmentTable:
