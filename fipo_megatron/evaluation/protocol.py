@@ -161,8 +161,9 @@ def pass_at_k(correct: np.ndarray, k: int) -> np.ndarray:
     n = correct.shape[1]
     if not 1 <= k <= n:
         raise ValueError(f"k = {k}: must be between 1 and the {n} samples of each problem; lower it, or sample more")
-    by_num_correct = np.array([1 - math.comb(n - c, k) / math.comb(n, k) for c in range(n + 1)])
-    return by_num_correct[correct.astype(np.int64).sum(axis=1)]
+    num_correct, problem = np.unique(correct.astype(np.int64).sum(axis=1), return_inverse=True)
+    num_draws = math.comb(n, k)
+    return np.array([1 - math.comb(n - c, k) / num_draws for c in num_correct.tolist()], np.float64)[problem]
 
 
 def consensus_is_correct(predictions: Sequence[str], correct: Sequence[bool], unreadable: Collection[str]) -> bool:

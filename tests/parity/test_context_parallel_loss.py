@@ -1,4 +1,4 @@
-"""Real gloo processes: the loss over context-parallel ranks, and log-probs over vocabulary shards, equal one process.
+"""Real gloo processes: the loss over context-parallel ranks equals that of one process.
 
 What is shown: loss, denominator, gradient and every statistic are sums over ranks of what each rank computes on its
 zig-zag chunks. The loss of each microbatch is compared, so the sum over microbatches and data ranks follows.
@@ -14,7 +14,6 @@ from fipo_megatron.algorithm.fipo_loss import fipo_loss
 from fipo_megatron.algorithm.loss_metrics import all_reduce_statistics, loss_metrics
 from fipo_megatron.config.schema import AlgorithmConfig
 from fipo_megatron.ops.future_kl_scan import future_kl_scan
-from fipo_megatron.ops.token_logprob import token_logprob
 from fipo_megatron.types import SegmentTable
 from tests.parity.gloo_processes import start_processes
 from tests.parity.zigzag import merge_zigzag, split_zigzag
@@ -144,46 +143,3 @@ def test_scan_over_four_ranks(tmp_path):
         expected = future_kl_scan(values, 0.97, make_segments(lengths), impl="reference")
         merged = merge_zigzag([rank[i] for rank in found], lengths)
         torch.testing.assert_close(merged, expected, rtol=1e-12, atol=1e-12)
-
-
-TRUE_VOCAB, PADDED_VOCAB = 9, 20  # of two shards of ten columns the second is padding alone
-
-
-def make_logits(true_vocab: int) -> tuple[torch.Tensor, torch.Tensor]:
-    generator = torch.Generator().manual_seed(3)
-    logits = 4 * torch.randn(13, PADDED_VOCAB, dtype=torch.float64, generator=generator)
-    return logits, torch.randint(0, true_vocab, (13,), generator=generator)
-
-
-def compute_logprobs(logits, targets, true_vocab, rank=0, group=None, impl="auto"):
-    logits = logits.clone().requires_grad_()
-    logprobs, entropy = token_logprob(
-        logits,
-        targets,
-        temperature=0.8,
-        true_vocab_size=true_vocab,
-        vocab_start=rank * logits.size(1),
-        tp_group=group,
-        entropy="detached",
-        impl=impl,
-    )
-    (grad,) = torch.autograd.grad((logprobs * torch.arange(13.0)).sum(), logits)
-    return logprobs.detach(), entropy, grad
-
-
-def shard_logprobs(rank: int, size: int, group: dist.ProcessGroup) -> list:
-    found = []
-    for true_vocab in (TRUE_VOCAB, 15, PADDED_VOCAB):
-        logits, targets = make_logits(true_vocab)
-        found.append(compute_logprobs(logits.chunk(size, dim=1)[rank], targets, true_vocab, rank, group))
-    return found
-
-
-def test_vocabulary_shards_equal_whole_rows(tmp_path):
-    ranks = start_processes(shard_logprobs, 2, tmp_path)
-    for i, true_vocab in enumerate((TRUE_VOCAB, 15, PADDED_VOCAB)):
-        logprobs, entropy, grad = compute_logprobs(*make_logits(true_vocab), true_vocab, impl="reference")
-        for rank in ranks:
-            torch.testing.assert_close(rank[i][0], logprobs, rtol=1e-12, atol=1e-12)
-            torch.testing.assert_close(rank[i][1], entropy, rtol=1e-12, atol=1e-12)
-        torch.testing.assert_close(torch.cat([rank[i][2] for rank in ranks], dim=1), grad, rtol=1e-12, atol=1e-12)

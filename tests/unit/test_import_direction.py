@@ -29,6 +29,7 @@ THIRD_PARTY = {
     "vllm": ("rollout/*", "reshard/engine_worker.py"),
     "sglang": ("rollout/*", "reshard/engine_worker.py"),
     "triton": ("*/triton_kernel.py",),
+    "numba": ("*/numba_kernel.py",),
 }
 EXCEPT = {"megatron": "model/weight_map/*"}  # names and slices: plain data
 
@@ -127,6 +128,7 @@ def test_every_package_has_its_place():
         ("import vllm", "reshard/plan.py", ["imports vllm"]),
         ("import triton", "ops/x/triton_kernel.py", []),
         ("import triton.language as tl", "ops/x/torch_impl.py", ["imports triton"]),
+        ("def f():\n    import numba", "ops/x/torch_impl.py", ["imports numba"]),
     ],
 )
 def test_the_rules_themselves(source, file, violations):

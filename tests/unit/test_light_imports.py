@@ -6,7 +6,18 @@ from pathlib import Path
 
 ROOT = Path(__file__).parents[2]
 
-BLOCKED = ("megatron", "vllm", "sglang", "ray", "triton", "transformers", "transformer_engine", "apex", "flash_attn")
+BLOCKED = (
+    "megatron",
+    "vllm",
+    "sglang",
+    "ray",
+    "triton",
+    "numba",
+    "transformers",
+    "transformer_engine",
+    "apex",
+    "flash_attn",
+)
 # Globs below fipo_megatron; new modules of these packages are found by themselves.
 LIGHT = (
     "types.py",

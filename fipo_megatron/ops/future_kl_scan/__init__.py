@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import logging
+from functools import cache
+from importlib.util import find_spec
+
 import torch
 from torch.distributed import ProcessGroup
 
@@ -12,7 +16,9 @@ from fipo_megatron.types import SegmentTable
 
 __all__ = ["future_kl_scan"]
 
-SCANS: dict[str, ScanFunction] = {"auto": scan_chunked, "torch": scan_chunked, "reference": scan_reference}
+IMPLEMENTATIONS = ("auto", "torch", "numba", "triton", "reference")
+
+logger = logging.getLogger(__name__)
 
 
 @torch.no_grad()
@@ -30,14 +36,43 @@ def future_kl_scan(
     (see SegmentTable) and every rank of the group must call, also one without tokens: one all-gather of
     [num_segments, 2, 2]. Source: equation 3 of the paper, as the linear recurrence it is. The decay is only ever
     multiplied, never divided by: gamma**10000 underflows to 0 without harm.
+
+    `impl` is `auto`, which takes `numba` on the CPU, where it is installed, and `triton` on a GPU; `torch` (matrix
+    products, on any device), `reference` (a loop over tokens). All are O(N). Raises ValueError for what cannot be
+    scanned, and for an `impl` that does not run on the device of `values`.
     """
-    if impl not in SCANS:
-        raise ValueError(f"impl={impl!r} is not known: use one of {', '.join(SCANS)}")
+    if impl not in IMPLEMENTATIONS:
+        raise ValueError(f"impl={impl!r} is not known: use one of {', '.join(IMPLEMENTATIONS)}")
     if values.dim() != 1 or values.dtype not in (torch.float32, torch.float64):
         raise ValueError(f"values is {values.dtype} {list(values.shape)}: pass a flat float32 or float64 tensor")
     if not 0 <= gamma <= 1:
         raise ValueError(f"gamma={gamma} does not decay: pass a number in [0, 1]")
-    scan = SCANS[impl]
+    scan = _load_scan(_choose_scan(values.device.type) if impl == "auto" else impl)
     if context_group is None:
         return scan(values, gamma, segments)
     return scan_over_context(values, gamma, segments, scan, context_group)
+
+
+@cache
+def _choose_scan(device_type: str) -> str:
+    """The implementation that `auto` means; said once for a device."""
+    if device_type == "cuda":
+        impl = "triton"
+    elif device_type == "cpu" and find_spec("numba") is not None:
+        impl = "numba"
+    else:
+        impl = "torch"
+    logger.info("future-KL scan on %s: impl=%s", device_type, impl)
+    return impl
+
+
+def _load_scan(impl: str) -> ScanFunction:
+    if impl == "numba":
+        from fipo_megatron.ops.future_kl_scan.numba_kernel import scan_numba
+
+        return scan_numba
+    if impl == "triton":
+        from fipo_megatron.ops.future_kl_scan.triton_kernel import scan_triton
+
+        return scan_triton
+    return scan_reference if impl == "reference" else scan_chunked

@@ -31,9 +31,7 @@ def scan_over_context(
 
     cu_chunks = cu_chunks.to(values.device)
     starts, ends, lengths = cu_chunks[:-1], cu_chunks[1:], cu_chunks.diff()
-    heads = values.new_zeros(len(starts))
-    filled = lengths > 0
-    heads[filled] = local[starts[filled]]
+    heads = torch.where(lengths > 0, pad(local, (0, 1))[starts], 0)  # an empty chunk may start behind the last token
     carries = _gather_carries(heads, _powers(gamma, lengths, values.dtype), group)
 
     distances = ends.repeat_interleave(lengths, output_size=len(values)) - torch.arange(

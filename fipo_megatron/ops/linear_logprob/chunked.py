@@ -75,9 +75,9 @@ class ChunkedLinearLogprob(torch.autograd.Function):
         if ctx.needs_input_grad[1]:
             grad_weight = ctx.main_grad
             if grad_weight is None:
-                grad_weight = torch.empty(weight.shape, dtype=weight.dtype, device=weight.device)
-                grad_weight[head.shard.num_columns :] = 0
-        _add_gradients(hidden, weight, rows, head, grad_hidden, grad_weight, ctx.main_grad is not None)
+                grad_weight = torch.zeros(weight.shape, dtype=weight.dtype, device=weight.device)
+        if len(hidden):
+            _add_gradients(hidden, weight, rows, head, grad_hidden, grad_weight)
         if grad_hidden is not None:
             group = head.shard.tp_group
             if group is not None and group.size() > 1:
@@ -114,6 +114,8 @@ def compute_statistics(
     shard = head.shard
     chunks = list(head.chunks())
     blocks: list[list[RowStatistics]] = [[] for _ in _cut(len(hidden), head.blocking.rows)]
+    if not chunks or not blocks:
+        return _no_statistics(hidden, workspace.dtype, shard.entropy != "none")
     for chunk in chunks:
         weights = workspace.load("weight", weight[chunk])
         for rows, found in zip(_cut(len(hidden), head.blocking.rows), blocks, strict=True):
@@ -127,8 +129,6 @@ def compute_statistics(
                 with_entropy=shard.entropy != "none",
             )
             found.append(statistics)
-    if not chunks or not blocks:
-        return _no_statistics(hidden, workspace.dtype, shard.entropy != "none")
     first_columns = [head.first_column(chunk) for chunk in chunks]
     widths = [chunk.stop - chunk.start for chunk in chunks]
     merged = [
@@ -151,20 +151,17 @@ def _add_gradients(
     head: Head,
     grad_hidden: torch.Tensor | None,
     grad_weight: torch.Tensor | None,
-    is_accumulated: bool,
 ) -> None:
-    """Adds to `grad_hidden`; adds to `grad_weight` if `is_accumulated`, else writes it."""
+    """Adds to `grad_hidden` [N, H] of the workspace's dtype and to `grad_weight` [C, H] of any dtype."""
     workspace = Workspace(hidden, head.blocking)
     shard = head.shard
     for chunk in head.chunks():
         weights = workspace.load("weight", weight[chunk])
-        # The sum over the rows is rounded once, at its end.
-        total, is_direct = None, False
-        if grad_weight is not None:
-            is_direct = grad_weight.dtype == workspace.dtype
-            total = grad_weight[chunk] if is_direct else workspace.get_buffer("total", *weights.shape)
-            if not (is_direct and is_accumulated):
-                total.zero_()
+        grad_weights = None if grad_weight is None else grad_weight[chunk]
+        total = grad_weights
+        if grad_weights is not None and grad_weights.dtype != workspace.dtype:
+            # The sum over the rows is rounded once, at its end.
+            total = workspace.get_buffer("total", *grad_weights.shape).zero_()
         for rows in _cut(len(hidden), head.blocking.rows):
             states, row = workspace.load("hidden", hidden[rows]), rows_gradients[rows]
             logits = workspace.make_logits(states, weights)
@@ -185,9 +182,8 @@ def _add_gradients(
                 workspace.add_product(grad_hidden[rows], gradient, weights)
             if total is not None:
                 workspace.add_product(total, gradient.t(), states)
-        if total is not None and not is_direct:
-            assert grad_weight is not None
-            grad_weight[chunk].add_(total) if is_accumulated else grad_weight[chunk].copy_(total)
+        if grad_weights is not None and total is not None and total is not grad_weights:
+            grad_weights.add_(total)
 
 
 def _no_statistics(hidden: torch.Tensor, dtype: torch.dtype, with_entropy: bool) -> RowStatistics:

@@ -1,12 +1,20 @@
 """Log-probs and entropy against float64 softmax; vocabulary shards in real processes: tests/parity."""
 
+import logging
+import sys
+
 import pytest
 import torch
 
-from fipo_megatron.ops.token_logprob import token_logprob
+from fipo_megatron.ops.token_logprob import checks, implementations, token_logprob
+from fipo_megatron.ops.token_logprob.row_kernels import RowStatistics, merge_blocks
+from fipo_megatron.ops.token_logprob.torch_impl import TorchRowKernels
+from fipo_megatron.ops.token_logprob.vocab_parallel import VocabShard, merge_shards
+from tests.unit.ops.logprob_cases import assert_near, loss_weights, make_cases, make_targets, name_case, weighted_sum
 
 TRUE_VOCAB, PADDED_VOCAB = 11, 16
-IMPLEMENTATIONS = ("auto", "reference")
+IMPLEMENTATIONS = ("auto", "torch", "reference")
+ENTROPIES = ("none", "detached", "differentiable")
 
 
 def make_inputs(dtype: torch.dtype = torch.float64, scale: float = 3.0) -> tuple[torch.Tensor, torch.Tensor]:
@@ -40,27 +48,154 @@ def test_equals_softmax(impl, temperature):
     torch.testing.assert_close(grad, weights[:, None] * expected, rtol=1e-12, atol=1e-12)
 
 
-@pytest.mark.parametrize("entropy", ["none", "detached"])
+@pytest.mark.parametrize("entropy", ENTROPIES)
 def test_gradcheck(entropy):
     logits, targets = make_inputs()
-    assert torch.autograd.gradcheck(
-        lambda x: run(x, targets, temperature=0.7, entropy=entropy)[0], (logits,), eps=1e-6, atol=1e-7
-    )
+
+    def outputs(x):
+        results = run(x, targets, temperature=0.7, entropy=entropy)
+        return results if entropy == "differentiable" else results[0]
+
+    assert torch.autograd.gradcheck(outputs, (logits,), eps=1e-6, atol=1e-7)
 
 
-@pytest.mark.parametrize("impl", IMPLEMENTATIONS)
-def test_bfloat16_logits_get_float32_arithmetic(impl):
-    logits, targets = make_inputs(torch.bfloat16)
-    logprobs, entropy = run(logits, targets, entropy="detached", impl=impl)
-    exact, exact_entropy = run(logits.detach().double(), targets, entropy="detached", impl="reference")
+def test_entropy_alone_has_its_gradient():
+    logits, targets = make_inputs()
+    grads = []
+    for impl in ("torch", "reference"):
+        _, entropy = run(logits, targets, entropy="differentiable", impl=impl)
+        assert entropy is not None
+        grads.append(torch.autograd.grad(entropy.sum(), logits)[0])
+    torch.testing.assert_close(*grads, rtol=1e-12, atol=1e-12)
+
+
+COVER = make_cases(shards=(1, 2, 4), layout=("contiguous", "row_stride", "transposed"))
+
+
+def make_logits(case) -> tuple[torch.Tensor, torch.Tensor]:
+    """Logits with a large number in each padded column, and targets."""
+    generator = torch.Generator().manual_seed(case["vocab"] + case["rows"])
+    width = -(-(case["vocab"] + case["padding"]) // case["shards"]) * case["shards"]
+    targets = make_targets(case, generator)
+    logits = 3 * torch.randn(case["rows"], width, generator=generator)
+    if case["peaked"]:
+        logits[:, 0] += 40
+        logits[torch.arange(case["rows"])[::2], targets[::2]] += 60
+    logits[:, case["vocab"] :] = 1e4
+    logits = logits.to(case["dtype"])
+    if case["layout"] == "row_stride":
+        logits = torch.cat([logits, torch.full((case["rows"], 3), torch.nan).to(logits)], dim=1)[:, :width]
+    elif case["layout"] == "transposed":
+        logits = logits.t().contiguous().t()
+    return logits, targets
+
+
+def run_shards(logits, targets, case) -> tuple[torch.Tensor, torch.Tensor | None, torch.Tensor]:
+    """Log-probs, entropy and gradient by the kernels on each shard, merged in this process."""
+    kernels, width = TorchRowKernels(), logits.size(1) // case["shards"]
+    firsts = [width * i for i in range(case["shards"])]
+    counted = [min(max(case["vocab"] - first, 0), width) for first in firsts]
+    shards = [logits[:, first : first + width] for first in firsts]
+    if case["layout"] == "transposed":
+        shards = [shard.contiguous() for shard in shards]
+    common = {"temperature": case["temperature"]}
+    statistics = [
+        kernels.row_statistics(
+            shard, targets, first_column=first, num_columns=columns, with_entropy=case["entropy"] != "none", **common
+        )
+        for shard, first, columns in zip(shards, firsts, counted, strict=True)
+    ]
+    merged = merge_blocks(statistics, firsts, counted, targets)
+    whole = VocabShard(kernels, case["temperature"], 0, case["vocab"], None, case["entropy"])
+    results = merge_shards(merged, targets, whole)
+    a, b = (weights.to(results.logprobs) for weights in loss_weights(case["rows"]))
+    grads = [torch.full(shard.shape, torch.nan, dtype=logits.dtype) for shard in shards]
+    has_gradient = case["entropy"] == "differentiable"
+    for shard, grad, first, columns in zip(shards, grads, firsts, counted, strict=True):
+        kernels.write_logit_gradient(
+            shard,
+            grad,
+            targets,
+            results.log_normalizer,
+            a,
+            entropy=results.entropy if has_gradient else None,
+            grad_entropy=b if has_gradient else None,
+            first_column=first,
+            num_columns=columns,
+            **common,
+        )
+    return results.logprobs, results.entropy, torch.cat(grads, dim=1)
+
+
+@pytest.mark.parametrize("case", COVER, ids=name_case)
+def test_cover_against_float64(case):
+    logits, targets = make_logits(case)
+    options = {"temperature": case["temperature"], "entropy": case["entropy"], "true_vocab_size": case["vocab"]}
+    differentiable = case["entropy"] == "differentiable"
+    if case["shards"] == 1:
+        logits.requires_grad_()
+        logprobs, entropy = run(logits, targets, **options)
+        (grad,) = torch.autograd.grad(weighted_sum(logprobs, entropy, differentiable), logits)
+    else:
+        logprobs, entropy, grad = run_shards(logits, targets, case)
+    x = logits.detach().double().requires_grad_()
+    exact, exact_entropy = run(x, targets, impl="reference", **options)
+    (exact_grad,) = torch.autograd.grad(weighted_sum(exact, exact_entropy, differentiable), x)
+
     assert logprobs.dtype == torch.float32
-    assert entropy is not None
-    assert exact_entropy is not None
-    assert (logprobs - exact).abs().max().item() < 3e-6
-    assert (entropy - exact_entropy).abs().max().item() < 3e-6
-    logprobs.sum().backward()
-    assert logits.grad is not None
-    assert logits.grad.dtype == torch.bfloat16
+    assert grad.dtype == case["dtype"]
+    assert (logprobs <= 0).all()
+    # float32 resolves exponents of 100 to 8e-6, what is near 0 much better
+    largest = 120 / case["temperature"] if case["peaked"] else 20 / case["temperature"]
+    assert_near(logprobs.detach(), exact.detach(), 2e-7 * largest)
+    assert_near(grad, exact_grad, 4e-7 * largest)
+    assert (grad[:, case["vocab"] :] == 0).all()
+    if exact_entropy is not None:
+        assert entropy is not None
+        assert_near(entropy.detach(), exact_entropy.detach(), 3e-7 * largest)
+
+
+@pytest.mark.parametrize("entropy", ENTROPIES)
+def test_gradient_in_the_place_of_the_logits(entropy):
+    logits, targets = make_inputs(torch.float32)
+    case = {"shards": 1, "vocab": TRUE_VOCAB, "layout": "", "temperature": 0.7, "entropy": entropy, "rows": 9}
+    *_, expected = run_shards(logits.detach(), targets, case)
+    kernels, in_place = TorchRowKernels(), logits.detach().clone()
+    statistics = kernels.row_statistics(
+        in_place, targets, temperature=0.7, first_column=0, num_columns=TRUE_VOCAB, with_entropy=True
+    )
+    results = merge_shards(statistics, targets, VocabShard(kernels, 0.7, 0, TRUE_VOCAB, None, entropy))
+    a, b = (weights.float() for weights in loss_weights(9))
+    kernels.write_logit_gradient(
+        in_place,
+        in_place,
+        targets,
+        results.log_normalizer,
+        a,
+        entropy=results.entropy if entropy == "differentiable" else None,
+        grad_entropy=b if entropy == "differentiable" else None,
+        temperature=0.7,
+        first_column=0,
+        num_columns=TRUE_VOCAB,
+    )
+    assert torch.equal(in_place, expected)
+
+
+def test_statistics_are_those_of_the_block():
+    logits, targets = make_inputs(torch.float32)
+    found = TorchRowKernels().row_statistics(
+        logits.detach(), targets, temperature=0.5, first_column=4, num_columns=5, with_entropy=True
+    )
+    z = logits.detach().double()[:, :5] / 0.5
+    peak = z.amax(1)
+    powers = (z - peak[:, None]).exp()
+    is_local = (targets >= 4) & (targets < 9)
+    assert is_local.any()
+    assert not is_local.all()
+    target = torch.where(is_local, z.gather(1, (targets - 4).clamp(0, 4)[:, None])[:, 0] - peak, 0)
+    expected = RowStatistics(peak, powers.sum(1), (powers * (z - peak[:, None])).sum(1), target)
+    for field in ("peak", "sum_exp", "sum_shifted", "target"):
+        torch.testing.assert_close(getattr(found, field).double(), getattr(expected, field), rtol=2e-6, atol=2e-6)
 
 
 def test_large_logits_do_not_overflow():
@@ -72,6 +207,24 @@ def test_large_logits_do_not_overflow():
     assert torch.isfinite(entropy).all()
 
 
+@pytest.mark.parametrize("temperature", [0.5, 1.0, 1.7])
+def test_no_log_prob_is_positive(temperature):
+    """Targets that have nearly all probability, over many sums that may round down; their gradient stays right."""
+    generator = torch.Generator().manual_seed(1)
+    logits = torch.randn(4096, 64, generator=generator)
+    logits[:, 3] = 14.0 + 6 * torch.rand(4096, generator=generator)
+    logits.requires_grad_()
+    targets = torch.full((4096,), 3)
+    logprobs, _ = run(logits, targets, true_vocab_size=64, temperature=temperature)
+    assert logprobs.max().item() <= 0
+    (grad,) = torch.autograd.grad(logprobs.sum(), logits)
+    exact = logits.detach().double().requires_grad_()
+    expected, _ = run(exact, targets, true_vocab_size=64, temperature=temperature, impl="reference")
+    (expected_grad,) = torch.autograd.grad(expected.sum(), exact)
+    others = torch.arange(64) != 3
+    torch.testing.assert_close(grad[:, others].double(), expected_grad[:, others], rtol=1e-5, atol=0)
+
+
 def test_logits_are_left_alone():
     logits, targets = make_inputs(torch.float32)
     before = logits.detach().clone()
@@ -79,15 +232,99 @@ def test_logits_are_left_alone():
     assert torch.equal(logits.detach(), before)
 
 
-def test_no_tokens():
-    logprobs, entropy = run(torch.zeros(0, PADDED_VOCAB, requires_grad=True), torch.zeros(0, dtype=torch.int64))
+def test_rows_further_apart_than_2_to_the_31():
+    """Memory that is not touched is not there: of 4 GiB, the pages of two rows."""
+    stride, width = 2**31 + 64, 1000
+    storage = torch.empty(stride + width, dtype=torch.bfloat16)
+    logits = storage.as_strided((2, width), (stride, 1))
+    values = 3 * torch.randn(2, width, generator=torch.Generator().manual_seed(2))
+    logits.copy_(values)
+    targets = torch.tensor([5, 999])
+    near = logits.contiguous().requires_grad_()
+    expected, _ = run(near, targets, true_vocab_size=width)
+    assert torch.equal(run(logits, targets, true_vocab_size=width)[0], expected)
+    (grad,) = torch.autograd.grad(expected.sum(), near)
+    kernels = TorchRowKernels()
+    normalizer = torch.logsumexp(logits.float(), 1)
+    kernels.write_logit_gradient(
+        logits,
+        logits,
+        targets,
+        normalizer,
+        torch.ones(2),
+        entropy=None,
+        grad_entropy=None,
+        temperature=1.0,
+        first_column=0,
+        num_columns=width,
+    )
+    torch.testing.assert_close(logits, grad, rtol=1e-2, atol=1e-6)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("impl", ["torch", "triton"])
+def test_more_than_2_to_the_31_logits(impl):
+    rows, vocab = 16384, 152064
+    logits = torch.randn(rows, vocab, device="cuda", dtype=torch.bfloat16).mul_(3).requires_grad_()
+    targets = torch.randint(0, vocab, (rows,), device="cuda")
+    logprobs, _ = run(logits, targets, true_vocab_size=vocab, impl=impl)
+    (grad,) = torch.autograd.grad(logprobs.sum(), logits)
+    last = logits.detach()[-64:].double().requires_grad_()
+    exact, _ = run(last, targets[-64:], true_vocab_size=vocab, impl="reference")
+    (exact_grad,) = torch.autograd.grad(exact.sum(), last)
+    assert_near(logprobs.detach()[-64:], exact.detach(), 1e-5)
+    assert_near(grad[-64:], exact_grad, 1e-5)
+
+
+@pytest.mark.parametrize("entropy", ENTROPIES)
+def test_no_tokens(entropy):
+    logits = torch.zeros(0, PADDED_VOCAB, requires_grad=True)
+    logprobs, row_entropy = run(logits, torch.zeros(0, dtype=torch.int64), entropy=entropy)
     logprobs.sum().backward()
-    assert (logprobs.shape, entropy) == ((0,), None)
+    assert logprobs.shape == (0,)
+    assert row_entropy is None if entropy == "none" else row_entropy.shape == (0,)
+    assert logits.grad is not None
+    assert logits.grad.shape == logits.shape
+
+
+def test_auto_says_once_what_it_picked(caplog):
+    implementations._log_pick.cache_clear()
+    with caplog.at_level(logging.INFO):
+        for _ in range(3):
+            run(*make_inputs())
+    assert [record.message for record in caplog.records] == [
+        "token_logprob: impl='auto' is 'torch' for torch.float64 on cpu"
+    ]
+
+
+def test_a_missing_library_is_named(monkeypatch):
+    monkeypatch.setattr(implementations, "TRITON_MODULE", "fipo_megatron.ops.not_there")
+    with pytest.raises(ValueError, match="impl='triton' can't be imported .* use impl='torch'"):
+        run(*make_inputs(), impl="triton")
+
+
+@pytest.mark.parametrize("impl", ["te", "megatron"])
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"entropy": "detached"}, "computes no entropy, asked for is entropy='detached': use impl='auto'"),
+        ({"true_vocab_size": TRUE_VOCAB}, "would count all of 1 x 16 columns, true_vocab_size is 11: use impl='auto'"),
+        ({"logits": make_inputs()[0]}, "logits is float64: use impl='auto'"),
+        ({}, "impl='(te|megatron)' needs .*: install .*, or use impl='auto'"),
+    ],
+)
+def test_libraries_refuse_what_they_cant_do(impl, change, message, monkeypatch):
+    monkeypatch.setitem(sys.modules, "megatron.core", None)
+    monkeypatch.setitem(sys.modules, "transformer_engine.pytorch.cross_entropy", None)
+    logits, targets = make_inputs(torch.float32)
+    arguments = {"logits": logits, "true_vocab_size": PADDED_VOCAB} | change
+    with pytest.raises(ValueError, match=message):
+        run(arguments.pop("logits"), targets, impl=impl, **arguments)
 
 
 @pytest.mark.parametrize("temperature", [0.0, -1.0, float("nan"), float("inf")])
 def test_refuses_temperature(temperature):
-    with pytest.raises(ValueError, match="temperature="):
+    with pytest.raises(ValueError, match="temperature=.* pass a number greater than 0"):
         run(*make_inputs(), temperature=temperature)
 
 
@@ -95,15 +332,34 @@ def test_refuses_temperature(temperature):
     ("change", "message"),
     [
         ({"true_vocab_size": PADDED_VOCAB + 1}, "true_vocab_size=17"),
+        ({"true_vocab_size": 0}, "target_ids reach .* true_vocab_size is 0"),
         ({"vocab_start": 16}, "vocab_start=16"),
         ({"target_ids": torch.full((9,), TRUE_VOCAB)}, "target_ids reach from 11 to 11"),
         ({"target_ids": torch.full((9,), -1)}, "target_ids reach from -1"),
         ({"target_ids": torch.zeros(8, dtype=torch.int64)}, r"target_ids \[8\]"),
+        ({"target_ids": torch.zeros(9, dtype=torch.int32)}, "int32.* pass one int64 id a row"),
+        ({"target_ids": torch.zeros(9, dtype=torch.int64, device="meta")}, "target_ids is on meta, logits on cpu"),
         ({"impl": "fast"}, "impl='fast'"),
+        ({"entropy": "yes"}, "entropy='yes' is not known: use one of none, detached, differentiable"),
     ],
 )
-def test_refuses(change, message):
+def test_refuses_before_any_kernel(change, message, monkeypatch):
+    monkeypatch.setattr(TorchRowKernels, "row_statistics", lambda *args, **options: pytest.fail("started"))
     logits, targets = make_inputs()
     arguments = {"target_ids": targets, "true_vocab_size": TRUE_VOCAB, "vocab_start": 0, "tp_group": None} | change
     with pytest.raises(ValueError, match=message):
         token_logprob(logits, **arguments)
+
+
+@pytest.mark.parametrize("logits", [torch.zeros(9), torch.zeros(9, 16, dtype=torch.int64)])
+def test_refuses_what_are_no_logits(logits):
+    with pytest.raises(ValueError, match="logits is .* pass a matrix of float16, bfloat16, float32, float64"):
+        run(logits, make_inputs()[1])
+
+
+def test_ids_are_read_from_the_device_once(monkeypatch):
+    reads = []
+    original = torch.Tensor.tolist
+    monkeypatch.setattr(torch.Tensor, "tolist", lambda self: reads.append(self) or original(self))
+    checks.check_targets(torch.zeros(9, 16), "logits", make_inputs()[1], TRUE_VOCAB)
+    assert len(reads) == 1
