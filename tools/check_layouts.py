@@ -13,7 +13,7 @@ EXAMPLES = """\
 examples:
   tools/check_layouts.py --layouts tp2 cp2
   tools/check_layouts.py --family qwen3_moe --layouts ep2 ep2_tp2_sp
-  tools/check_layouts.py --json > layouts.jsonl
+  tools/check_layouts.py --logprob-from logits --json > layouts.jsonl
   tools/check_layouts.py --family qwen2 --layouts tp1 tp2_cp2_sp --max-response-tokens 16384
 
 Memory is the rank's that took most, in GiB, at its peak: on a CPU that of the whole process, imports included.
@@ -35,6 +35,9 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument(
         "--max-response-tokens", type=int, metavar="N", help="one response is that long, packed with short ones"
     )
+    parser.add_argument(
+        "--logprob-from", choices=("hidden_states", "logits"), default="hidden_states", help="kernels.logprob_from"
+    )
     parser.add_argument("--json", action="store_true", help="print one JSON object a layout and family")
     options = parser.parse_args(arguments)
 
@@ -50,7 +53,7 @@ def main(arguments: list[str] | None = None) -> int:
                     continue
                 print(f"{family} {layout} ...", file=sys.stderr, flush=True)
                 try:
-                    errors = checker.check(layout)
+                    errors = checker.check(layout, kernels={"logprob_from": options.logprob_from})
                 except RuntimeError as error:
                     print(f"check_layouts: {family} {layout}: {error}", file=sys.stderr)
                     ok = False

@@ -224,7 +224,12 @@ def _find_objective_problems(algorithm: AlgorithmConfig) -> Iterator[str]:
 
 
 def _find_kernel_problems(config: Config) -> Iterator[str]:
-    kernels = config.kernels
+    kernels, tensor = config.kernels, config.parallel.tensor
+    if kernels.logprob == "reference" and tensor > 1:
+        yield (
+            f"kernels.logprob = 'reference': reads whole rows, parallel.tensor = {tensor} cuts them; set "
+            "kernels.logprob=auto"
+        )
     if kernels.has_entropy:
         return
     if kernels.logprob_from != "logits":

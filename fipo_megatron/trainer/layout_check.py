@@ -127,18 +127,19 @@ class Checker:
         self.batch = make_check_batch(transformers_logprobs(folder / "model"), response_lens, algorithm)
         self.expected = transformers_step(folder / "model", self.batch, algorithm, longest)
 
-    def check(self, layout: str, prepare: Sequence[Call] = (), **trainer: Any) -> LayoutErrors:
-        """How far a layout's update is from transformers'; `trainer` replaces settings of that section, the calls of
-        `prepare` are made first.
+    def check(self, layout: str, prepare: Sequence[Call] = (), **sections: dict[str, Any]) -> LayoutErrors:
+        """How far a layout's update is from transformers'; `sections` replace single settings, the calls of `prepare`
+        are made first.
 
         Raises:
             RuntimeError: a rank failed.
         """
         from safetensors.torch import load_file
 
-        parallel = parallel_settings(self.family, layout)
-        changes = {"parallel": parallel, "trainer": {**self.config.trainer.model_dump(), **trainer}}
-        config = Config.model_validate({**self.config.model_dump(), **changes})
+        settings = self.config.model_dump() | {"parallel": parallel_settings(self.family, layout)}
+        for name, values in sections.items():
+            settings[name] = settings[name] | values
+        config = Config.model_validate(settings)
         found = layout_step(config, self.batch, self.folder / "model", self.folder / f"updated-{layout}", prepare)
         return compare_steps(found, self.expected, load_file(self.folder / "model" / "model.safetensors"))
 
@@ -204,9 +205,9 @@ def branch_margins(
 def transformers_step(folder: Path, batch: TrainingBatch, config: AlgorithmConfig, sequence_norm: int) -> CheckStep:
     """One update by transformers and torch's AdamW in this process, in float64."""
     model = _load_oracle(folder)
-    rows = [_sample_logprobs(model, batch, sample) for sample in range(batch.num_samples)]
-    response_lens = np.array([len(row) for row in rows])
-    logprobs = torch.cat(rows)
+    rows = [_response_logprobs(model, batch, sample) for sample in range(batch.num_samples)]
+    response_lens = np.array([len(row) for row, _ in rows])
+    logprobs, entropy = (torch.cat(values) for values in zip(*rows, strict=True))
     assert batch.old_logprobs is not None
     assert batch.loss_mask is not None
     output = fipo_loss(
@@ -216,6 +217,7 @@ def transformers_step(folder: Path, batch: TrainingBatch, config: AlgorithmConfi
         torch.from_numpy(batch.loss_mask),
         config,
         segments=SegmentTable(torch.from_numpy(np.cumsum([0, *response_lens]))),
+        entropy=entropy,
         sequence_norm=sequence_norm,
     )
     loss = output.loss_sum / output.denominator.clamp(min=1)
@@ -232,7 +234,7 @@ def transformers_logprobs(folder: Path) -> Callable[[TrainingBatch], np.ndarray]
 
     @torch.no_grad()
     def logprobs_of(batch: TrainingBatch) -> np.ndarray:
-        return torch.cat([_sample_logprobs(model, batch, sample) for sample in range(batch.num_samples)]).numpy()
+        return torch.cat([_response_logprobs(model, batch, sample)[0] for sample in range(batch.num_samples)]).numpy()
 
     return logprobs_of
 
@@ -259,11 +261,12 @@ def _by_file_name(tensors: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor
     return named
 
 
-def _sample_logprobs(model: Any, batch: TrainingBatch, sample: int) -> torch.Tensor:
+def _response_logprobs(model: Any, batch: TrainingBatch, sample: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """Log-probs of a sample's response tokens, and the entropy where each was drawn."""
     start, end = list(pairwise(batch.cu_seqlens))[sample]
-    ids = torch.from_numpy(batch.token_ids[start:end])
-    logprobs = model(ids[None], use_cache=False).logits[0, :-1].log_softmax(-1)
-    return logprobs.gather(-1, ids[1:, None])[int(batch.prompt_lens[sample]) - 1 :, 0]
+    ids, first = torch.from_numpy(batch.token_ids[start:end]), int(batch.prompt_lens[sample])
+    logprobs = model(ids[None], use_cache=False).logits[0, first - 1 : -1].log_softmax(-1)
+    return logprobs.gather(-1, ids[first:, None])[:, 0], -(logprobs.exp() * logprobs).sum(-1)
 
 
 def _adamw_step(model: torch.nn.Module) -> None:

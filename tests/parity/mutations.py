@@ -62,8 +62,8 @@ def _carry_across_a_packed_boundary() -> None:
 
     original = fipo_loss.future_kl
 
-    def one_segment(log_ratios: torch.Tensor, mask: Any, config: Any, segments: Any, group: Any = None) -> torch.Tensor:
-        return original(log_ratios, mask, config, SegmentTable(torch.tensor([0, len(log_ratios)])), group)
+    def one_segment(log_ratios: torch.Tensor, mask: Any, config: Any, _: Any, *args: Any) -> torch.Tensor:
+        return original(log_ratios, mask, config, SegmentTable(torch.tensor([0, len(log_ratios)])), *args)
 
     fipo_loss.future_kl = one_segment
 
@@ -71,8 +71,8 @@ def _carry_across_a_packed_boundary() -> None:
 def _logprobs_shifted_by_one() -> None:
     from fipo_megatron.trainer import step
 
-    original = step.token_logprob
-    step.token_logprob = lambda logits, targets, **kwargs: original(logits, targets.roll(1), **kwargs)
+    original = step.linear_logprob
+    step.linear_logprob = lambda hidden, weight, targets, **kwargs: original(hidden, weight, targets.roll(1), **kwargs)
 
 
 def _drop_counted_per_rank() -> None:

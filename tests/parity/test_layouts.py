@@ -63,14 +63,27 @@ def test_layout_equals_transformers(family: str, layout: str, make_checker: Make
 def test_unpacked_and_packed_microbatches_make_one_update(make_checker: MakeChecker) -> None:
     checker = make_checker("qwen2")
     for tokens in (128, 1024):  # hardly more than the longest sample, and more than all together
-        errors = checker.check("tp1", microbatch_tokens=tokens)
+        errors = checker.check("tp1", trainer={"microbatch_tokens": tokens})
         assert errors.ok, errors
 
 
 @pytest.mark.parametrize("recompute", ["selective", "full"])
 @pytest.mark.parametrize(("family", "layout"), [("qwen3", "cp2"), ("qwen2_tied", "tp2_pp2_sp")])
 def test_recomputation_changes_nothing(family: str, layout: str, recompute: str, make_checker: MakeChecker) -> None:
-    errors = make_checker(family).check(layout, recompute=recompute)
+    errors = make_checker(family).check(layout, trainer={"recompute": recompute})
+    assert errors.ok, errors
+
+
+KERNELS: list[tuple[str, dict[str, Any]]] = [
+    ("pp2_cp2", {"logprob_from": "logits"}),
+    ("tp2_sp", {"logprob_from": "logits"}),
+    ("tp2_cp2_sp", {"workspace_mib": 1, "future_kl_scan": "torch"}),
+]
+
+
+@pytest.mark.parametrize(("layout", "kernels"), KERNELS)
+def test_an_entropy_bonus_by_any_kernel(layout: str, kernels: dict[str, Any], make_checker: MakeChecker) -> None:
+    errors = make_checker("qwen2_tied", entropy_coef=0.3).check(layout, kernels=kernels)
     assert errors.ok, errors
 
 

@@ -192,6 +192,21 @@ def test_gradient_flows_through_logprobs_only():
     assert [tensor.grad for tensor in (old, advantages, entropy, ref)] == [None] * 4
 
 
+def test_an_entropy_bonus_is_taken_off_every_token_that_counts():
+    """The second row is dropped: two tokens far above the old policy, disliked."""
+    mask = torch.tensor([[1, 1, 0, 1], [1, 1, 1, 1]])
+    old, advantages = torch.full((2, 4), -4.0), torch.tensor([[1.0] * 4, [-1.0] * 4])
+    logprobs = torch.tensor([[-4.0] * 4, [-1.0, -1.0, -4.0, -4.0]])
+    entropy = torch.tensor([[0.5, 1.0, math.nan, 2.0], [7.0, 7.0, 7.0, 7.0]], requires_grad=True)
+    plain = fipo_loss(logprobs, old, advantages, mask, AlgorithmConfig(), entropy=entropy)
+    bonus = fipo_loss(logprobs, old, advantages, mask, AlgorithmConfig(entropy_coef=0.25), entropy=entropy)
+    assert plain.denominator.item() == bonus.denominator.item() == 3
+    assert (bonus.loss_sum - plain.loss_sum).item() == pytest.approx(-0.25 * (0.5 + 1.0 + 2.0))
+    bonus.loss_sum.backward()
+    assert entropy.grad is not None
+    assert entropy.grad.tolist() == [[-0.25, -0.25, 0.0, -0.25], [0.0] * 4]
+
+
 def test_a_weight_of_zero_is_not_dual_clipped():
     """exp(F) underflows where a policy leaves a whole response: that is no reason to drop the sequence."""
     old, ones = torch.zeros(1, 50), torch.ones(1, 50)
@@ -217,6 +232,7 @@ def test_on_policy_fipo_is_dapo():
         ({"logprobs": torch.zeros(8)}, "pass rows"),
         ({"segments": SegmentTable(torch.tensor([0, 8]))}, "pass rows"),
         ({"config": AlgorithmConfig(reference_kl_coef=0.1)}, "reference_kl_coef=0.1 needs ref_logprobs"),
+        ({"config": AlgorithmConfig(entropy_coef=0.1)}, "entropy_coef=0.1 needs entropy"),
         ({"config": AlgorithmConfig(loss_aggregation="seq-mean-token-sum-norm")}, "sequence_norm=None"),
     ],
 )

@@ -84,6 +84,9 @@ def model_folder(tmp_path):
         ["task={name: knights, num_people: 3}", "reward.overlong_penalty_factor=1.0", "rollout.kv_cache_gib=4"],
         ["task.num_digits=3", "run.wandb_project=mine", "reward.timeout_s=9"],  # of evaluation sets, perhaps
         ["reward={overlong_buffer_tokens: 8, overlong_penalty_factor: 0.5}"],
+        ["kernels={logprob_from: logits, logprob: megatron, future_kl_scan: torch}"],
+        ["kernels={workspace_mib: 64, logprob: torch}", "algorithm.entropy_coef=0.01"],
+        ["kernels.logprob=reference", "parallel={tensor: 1, data: 2}"],
     ],
     ids=" ".join,
 )
@@ -107,6 +110,14 @@ def test_sound_configurations_pass_and_pass_again_when_saved(overrides, small_ru
         (["parallel.data=3", "warm_start.batch_samples=33"], "parallel.data = 3: must divide the 64 samples "),
         (["dynamic_sampling.generation_prompts=5"], "dynamic_sampling.generation_prompts = 5: times "),
         (["reward.overlong_buffer_tokens=65"], "reward.overlong_buffer_tokens = 65: must be at most "),
+        (["kernels.logprob=te"], "kernels.logprob = 'te': computes from logits; set kernels.logprob_from=logits, or "),
+        (
+            ["kernels={logprob: megatron, logprob_from: logits}", "algorithm.entropy_coef=0.01"],
+            "kernels.logprob = 'megatron': computes no entropy, which algorithm.entropy_coef = 0.01 needs; ",
+        ),
+        (["kernels.logprob=reference", "parallel.tensor=2"], "kernels.logprob = 'reference': reads whole rows, "),
+        (["kernels={logprob_from: logits, workspace_mib: 64}"], "kernels.workspace_mib = 64: has no effect with "),
+        (["kernels.future_kl_scan=torch", "algorithm=dapo"], "kernels.future_kl_scan = 'torch': has no effect with "),
         (["data.train=train.jsonl"], "data.eval = {}: the task's held-out problems say nothing "),
         (
             ["data.train=train.jsonl", "data.eval.gsm8k=test.jsonl", "task.num_digits=3"],
