@@ -26,6 +26,8 @@ BASE = [
     "safetensors>=0.6.2,<1",
     # Flat arrays of token ids and log-probs between processes. The numba of vLLM 0.32 wants less than 2.4.
     "numpy>=2,<2.4",
+    # Compiles the future-KL scan for the CPU, without a compiler on the machine. vLLM 0.32 asks for exactly 0.65.0.
+    "numba>=0.65,<0.66",
     # Typed configuration: unknown keys, wrong types and values out of range are refused.
     "pydantic>=2.12,<3",
     # Judges whether two answers are the same mathematics. Its LaTeX parser needs the runtime its grammar was built for.

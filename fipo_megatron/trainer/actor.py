@@ -40,6 +40,10 @@ class PolicyClient:
         """Build model and optimizer from a Hugging Face folder."""
         await self._call("load", folder, optimizer, random_seed, timeout_s=self.timeouts.startup_s)
 
+    async def describe_kernels(self) -> str:
+        """What the ranks compute log-probs and future-KL with."""
+        return (await self._call("describe_kernels", first_only=True))[0]
+
     def put(self, batch: TrainingBatch) -> ray.ObjectRef:
         """A handle of the batch in shared memory, for the calls below: it is sent once, not once a call and rank."""
         return ray.put(batch)

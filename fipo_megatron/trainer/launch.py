@@ -114,6 +114,7 @@ async def run_training(plan: TrainingPlan, folder: Path, progress: Progress) -> 
             if source is not None and model_folder != base:
                 await make_base_policy(config, source, workers.policy, model_folder, base, progress)
             await workers.policy.load(base, config.optimizer)
+            progress.note(f"kernels: {await workers.policy.describe_kernels()}")
 
         await _together(prepare_policy(), workers.engine.ready())
         workers.model_folder = base

@@ -22,6 +22,8 @@ from fipo_megatron.checkpoint.hf_folder import write_hf_folder
 from fipo_megatron.config.schema import Config, OptimizerConfig
 from fipo_megatron.model.hf_config import read_model_shape
 from fipo_megatron.model.platform import prepare_process, resolve_platform
+from fipo_megatron.ops.future_kl_scan import choose_scan
+from fipo_megatron.ops.token_logprob.implementations import pick_implementation
 from fipo_megatron.parallel.groups import initialize_groups, listening_socket, make_store
 from fipo_megatron.parallel.packed import PackedTokens, ResponseRows, make_packed_tokens
 from fipo_megatron.parallel.plan import PackingPlan, PackingUnits, forward_cost, microbatch_tokens, plan_packing
@@ -92,6 +94,17 @@ class MegatronPolicy:
         self.reference = None
         if self.config.algorithm.reference_kl_coef > 0:
             self.reference = {name: p.detach().to("cpu", copy=True) for name, p in self.weights.parameters.items()}
+
+    def describe_kernels(self) -> str:
+        """What this rank computes log-probs and future-KL with, on one line."""
+        kernels, device = self.config.kernels, self.platform.device
+        example = torch.empty(0, dtype=getattr(torch, self.config.model.dtype), device=device)
+        logprob = pick_implementation("log-probs", kernels.logprob, example)
+        line = f"log-probs from {kernels.logprob_from.replace('_', ' ')} by {logprob}"
+        if self.config.algorithm.objective != "fipo":
+            return line
+        scan = choose_scan(device.type) if kernels.future_kl_scan == "auto" else kernels.future_kl_scan
+        return f"{line}, future-KL by {scan}"
 
     # ---------------------------------------------------------------- log-probs
 

@@ -12,7 +12,8 @@ from fipo_megatron.config.schema import Config
 
 CONTEXT = mp.get_context("forkserver")
 # What Megatron imports of torch, but not Megatron itself: it has to come after the patches of model/platform.py.
-CONTEXT.set_forkserver_preload(["fipo_megatron.trainer.policy", "torch.distributed.tensor", "torch._dynamo"])
+PRELOADED = ("fipo_megatron.trainer.policy", "torch.distributed.tensor", "torch._dynamo")
+CONTEXT.set_forkserver_preload(list(PRELOADED))
 
 # A method of MegatronPolicy by name, or a function of the policy; and the arguments.
 Call = tuple[str | Callable[..., Any], tuple[Any, ...]]

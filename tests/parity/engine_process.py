@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import multiprocessing as mp
 import os
 import traceback
 from collections.abc import Sequence
@@ -14,6 +13,7 @@ from typing import Any, Self
 from fipo_megatron.config.schema import Config
 from fipo_megatron.rollout.stream import in_request_order
 from fipo_megatron.rollout.vllm import vllm_environment
+from fipo_megatron.trainer.policy_processes import CONTEXT
 from fipo_megatron.types import Generation, GenerationRequest, SamplingSettings
 
 START_S, CALL_S = 180, 120
@@ -23,9 +23,8 @@ class EngineProcess:
     """`with EngineProcess("vllm", folder, config) as engine: engine.generate(requests, sampling)`."""
 
     def __init__(self, engine: str, folder: Path, config: Config) -> None:
-        context = mp.get_context("spawn")
-        self._pipe, child = context.Pipe()
-        self._process = context.Process(target=_serve, args=(child, engine, folder, config), daemon=True)
+        self._pipe, child = CONTEXT.Pipe()
+        self._process = CONTEXT.Process(target=_serve, args=(child, engine, folder, config), daemon=True)
 
     def start(self, method: str, *arguments: Any) -> None:
         """Send a call; `result` fetches what it returns."""

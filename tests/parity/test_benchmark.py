@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import json
-import subprocess
-import sys
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -12,9 +10,9 @@ from typing import Any
 import pytest
 import torch
 
+from tests.script_process import REPO, run_script
 from tools import evaluate as tool
 
-REPO = Path(__file__).parents[2]
 HEAD_DIM, NUM_HEADS = 32, 9
 HIDDEN_SIZE = HEAD_DIM * NUM_HEADS
 K = 16
@@ -75,11 +73,10 @@ def read_table(file: Path) -> list[dict[str, Any]]:
 
 @pytest.mark.multiproc
 @pytest.mark.parametrize("engine", ["hf", "vllm"])
-def test_answers_are_counted(folder: Path, engine: str) -> None:
-    command = [sys.executable, "tools/evaluate.py", *make_arguments(folder, engine, K)]
-    finished = subprocess.run(command, cwd=REPO, capture_output=True, text=True, timeout=300, check=False)
-    assert finished.returncode == 0, finished.stdout + finished.stderr
-    output = finished.stdout
+def test_answers_are_counted(folder: Path, engine: str, tmp_path: Path) -> None:
+    output = run_script(
+        REPO / "tools" / "evaluate.py", make_arguments(folder, engine, K), tmp_path / "output.log", timeout_s=300
+    )
     table = read_table(folder / "model" / "evaluation" / "sums.jsonl")
     summary = json.loads((folder / "model" / "evaluation" / "sums.json").read_text())
     assert [row["ground_truth"] for row in table] == ["7", "8", "9"]

@@ -3,36 +3,20 @@
 from __future__ import annotations
 
 import re
-import shlex
-import shutil
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 
-from tests.smoke.train_process import ODD_REWARD, REPO, SMALL, UNTRAINED
+from tests.script_process import REPO, run_script
+from tests.smoke.train_process import readme_words
 
-MAKE = {"make quickstart", "make test"}
-
-
-def readme_commands() -> list[str]:
-    blocks = re.findall(r"```bash\n(.*?)```", (REPO / "README.md").read_text(), re.DOTALL)
-    return [line for block in blocks for line in block.splitlines() if line.strip()]
-
-
-def run(command: str, *more: str) -> str:
-    words = shlex.split(command)
-    assert words[0] == ".venv/bin/python"
-    finished = subprocess.run(
-        [sys.executable, *words[1:], *more], cwd=REPO, capture_output=True, text=True, timeout=200, check=False
-    )
-    assert finished.returncode == 0, finished.stdout + finished.stderr
-    return finished.stdout
+MAKE = (["make", "quickstart"], ["make", "test"])
 
 
 def test_the_two_commands_are_targets_of_the_makefile() -> None:
-    assert set(readme_commands()) >= MAKE
+    assert all(words in readme_words() for words in MAKE)
     targets = re.findall(r"^(\w+):", (REPO / "Makefile").read_text(), re.MULTILINE)
     assert {"install", "quickstart", "test", "lint"} <= set(targets)
 
@@ -45,27 +29,21 @@ def test_every_link_leads_somewhere() -> None:
 
 
 @pytest.mark.multiproc
-def test_the_tools_run_as_written(tmp_path: Path) -> None:
-    commands = [command for command in readme_commands() if command not in MAKE]
-    small = [
-        *SMALL,
-        UNTRAINED,
-        *ODD_REWARD,
-        f"run.root={tmp_path}",
-        f"warm_start.cache_dir={tmp_path / 'cache'}",
-        "rollout.engine=hf",
-    ]
-    trained = [command for command in commands if "tools/train.py" in command]
-    for command in trained:
-        output = run(command, *small)
+def test_the_tools_run_as_written(readme_runs: tuple[Path, list[str]], tmp_path: Path) -> None:
+    """Training from nothing, as it is started by hand; the others in processes with their imports done."""
+    root, trained = readme_runs
+    for output in trained:
         assert "held-out accuracy" in output
         assert "policy: " in output
-    assert {path.name for path in tmp_path.iterdir()} == {"cache", "quickstart_cpu-seed1", "dapo"}
-    for command in set(commands) - set(trained):
-        command = command.replace("runs/quickstart_cpu-seed0", str(tmp_path / "quickstart_cpu-seed1"))
-        more = ["--out", str(tmp_path / "compare.png")] if "compare_runs" in command else []
-        assert run(command.replace("runs/dapo", str(tmp_path / "dapo")), *more)
-    shutil.rmtree(tmp_path / "cache")
+    assert {path.name for path in root.iterdir()} == {"cache", "quickstart_cpu-seed1", "dapo"}
+    moved = {"runs/quickstart_cpu-seed0": str(root / "quickstart_cpu-seed1"), "runs/dapo": str(root / "dapo")}
+    commands = [words for words in readme_words() if words not in MAKE and words[1] != "tools/train.py"]
+    assert len(commands) >= 5
+    for python, tool, *arguments in commands:
+        assert python == ".venv/bin/python"
+        arguments = [moved.get(argument, argument) for argument in arguments]
+        more = ["--out", str(tmp_path / "compare.png")] if tool.endswith("compare_runs.py") else []
+        assert run_script(REPO / tool, [*arguments, *more], tmp_path / "output.log", timeout_s=200)
 
 
 @pytest.mark.parametrize("tool", sorted(path.name for path in (REPO / "tools").glob("*.py")))

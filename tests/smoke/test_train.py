@@ -42,13 +42,14 @@ def ended(tmp_path_factory: pytest.TempPathFactory) -> dict[str, tuple[Path, Add
         "first": run_once(root / "first", root / "cache"),
         # Its base policy made anew, and in host memory between the phases.
         "again": run_once(root / "again", root / "cache_again", "trainer.offload=true"),
-        "other_seed": run_once(root / "other_seed", root / "cache", "seed=1"),
     }
 
 
 @pytest.fixture(scope="module")
-def runs(ended: dict[str, tuple[Path, Addresses]]) -> dict[str, Path]:
-    return {name: folder for name, (folder, _) in ended.items()}
+def runs(ended: dict[str, tuple[Path, Addresses]], readme_runs: tuple[Path, list[str]]) -> dict[str, Path]:
+    """The README's first is the same with another seed."""
+    other = readme_runs[0] / "quickstart_cpu-seed1"
+    return {name: folder for name, (folder, _) in ended.items()} | {"other_seed": other}
 
 
 def metrics(run: Path) -> list[dict[str, float]]:

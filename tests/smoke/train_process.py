@@ -1,9 +1,10 @@
-"""tools/train.py as a person starts it, but small: a few steps, a barely trained base policy."""
+"""tools/train.py, but small: a few steps, a barely trained base policy."""
 
 from __future__ import annotations
 
-import subprocess
-import sys
+import os
+import re
+import shlex
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -11,7 +12,8 @@ from pathlib import Path
 
 import psutil
 
-REPO = Path(__file__).parents[2]
+from tests.script_process import REPO, start_script
+
 SMALL = (
     "warm_start.steps=120",
     "warm_start.lr=0.01",
@@ -51,28 +53,33 @@ class Finished:
         return self.output.strip().splitlines()[-1]
 
 
+def readme_words() -> list[list[str]]:
+    """The words of each command of the README."""
+    blocks = re.findall(r"```bash\n(.*?)```", (REPO / "README.md").read_text(), re.DOTALL)
+    return [shlex.split(line) for block in blocks for line in block.splitlines() if line.strip()]
+
+
 class TrainProcess:
     """A running tools/train.py, or with `script` another file that ends in a call of its main."""
 
     def __init__(self, tmp_path: Path, overrides: Sequence[str] = (), script: Path | None = None) -> None:
         self.folder = tmp_path / "runs" / "test"
         self._log = tmp_path / "output.log"
-        self._file = self._log.open("w")
-        # Signals as a terminal's shell leaves them, also where the tests were started with nohup or in the background.
-        command = ["env", "--default-signal=INT,HUP"]
-        command += [sys.executable, str(script or REPO / "tools" / "train.py"), "configs/quickstart_cpu.yaml", *SMALL]
-        command += [f"run.root={tmp_path / 'runs'}", "run.name=test", *overrides]
-        # A group of its own, so that its interrupt is not ours.
-        self._process = subprocess.Popen(
-            command, cwd=REPO, stdout=self._file, stderr=subprocess.STDOUT, start_new_session=True
-        )
+        arguments = [
+            "configs/quickstart_cpu.yaml",
+            *SMALL,
+            f"run.root={tmp_path / 'runs'}",
+            "run.name=test",
+            *overrides,
+        ]
+        self._process = start_script(script or REPO / "tools" / "train.py", arguments, self._log)
         self._children: set[psutil.Process] = set()
 
     def wait_for(self, text: str) -> None:
         """Return when the run has printed `text`."""
         deadline = time.monotonic() + START_S
         while text not in self.output():
-            assert self._process.poll() is None, f"ended early:\n{self.output()}"
+            assert self._process.is_alive(), f"ended early:\n{self.output()}"
             assert time.monotonic() < deadline, f"{text!r} did not come:\n{self.output()}"
             time.sleep(0.05)
 
@@ -106,7 +113,7 @@ class TrainProcess:
 
     def send_signal(self, number: int) -> None:
         """Signal the driver."""
-        self._process.send_signal(number)
+        os.kill(self._process.pid, number)
 
     def output(self) -> str:
         """What the run has printed so far."""
@@ -116,7 +123,7 @@ class TrainProcess:
         """Wait for the end; the run must leave no process behind."""
         start = time.monotonic()
         try:
-            while self._process.poll() is None:
+            while self._process.is_alive():
                 self.tree()
                 assert time.monotonic() - start < timeout_s, f"still running after {timeout_s} s:\n{self.output()}"
                 time.sleep(0.1)
@@ -129,6 +136,5 @@ class TrainProcess:
                     process.kill()
                 except (psutil.Error, ProcessLookupError):
                     continue
-            self._process.wait()
-            self._file.close()
-        return Finished(self._process.returncode, self.output(), seconds, self.folder)
+            self._process.join()
+        return Finished(self._process.exitcode, self.output(), seconds, self.folder)

@@ -14,7 +14,7 @@ from fipo_megatron.ops.future_kl_scan.sequence_parallel import ScanFunction, sca
 from fipo_megatron.ops.future_kl_scan.torch_impl import scan_chunked
 from fipo_megatron.types import SegmentTable
 
-__all__ = ["future_kl_scan"]
+__all__ = ["choose_scan", "future_kl_scan"]
 
 IMPLEMENTATIONS = ("auto", "torch", "numba", "triton", "reference")
 
@@ -47,14 +47,14 @@ def future_kl_scan(
         raise ValueError(f"values is {values.dtype} {list(values.shape)}: pass a flat float32 or float64 tensor")
     if not 0 <= gamma <= 1:
         raise ValueError(f"gamma={gamma} does not decay: pass a number in [0, 1]")
-    scan = _load_scan(_choose_scan(values.device.type) if impl == "auto" else impl)
+    scan = _load_scan(choose_scan(values.device.type) if impl == "auto" else impl)
     if context_group is None:
         return scan(values, gamma, segments)
     return scan_over_context(values, gamma, segments, scan, context_group)
 
 
 @cache
-def _choose_scan(device_type: str) -> str:
+def choose_scan(device_type: str) -> str:
     """The implementation that `auto` means; said once for a device."""
     if device_type == "cuda":
         impl = "triton"
