@@ -103,6 +103,7 @@ def list_logprob_cases() -> list[LogprobCase]:
         *cases,
         LogprobCase(3, 1000, torch.bfloat16, in_place=True, phantom=24, peaked=True),
         LogprobCase(3, 50257, torch.float16, temperature=0.5, phantom=7),
+        LogprobCase(2, 4097, torch.bfloat16, phantom=7),
         LogprobCase(5, 1024, torch.bfloat16, out_dtype=torch.float32),
         LogprobCase(5, 1024, torch.float32, out_dtype=torch.bfloat16, entropy=False, temperature=1.7),
         LogprobCase(5, 5000, torch.bfloat16, holes=True),
@@ -131,7 +132,7 @@ def list_scan_cases(tile: int = 32) -> list[ScanCase]:
         ScanCase((7, 11 * t), 1.0, torch.float64, tile=t, head_bits=2),
         ScanCase((3, 11 * t), 0.9999, tile=t, head_bits=1),
         ScanCase((t + 1, 11 * t), 0.0, tile=t, head_bits=1),
-        ScanCase((1, 0, 2) * 150 + (70,), GAMMA_32, tile=t),  # a table of several probes
+        ScanCase((1, 0, 2, 3, 5) * 40 + (70,), GAMMA_32, tile=t // 4),  # a table that takes two rounds of probes
     ]
 
 
@@ -139,6 +140,7 @@ def make_logits(case: LogprobCase, device: str) -> torch.Tensor:
     """A view of a buffer with the case's stride and start."""
     generator = torch.Generator().manual_seed(case.num_rows + case.num_columns)
     logits = torch.randn(case.num_rows, case.num_columns + case.phantom, generator=generator) * 3
+    logits[:, max(case.num_columns - 1, 0)] = 5.0  # alone in its tile where that is the last one
     if case.peaked:
         logits[:, case.num_columns // 2] = 60.0
     if case.holes:
@@ -342,13 +344,15 @@ def make_sparse(size: int, dtype: torch.dtype, device: str) -> torch.Tensor:
 
 
 def check_logprob_offsets(device: str) -> list[Comparison]:
-    """Two rows more than 2^31 elements apart."""
+    """Three rows, the last more than 2^31 elements behind the first; the stride itself fits in 31 bits."""
     from fipo_megatron.ops.token_logprob.triton_kernel import TritonRowKernels
 
-    case, stride = LogprobCase(2, 1000, torch.bfloat16, in_place=True), 2**31 + 24
-    logits = make_sparse(stride + case.num_columns, case.dtype, device).as_strided((2, case.num_columns), (stride, 1))
+    case, stride = LogprobCase(3, 1000, torch.bfloat16, in_place=True), 2**30 + 24
+    logits = make_sparse(2 * stride + case.num_columns, case.dtype, device).as_strided(
+        (3, case.num_columns), (stride, 1)
+    )
     logits.copy_(make_logits(case, device))
-    targets = torch.tensor([1, case.num_columns - 1], device=device)
+    targets = torch.tensor([1, 500, case.num_columns - 1], device=device)
     block = {"temperature": 1.0, "first_column": 0, "num_columns": case.num_columns}
     found = TritonRowKernels().row_statistics(logits, targets, with_entropy=True, **block)
     z = torch.stack([row.double() for row in logits])
@@ -362,24 +366,24 @@ def check_logprob_offsets(device: str) -> list[Comparison]:
 
 
 def check_scan_offsets() -> list[Comparison]:
-    """The tiles on both sides of token 2^31, by kernels whose program ids start there; interpreter only."""
+    """One tile before token 2^31 and two behind it, by kernels whose program ids start there; interpreter only."""
     from triton.runtime.interpreter import interpreter_builder as builder
 
     from fipo_megatron.ops.future_kl_scan import triton_kernel
 
     tile, first_tile = 64, 2**31 // 64 - 1
-    start, length = first_tile * tile, 2 * tile
+    start, length = first_tile * tile, 3 * tile
     values = make_sparse(start + length, torch.float32, "cpu")
     values[start:] = torch.arange(1.0, length + 1)
     result = make_sparse(start + length, torch.float32, "cpu")
-    heads = make_sparse(first_tile + 2, torch.float64, "cpu")
+    heads = make_sparse(first_tile + 3, torch.float64, "cpu")
     cu_seqlens = torch.tensor([0, start, start + length])
     set_grid_dim, set_grid_idx = builder.set_grid_dim, builder.set_grid_idx
     builder.set_grid_dim = lambda x, y, z: set_grid_dim(x + first_tile, y, z)
     builder.set_grid_idx = lambda x, y, z: set_grid_idx(x + first_tile, y, z)
     try:
-        triton_kernel.scan_tiles_kernel[(2,)](values, result, heads, cu_seqlens, 0.5, 0.0, len(values), 2, TILE=tile)
-        triton_kernel.add_carries_kernel[(1,)](result, heads, cu_seqlens, 0.5, 0.0, 2, TILE_BITS=6, HEAD_BITS=3)
+        triton_kernel.scan_tiles_kernel[(3,)](values, result, heads, cu_seqlens, 0.5, 0.0, len(values), 2, TILE=tile)
+        triton_kernel.add_carries_kernel[(2,)](result, heads, cu_seqlens, 0.5, 0.0, 2, TILE_BITS=6, HEAD_BITS=3)
     finally:
         builder.set_grid_dim, builder.set_grid_idx = set_grid_dim, set_grid_idx
     exact = 2 * torch.arange(1.0, length + 1) + 2 - (length + 2) * 0.5 ** torch.arange(length - 1, -1, -1)
@@ -392,7 +396,8 @@ def run_in_interpreter() -> None:
     from fipo_megatron.ops.token_logprob import triton_kernel
 
     torch.set_num_threads(1)
-    triton_kernel.MERGED_ROWS = 4  # so that few rows need several programs
+    # few rows then need several programs to be merged, and a program has several tiles of its row
+    triton_kernel.MERGED_ROWS, triton_kernel.PROGRAMS = 4, 4
     checks = [
         *((str(case), partial(check_logprob, case, "cpu")) for case in list_logprob_cases()),
         *((str(case), partial(check_scan, case, "cpu")) for case in list_scan_cases()),

@@ -33,6 +33,7 @@ def test_equals_float64_in_the_interpreter(interpreted, name):
         *CASES,
         LogprobCase(300, 7, torch.bfloat16),
         LogprobCase(1024, 32000, torch.bfloat16),
+        LogprobCase(4096, 20001, torch.float16),
         LogprobCase(127, 151936, torch.bfloat16, temperature=1.7, phantom=128, first_column=151936),
         LogprobCase(127, 262144, torch.float16, in_place=True),
         LogprobCase(5000, 1000, torch.bfloat16, entropy=False, gap=8),
