@@ -36,7 +36,8 @@ def linear_logprob(
     float32, float64), holds the rows `vocab_start`, ... of the head and may be the embedding's too; `target_ids` [N]
     int64 are global. Only the first `true_vocab_size` columns count. Sums and results are float32, or float64 for
     float64 inputs; no log-prob is positive. `entropy` is "none", "detached" (no gradient) or "differentiable".
-    Logits exist a block at a time in `workspace_bytes` and are computed again in the backward pass. There `hidden` gets
+    Logits exist a block at a time in `workspace_bytes` and are computed again in the backward pass; the torch kernels
+    take up to 4 MiB a thread (16 MiB twice on CUDA) beside it. In the backward pass `hidden` gets
     the gradient of all shards, and `weight` that of its own rows: added to `weight.main_grad` where there is one
     (Megatron's buffer; autograd then gets None), else in its dtype.
     `impl`: "auto" picks the kernels "torch" or, on CUDA, "triton"; "reference" is autograd over all logits.

@@ -8,7 +8,7 @@ import torch
 
 # Rows and columns of a block. On a CPU its logits (float32) are to stay in the cache between the product that makes
 # them and those that use them; on a GPU a product has to be large to be fast, whatever the cache.
-CPU_ROWS, CPU_COLUMNS = 512, 1024
+CPU_ROWS, CPU_COLUMNS = 512, 2048
 CUDA_ROWS = 16384
 MIN_ROWS, MIN_COLUMNS = 16, 64
 COLUMN_MULTIPLE = 64

@@ -186,7 +186,7 @@ class LargestTensor(TorchDispatchMode):
 
 
 def test_logits_never_exist():
-    rows, vocab, hidden_size = 1200, 3000, 8
+    rows, vocab, hidden_size = 1200, 6000, 8
     hidden = torch.randn(rows, hidden_size, requires_grad=True)
     weight = torch.randn(vocab, hidden_size, requires_grad=True)
     with LargestTensor() as largest:
