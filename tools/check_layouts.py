@@ -24,7 +24,7 @@ exit status: 0 all updates are equal, 1 an error above its tolerance or a rank f
 
 def main(arguments: list[str] | None = None) -> int:
     """Exit status of the command."""
-    from fipo_megatron.trainer.layout_check import LAYOUTS
+    from fipo_megatron.trainer.layouts import LAYOUTS
     from fipo_megatron.trainer.tiny_models import MODELS
 
     parser = argparse.ArgumentParser(
@@ -42,7 +42,8 @@ def main(arguments: list[str] | None = None) -> int:
     options = parser.parse_args(arguments)
 
     from fipo_megatron.observability.progress import print_table
-    from fipo_megatron.trainer.layout_check import Checker, supports
+    from fipo_megatron.trainer.layout_check import Checker
+    from fipo_megatron.trainer.layouts import supports
 
     rows, ok = [], True
     with tempfile.TemporaryDirectory() as folder:

@@ -27,7 +27,7 @@ DEFAULT_LAYOUTS = ["tp1", "pp2", "cp2", "dp2"]
 
 def main(arguments: list[str] | None = None) -> int:
     """Exit status of the command."""
-    from fipo_megatron.trainer.layout_check import LAYOUTS
+    from fipo_megatron.trainer.layouts import LAYOUTS
 
     parser = argparse.ArgumentParser(
         prog="replay_run", description=__doc__, epilog=EXAMPLES, formatter_class=argparse.RawDescriptionHelpFormatter

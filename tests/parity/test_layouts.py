@@ -13,7 +13,8 @@ import pytest
 
 from fipo_megatron.config.checks import check_model_folder
 from fipo_megatron.config.schema import ParallelConfig
-from fipo_megatron.trainer.layout_check import LAYOUTS, Checker, parallel_settings, supports
+from fipo_megatron.trainer.layout_check import Checker
+from fipo_megatron.trainer.layouts import LAYOUTS, parallel_settings, supports
 from fipo_megatron.trainer.tiny_models import MODELS, write_model
 from tests.parity import mutations
 

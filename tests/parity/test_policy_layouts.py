@@ -19,7 +19,7 @@ from fipo_megatron.algorithm.fipo_loss import fipo_loss
 from fipo_megatron.algorithm.loss_metrics import loss_metrics
 from fipo_megatron.config.schema import Config, OptimizerConfig
 from fipo_megatron.parallel.packed import ResponseRows, merge_response_rows
-from fipo_megatron.trainer.layout_check import LAYOUTS
+from fipo_megatron.trainer.layouts import LAYOUTS
 from fipo_megatron.trainer.policy_processes import run_policy
 from fipo_megatron.trainer.tiny_models import VOCAB, write_model
 from fipo_megatron.types import TrainingBatch
