@@ -30,7 +30,7 @@ COVER = [
     ("llama3", "pp2_cp2"),
     ("llama3_tied", "dp2_tp2_sp"),
     ("qwen3_moe", "ep2_cp2"),
-    ("qwen3_moe", "ep2_pp2"),
+    ("qwen3_moe", "ep2_pp2_vpp2"),
     ("qwen3_moe", "ep2_tp2_sp"),
     ("qwen3_moe", "tp2_cp2_sp"),
 ]
