@@ -20,7 +20,8 @@ quickstart: install ## train a tiny policy with FIPO on CPU; overrides: make qui
 test: install lint ## lint and run all tests; a selection: make test ARGS="-k loss -m 'not slow'"
 	.venv/bin/python -m pytest $(ARGS)
 
-parity: install ## every layout and family against transformers, on both Megatron versions: PARITY_ARGS="--family qwen3"
+parity: install ## long log-probs against float64; every layout and family against transformers, on both Megatron versions: PARITY_ARGS="--family qwen3"
+	.venv/bin/python -m pytest --wide -m wide
 	.venv/bin/python tools/check_layouts.py $(PARITY_ARGS)
 	@$(PYTHON) tools/install.py --megatron $(OTHER_MEGATRON)
 	PYTHONPATH=.venv/megatron-core-$(OTHER_MEGATRON) .venv/bin/python tools/check_layouts.py $(PARITY_ARGS)

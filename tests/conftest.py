@@ -59,7 +59,13 @@ def own_signals() -> Iterator[None]:
         signal.signal(number, handler)
 
 
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--wide", action="store_true", help="also run the tests marked wide, which take minutes")
+
+
 def pytest_runtest_setup(item: pytest.Item) -> None:
+    if item.get_closest_marker("wide") and not item.config.getoption("--wide"):
+        pytest.skip("takes minutes: run by `make parity`, or with --wide")
     if item.get_closest_marker("gpu"):
         import torch
 

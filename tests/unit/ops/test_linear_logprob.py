@@ -8,7 +8,8 @@ from torch.utils._pytree import tree_leaves
 from fipo_megatron.ops.linear_logprob import linear_logprob, workspace
 from fipo_megatron.ops.linear_logprob.workspace import Blocking, Workspace, choose_blocking, count_bytes
 from fipo_megatron.ops.token_logprob.torch_impl import TorchRowKernels
-from tests.unit.ops.logprob_cases import assert_near, make_cases, make_targets, name_case, weighted_sum
+from tests.unit.ops.linear_logprob_comparison import compare_linear_logprob
+from tests.unit.ops.logprob_cases import LINEAR_FACTORS, make_cases, name_case, weighted_sum
 
 CPU, CUDA = torch.device("cpu"), torch.device("cuda")
 ROWS, VOCAB, PADDED, HIDDEN = 40, 190, 200, 33
@@ -63,58 +64,9 @@ def test_gradcheck(small_blocks):
     )
 
 
-COVER = make_cases(hidden=(33, 100), gradient=("returned", "main_grad"), layout=("contiguous", "strided"))
-
-
-def make_head(case) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    generator = torch.Generator().manual_seed(case["vocab"] + case["rows"])
-    targets = make_targets(case, generator)
-    hidden = torch.randn(case["rows"], case["hidden"], generator=generator)
-    weight = 0.3 * torch.randn(case["vocab"] + case["padding"], case["hidden"], generator=generator)
-    if case["peaked"]:
-        hidden[::2] += 2 * weight[targets[::2]]
-        hidden *= 3
-    weight[case["vocab"] :] = 50.0
-    hidden, weight = hidden.to(case["dtype"]), weight.to(case["dtype"])
-    if case["layout"] == "strided":
-        hidden, weight = hidden.t().contiguous().t(), torch.cat([weight, weight], dim=1)[:, : case["hidden"]]
-    return hidden, weight, targets
-
-
-@pytest.mark.parametrize("case", COVER, ids=name_case)
+@pytest.mark.parametrize("case", make_cases(LINEAR_FACTORS), ids=name_case)
 def test_cover_against_float64(case):
-    hidden, weight, targets = make_head(case)
-    options = {"temperature": case["temperature"], "entropy": case["entropy"], "true_vocab_size": case["vocab"]}
-    differentiable = case["entropy"] == "differentiable"
-    x, w = (tensor.double().requires_grad_() for tensor in (hidden, weight))
-    exact, exact_entropy = run(x, w, targets, impl="reference", **options)
-    exact_grads = torch.autograd.grad(weighted_sum(exact, exact_entropy, differentiable), (x, w))
-
-    hidden.requires_grad_()
-    weight.requires_grad_()
-    if case["gradient"] == "main_grad":
-        weight.main_grad = torch.ones(weight.shape)
-    logprobs, entropy = run(hidden, weight, targets, **options)
-    grads = torch.autograd.grad(
-        weighted_sum(logprobs, entropy, differentiable), (hidden, weight), allow_unused=case["gradient"] == "main_grad"
-    )
-    assert (logprobs <= 0).all()
-    largest = (exact.detach().abs().max().item() if case["rows"] else 0) + 20 / case["temperature"]
-    assert_near(logprobs.detach(), exact.detach(), 4e-7 * largest)
-    if exact_entropy is not None:
-        assert entropy is not None
-        assert_near(entropy.detach(), exact_entropy.detach(), 4e-6 * largest)
-    assert grads[0].dtype == case["dtype"]
-    bound = 2e-6 * largest * (1 + case["rows"] ** 0.5)  # a weight's gradient is a sum over the rows
-    assert_near(grads[0], exact_grads[0], bound)
-    if case["gradient"] == "main_grad":
-        assert grads[1] is None
-        assert_near(weight.main_grad - 1, exact_grads[1], bound)
-        assert (weight.main_grad[case["vocab"] :] == 1).all()
-    else:
-        assert grads[1].dtype == case["dtype"]
-        assert_near(grads[1], exact_grads[1], bound)
-        assert (grads[1][case["vocab"] :] == 0).all()
+    compare_linear_logprob(case)
 
 
 @pytest.mark.parametrize("buffer_dtype", [torch.float32, torch.bfloat16])

@@ -7,10 +7,12 @@ import pytest
 import torch
 
 from fipo_megatron.ops.token_logprob import checks, implementations, token_logprob
-from fipo_megatron.ops.token_logprob.row_kernels import RowStatistics, merge_blocks
+from fipo_megatron.ops.token_logprob.row_kernels import RowStatistics
 from fipo_megatron.ops.token_logprob.torch_impl import TorchRowKernels
 from fipo_megatron.ops.token_logprob.vocab_parallel import VocabShard, merge_shards
-from tests.unit.ops.logprob_cases import assert_near, loss_weights, make_cases, make_targets, name_case, weighted_sum
+from tests.unit.ops.logprob_cases import TOKEN_FACTORS, loss_weights, make_cases, name_case
+from tests.unit.ops.logprob_oracle import assert_near
+from tests.unit.ops.token_logprob_comparison import compare_token_logprob, run_shards
 
 TRUE_VOCAB, PADDED_VOCAB = 11, 16
 IMPLEMENTATIONS = ("auto", "torch", "reference")
@@ -69,90 +71,9 @@ def test_entropy_alone_has_its_gradient():
     torch.testing.assert_close(*grads, rtol=1e-12, atol=1e-12)
 
 
-COVER = make_cases(shards=(1, 2, 4), layout=("contiguous", "row_stride", "transposed"))
-
-
-def make_logits(case) -> tuple[torch.Tensor, torch.Tensor]:
-    """Logits with a large number in each padded column, and targets."""
-    generator = torch.Generator().manual_seed(case["vocab"] + case["rows"])
-    width = -(-(case["vocab"] + case["padding"]) // case["shards"]) * case["shards"]
-    targets = make_targets(case, generator)
-    logits = 3 * torch.randn(case["rows"], width, generator=generator)
-    if case["peaked"]:
-        logits[:, 0] += 40
-        logits[torch.arange(case["rows"])[::2], targets[::2]] += 60
-    logits[:, case["vocab"] :] = 1e4
-    logits = logits.to(case["dtype"])
-    if case["layout"] == "row_stride":
-        logits = torch.cat([logits, torch.full((case["rows"], 3), torch.nan).to(logits)], dim=1)[:, :width]
-    elif case["layout"] == "transposed":
-        logits = logits.t().contiguous().t()
-    return logits, targets
-
-
-def run_shards(logits, targets, case) -> tuple[torch.Tensor, torch.Tensor | None, torch.Tensor]:
-    """Log-probs, entropy and gradient by the kernels on each shard, merged in this process."""
-    kernels, width = TorchRowKernels(), logits.size(1) // case["shards"]
-    firsts = [width * i for i in range(case["shards"])]
-    counted = [min(max(case["vocab"] - first, 0), width) for first in firsts]
-    shards = [logits[:, first : first + width] for first in firsts]
-    if case["layout"] == "transposed":
-        shards = [shard.contiguous() for shard in shards]
-    common = {"temperature": case["temperature"]}
-    statistics = [
-        kernels.row_statistics(
-            shard, targets, first_column=first, num_columns=columns, with_entropy=case["entropy"] != "none", **common
-        )
-        for shard, first, columns in zip(shards, firsts, counted, strict=True)
-    ]
-    merged = merge_blocks(statistics, firsts, counted, targets)
-    whole = VocabShard(kernels, case["temperature"], 0, case["vocab"], None, case["entropy"])
-    results = merge_shards(merged, targets, whole)
-    a, b = (weights.to(results.logprobs) for weights in loss_weights(case["rows"]))
-    grads = [torch.full(shard.shape, torch.nan, dtype=logits.dtype) for shard in shards]
-    has_gradient = case["entropy"] == "differentiable"
-    for shard, grad, first, columns in zip(shards, grads, firsts, counted, strict=True):
-        kernels.write_logit_gradient(
-            shard,
-            grad,
-            targets,
-            results.log_normalizer,
-            a,
-            entropy=results.entropy if has_gradient else None,
-            grad_entropy=b if has_gradient else None,
-            first_column=first,
-            num_columns=columns,
-            **common,
-        )
-    return results.logprobs, results.entropy, torch.cat(grads, dim=1)
-
-
-@pytest.mark.parametrize("case", COVER, ids=name_case)
+@pytest.mark.parametrize("case", make_cases(TOKEN_FACTORS), ids=name_case)
 def test_cover_against_float64(case):
-    logits, targets = make_logits(case)
-    options = {"temperature": case["temperature"], "entropy": case["entropy"], "true_vocab_size": case["vocab"]}
-    differentiable = case["entropy"] == "differentiable"
-    if case["shards"] == 1:
-        logits.requires_grad_()
-        logprobs, entropy = run(logits, targets, **options)
-        (grad,) = torch.autograd.grad(weighted_sum(logprobs, entropy, differentiable), logits)
-    else:
-        logprobs, entropy, grad = run_shards(logits, targets, case)
-    x = logits.detach().double().requires_grad_()
-    exact, exact_entropy = run(x, targets, impl="reference", **options)
-    (exact_grad,) = torch.autograd.grad(weighted_sum(exact, exact_entropy, differentiable), x)
-
-    assert logprobs.dtype == torch.float32
-    assert grad.dtype == case["dtype"]
-    assert (logprobs <= 0).all()
-    # float32 resolves exponents of 100 to 8e-6, what is near 0 much better
-    largest = 120 / case["temperature"] if case["peaked"] else 20 / case["temperature"]
-    assert_near(logprobs.detach(), exact.detach(), 2e-7 * largest)
-    assert_near(grad, exact_grad, 4e-7 * largest)
-    assert (grad[:, case["vocab"] :] == 0).all()
-    if exact_entropy is not None:
-        assert entropy is not None
-        assert_near(entropy.detach(), exact_entropy.detach(), 3e-7 * largest)
+    compare_token_logprob(case)
 
 
 @pytest.mark.parametrize("entropy", ENTROPIES)
