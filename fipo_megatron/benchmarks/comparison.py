@@ -53,7 +53,11 @@ def run_benchmark(operation: Operation, workload: Workload, settings: Settings, 
     peaks: dict[str, int | None] = {}
     if settings.with_memory:
         note(f"memory of {len(calls)} variants ...")
-        peaks = {name: _measure_peak(call, name, workload, settings.num_threads) for name, call in calls.items()}
+        for name, call in calls.items():
+            try:
+                peaks[name] = _measure_peak(call, name, workload, settings.num_threads)
+            except RuntimeError as error:
+                note(_first_line(error))
     clock = make_clock(workload.device)
     for name, call in calls.items():  # once more: the first call of a variant was beside other memory
         if call.prepare is not None:
@@ -72,9 +76,13 @@ def run_benchmark(operation: Operation, workload: Workload, settings: Settings, 
         for variant in names
         if variant.name in calls
     ]
-    if operation.measure_memory is not None and settings.with_memory and settings.memory_tokens:
+    on_cpu = workload.device.type == "cpu"
+    if operation.measure_memory is not None and on_cpu and settings.with_memory and settings.memory_tokens:
         note(f"memory at {settings.memory_tokens} tokens ...")
-        rows += operation.measure_memory(workload, settings.memory_tokens, settings.num_threads)
+        try:
+            rows += operation.measure_memory(workload, settings.memory_tokens, settings.num_threads)
+        except RuntimeError as error:
+            note(_first_line(error))
     return rows
 
 

@@ -47,10 +47,11 @@ def peak_of_process(run: Callable[[], object]) -> int | None:
 
 
 def peak_in_new_process(workload: Workload, variant: str, num_threads: int) -> int | None:
-    """`peak_of_process` of a variant's second call, in a process that has made its inputs; None if it fails there.
+    """`peak_of_process` of a variant's second call, in a process that has made its inputs.
 
     The first call pays what is paid once: imports, compilation, the buffers of libraries. New processes are forked from
     one that has torch imported, so each takes a moment only.
+    RuntimeError where the process ends before, as one that the system stops for its memory, or takes TIMEOUT_S.
     """
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload([__name__])
@@ -60,10 +61,12 @@ def peak_in_new_process(workload: Workload, variant: str, num_threads: int) -> i
     sender.close()
     peak: int | None = None
     try:
-        if receiver.poll(TIMEOUT_S):
-            peak = receiver.recv()
-    except EOFError:  # it was killed: out of memory
-        pass
+        if not receiver.poll(TIMEOUT_S):
+            raise RuntimeError(f"memory of {variant!r}: not measured within {TIMEOUT_S:.0f} s")
+        peak = receiver.recv()
+    except EOFError:
+        process.join(EXIT_S)
+        raise RuntimeError(f"memory of {variant!r}: its process ended with status {process.exitcode}") from None
     finally:
         receiver.close()
         process.join(EXIT_S)

@@ -158,11 +158,11 @@ def _head(inputs: LogprobInputs) -> tuple[torch.Tensor, torch.Tensor]:
 
 
 def _overwriting(
-    inputs: LogprobInputs, logprob: Callable[[torch.Tensor, torch.Tensor], torch.Tensor], batch_axes: int = 0
+    inputs: LogprobInputs, logprob: Callable[[torch.Tensor, torch.Tensor], torch.Tensor], num_batch_axes: int = 0
 ) -> Forward:
-    """Of a function that may write into its logits, [N, V] or [N, 1, V]: before each call they are put back, untimed."""
+    """Of a function that may write into its logits, [N, V] or [N, 1, V]; these are put back, untimed."""
     original = inputs.leaves["logits"].detach()
-    original = original[:, None] if batch_axes else original
+    original = original[:, None] if num_batch_axes else original
     logits = original.clone().requires_grad_()
 
     def restore() -> None:
