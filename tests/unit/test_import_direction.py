@@ -71,7 +71,8 @@ def find_violations(source: str, file: str) -> list[str]:
         top, _, rest = name.partition(".")
         if top == PACKAGE and rest:
             imported = find_package(rest)
-            is_above = imported != package and not rest.startswith(f"{package}.") and LEVELS[imported] >= LEVELS[package]
+            is_own = imported == package or rest.startswith(f"{package}.")
+            is_above = not is_own and LEVELS[imported] >= LEVELS[package]
             if is_above or imported not in (package, *ONLY.get(package, (imported,))):
                 violations.append(f"{package} imports {imported}")
         elif top in THIRD_PARTY:
