@@ -122,8 +122,10 @@ class UpdateCost:
     num_microbatches: int  # a data-parallel rank
     packing_waste_frac: float  # of the microbatches' capacity: padding, and microbatches beyond the fewest possible
     unused_frac: float  # of the microbatches' capacity: all that holds no token
-    imbalance_frac: float  # by which the slowest data-parallel rank computes longer than the mean
-    peak_memory_bytes: int  # of tensors on a device, of the whole process on a CPU
+    # By which the slowest data-parallel rank computes longer than the mean; with expert parallelism added up over
+    # microbatches, as ranks then meet in each
+    imbalance_frac: float
+    peak_memory_bytes: int  # in the update: of tensors on a device, of the whole process on a CPU
 
 
 @dataclass(frozen=True)

@@ -49,7 +49,7 @@ def main(arguments: list[str] | None = None) -> int:
 
     try:
         recorded = load_recorded_run(options.run, options.steps)
-        configs = {layout: recorded.in_layout(LAYOUTS[layout]) for layout in options.layouts}
+        configs = {layout: recorded.in_layout(layout) for layout in options.layouts}
     except ValueError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2

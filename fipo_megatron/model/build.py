@@ -119,6 +119,11 @@ def build_model(
 
     One chunk a rank, or with `parallel.virtual_pipeline` that many, each a part of the layers further on.
     """
+    if platform.has_transformer_engine and config.model.dtype == "float32":
+        raise ValueError(
+            "model.dtype = 'float32': Transformer Engine's attention takes packed sequences in bfloat16 alone; set "
+            "model.dtype=bfloat16, or uninstall transformer-engine"
+        )
     if shape.num_experts:
         prepare_for_experts(platform)
     seed = config.seed if random_seed is None else random_seed

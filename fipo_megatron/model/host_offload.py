@@ -1,4 +1,4 @@
-"""Parameters, gradients and optimizer state in host memory while no phase needs them: an engine can have the device."""
+"""Parameters, gradients and optimizer state in host memory while no phase needs them: room for others on the device."""
 
 from __future__ import annotations
 
@@ -10,6 +10,8 @@ import torch
 from megatron.core.distributed import DistributedDataParallel
 from megatron.core.optimizer import MegatronOptimizer
 
+PIECE_BYTES = 1 << 28  # torch rounds pinned memory up to a power of 2, which would double a large buffer
+
 Part = Literal["parameters", "gradients", "optimizer"]
 
 
@@ -17,13 +19,14 @@ class HostOffload:
     """Moves whole storages away and back, and never a tensor: every view of one, and all who share it, stay valid.
 
     Megatron's own functions give the optimizer new tensors, which float32 parameters would then no longer share. Host
-    memory is pinned and kept, so that after the first time none is allocated. Gradients are freed, not copied.
+    memory is pinned and kept, so that after the first time none is allocated; it takes what parameters and optimizer
+    state do. Gradients are freed, not copied. On a CPU only they leave memory free: the rest moves within it.
     """
 
     def __init__(self, chunks: Sequence[DistributedDataParallel], optimizer: MegatronOptimizer) -> None:
         self._chunks = chunks
         self._optimizer = optimizer
-        self._host: dict[int, torch.Tensor] = {}  # by the storage's own address
+        self._host: dict[int, list[torch.Tensor]] = {}  # pieces of its bytes, by the storage's own address
         self._away: dict[Part, list[tuple[torch.UntypedStorage, int]]] = {}  # and its bytes
 
     def offload(self) -> None:
@@ -39,8 +42,10 @@ class HostOffload:
             if part in self._away:
                 continue
             for storage in storages:
-                if part != "gradients":
-                    self._host_copy(storage).copy_(_bytes_of(storage), non_blocking=True)
+                if part == "gradients":
+                    continue
+                for piece, source in zip(self._host_pieces(storage), _pieces_of(storage), strict=True):
+                    piece.copy_(source, non_blocking=True)
             self._away[part] = [(storage, storage.nbytes()) for storage in storages]
         if torch.cuda.is_initialized():
             torch.cuda.current_stream().synchronize()
@@ -55,16 +60,19 @@ class HostOffload:
             for storage, num_bytes in self._away.pop(part, []):
                 storage.resize_(num_bytes)
                 if part == "gradients":
-                    _bytes_of(storage).zero_()
-                else:
-                    _bytes_of(storage).copy_(self._host[storage._cdata], non_blocking=True)
+                    torch.empty(0, dtype=torch.uint8, device=storage.device).set_(storage).zero_()
+                    continue
+                for piece, target in zip(self._host[storage._cdata], _pieces_of(storage), strict=True):
+                    target.copy_(piece, non_blocking=True)
 
-    def _host_copy(self, storage: torch.UntypedStorage) -> torch.Tensor:
-        copy = self._host.get(storage._cdata)
-        if copy is None or len(copy) != storage.nbytes():
-            copy = torch.empty(storage.nbytes(), dtype=torch.uint8, pin_memory=storage.device.type == "cuda")
-            self._host[storage._cdata] = copy
-        return copy
+    def _host_pieces(self, storage: torch.UntypedStorage) -> list[torch.Tensor]:
+        sizes = [len(piece) for piece in _pieces_of(storage)]
+        pieces = self._host.get(storage._cdata, [])
+        if [len(piece) for piece in pieces] != sizes:
+            is_pinned = storage.device.type == "cuda"
+            pieces = [torch.empty(size, dtype=torch.uint8, pin_memory=is_pinned) for size in sizes]
+            self._host[storage._cdata] = pieces
+        return pieces
 
 
 def _parameters(chunks: Sequence[DistributedDataParallel]) -> Iterator[torch.Tensor]:
@@ -98,5 +106,5 @@ def _distinct_storages(tensors: Iterable[torch.Tensor], taken: set[int]) -> list
     return storages
 
 
-def _bytes_of(storage: torch.UntypedStorage) -> torch.Tensor:
-    return torch.empty(0, dtype=torch.uint8, device=storage.device).set_(storage)
+def _pieces_of(storage: torch.UntypedStorage) -> tuple[torch.Tensor, ...]:
+    return torch.empty(0, dtype=torch.uint8, device=storage.device).set_(storage).split(PIECE_BYTES)

@@ -127,7 +127,7 @@ class MegatronPolicy:
         """The same, by the frozen initial policy. Collective."""
         assert self.reference is not None, "needs algorithm.reference_kl_coef > 0"
         self.host_offload.reload("parameters")
-        current = {name: p.detach().clone() for name, p in self.weights.parameters.items()}
+        current = {name: p.detach().to("cpu", copy=True) for name, p in self.weights.parameters.items()}
         self._set_parameters(self.reference)
         try:
             return self.logprobs(batch)
@@ -142,7 +142,7 @@ class MegatronPolicy:
     # ---------------------------------------------------------------- updates
 
     def update(self, batch: TrainingBatch, samples: Sequence[int], lr: float) -> PolicyUpdate:
-        """One optimizer step of FIPO's loss over a mini-batch. Collective; equal on every rank.
+        """One optimizer step of FIPO's loss over a mini-batch. Collective; equal on every rank but for its memory.
 
         No step is made, and weights and optimizer stay as they were, where no token counts in the loss, or where the
         loss or the norm of the gradient is not finite.
@@ -205,6 +205,8 @@ class MegatronPolicy:
         )
         dist.all_reduce(total, group=self.groups.data_context)
         self._from_last_stage(total)
+        if not self._has_finite_gradient():
+            raise PolicyDivergedError(f"a supervised update's gradient is not finite; lower the learning rate ({lr:g})")
         self._optimizer_step(lr)
         return (total[0] / total[1]).item()
 
@@ -267,7 +269,8 @@ class MegatronPolicy:
             num_microbatches=plan.num_microbatches,
             packing_waste_frac=plan.waste,
             unused_frac=plan.unused,
-            imbalance_frac=plan.imbalance,
+            # Ranks that share out experts meet in every layer of every microbatch.
+            imbalance_frac=plan.imbalance if self.config.parallel.expert == 1 else plan.synchronous_imbalance,
             peak_memory_bytes=self.platform.peak_memory_bytes(),
         )
 

@@ -1,4 +1,4 @@
-"""The ranks of a policy in plain processes over gloo, without Ray, driven by a list of calls: for checks and tests."""
+"""The ranks of a policy in plain processes, without Ray, driven by a list of calls: for checks and tests."""
 
 from __future__ import annotations
 
@@ -54,11 +54,14 @@ def run_policy(config: Config, calls: Sequence[Call], timeout_s: float = 120) ->
 
 
 def _run_rank(config: Config, rank: int, calls: list[Call], ports: Any, results: Any, timeout_s: float) -> None:
+    import torch
     import torch.distributed as dist
 
     from fipo_megatron.trainer.policy import MegatronPolicy
 
     try:
+        if config.platform == "cuda":
+            torch.cuda.set_device(rank)
         policy = MegatronPolicy(config, rank)
         if rank == 0:
             for _ in range(config.parallel.world_size):

@@ -19,11 +19,13 @@ from fipo_megatron.config.checks import check_config, check_model_folder
 from fipo_megatron.config.load import load_config
 from fipo_megatron.config.schema import Config
 from fipo_megatron.data.load import load_files
+from fipo_megatron.model.hf_config import read_model_shape
 from fipo_megatron.observability.metrics import read_metrics
 from fipo_megatron.observability.samples import read_samples, samples_path
 from fipo_megatron.parallel.packed import merge_response_rows
 from fipo_megatron.rollout.collect import make_training_batch
 from fipo_megatron.trainer.launch import initial_policy
+from fipo_megatron.trainer.layouts import parallel_settings
 from fipo_megatron.trainer.updates import learning_rate, mini_batches, update_metrics
 from fipo_megatron.types import PolicyUpdate, Prompt, Sample, SampleGroup, TrainingBatch
 
@@ -47,9 +49,10 @@ class RecordedRun:
     batches: list[TrainingBatch]  # without log-probs
     metrics: list[dict[str, Any]]  # of the same steps
 
-    def in_layout(self, parallel: dict[str, Any]) -> Config:
-        """The run's configuration in another layout; a ValueError if its model can't be laid out so."""
-        config = Config.model_validate({**self.config.model_dump(), "parallel": parallel})
+    def in_layout(self, layout: str) -> Config:
+        """The run's configuration in another layout, on the CPU; a ValueError if its model can't be laid out so."""
+        parallel = parallel_settings(layout, with_experts=read_model_shape(self.base).num_experts > 0)
+        config = Config.model_validate({**self.config.model_dump(), "parallel": parallel, "platform": "cpu"})
         check_config(config)
         check_model_folder(self.base, config.parallel)
         return config

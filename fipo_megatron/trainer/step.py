@@ -111,7 +111,7 @@ class PipelineStep:
 
         iterators = [iter(microbatches) for _ in self.chunks]
         is_virtual = len(self.chunks) > 1
-        return self.schedule(
+        results = self.schedule(
             forward_step_func=forward_step,
             data_iterator=iterators if is_virtual else iterators[0],
             model=self.chunks if is_virtual else self.chunks[0],
@@ -120,6 +120,9 @@ class PipelineStep:
             micro_batch_size=1,
             forward_only=forward_only,
         )
+        for chunk in self.chunks:  # which keep the last microbatch's input
+            chunk.module.set_input_tensor(None)
+        return results
 
 
 def policy_loss(
