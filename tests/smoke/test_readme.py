@@ -13,6 +13,7 @@ from tests.script_process import REPO, run_script
 from tests.smoke.train_process import readme_words
 
 MAKE = (["make", "quickstart"], ["make", "test"])
+QUICK_BENCH = ["--shape", "4", "1000", "--samples", "3"]
 
 
 def test_the_two_commands_are_targets_of_the_makefile() -> None:
@@ -42,8 +43,9 @@ def test_the_tools_run_as_written(readme_runs: tuple[Path, list[str]], tmp_path:
     for python, tool, *arguments in commands:
         assert python == ".venv/bin/python"
         arguments = [moved.get(argument, argument) for argument in arguments]
-        more = ["--out", str(tmp_path / "compare.png")] if tool.endswith("compare_runs.py") else []
-        assert run_script(REPO / tool, [*arguments, *more], tmp_path / "output.log", timeout_s=200)
+        more = {"tools/compare_runs.py": ["--out", str(tmp_path / "compare.png")], "tools/bench.py": QUICK_BENCH}
+        arguments += more.get(tool, [])
+        assert run_script(REPO / tool, arguments, tmp_path / "output.log", timeout_s=200)
 
 
 @pytest.mark.parametrize("tool", sorted(path.name for path in (REPO / "tools").glob("*.py")))

@@ -23,6 +23,7 @@ LIGHT = (
     "types.py",
     "config/**/*.py",
     "ops/**/*.py",
+    "benchmarks/**/*.py",
     "algorithm/**/*.py",
     "parallel/**/*.py",
     "model/weight_map/**/*.py",

@@ -1,0 +1,117 @@
+"""The benchmark tool: rows, tables, memory by processes, options and help."""
+
+import json
+import re
+import resource
+import shlex
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from fipo_megatron.benchmarks.report import Row
+from tools.bench import AXES, main
+
+ROOT = Path(__file__).parents[2]
+QUICK = ["--device", "cpu", "--threads", "1", "--samples", "3"]
+SMALL = {"token_logprob": "5 70", "linear_logprob": "5 70 8", "future_kl_scan": "2 130"}
+
+
+@pytest.fixture(autouse=True)
+def own_threads():
+    threads = torch.get_num_threads()
+    yield
+    torch.set_num_threads(threads)
+
+
+@pytest.mark.parametrize("operation", AXES)
+def test_json(operation, capsys):
+    assert main([operation, "--json", "--no-memory", "--shape", *SMALL[operation].split(), *QUICK]) == 0
+    captured = capsys.readouterr()
+    rows = [Row(**json.loads(line)) for line in captured.out.splitlines()]
+    assert len(rows) >= 5
+    for row in rows:
+        assert (row.name, " ".join(map(str, row.shape))) == (operation, SMALL[operation])
+        assert row.median_ms is not None
+    assert "3 of 3 rounds" in captured.err
+    assert "skipped ours:triton" in captured.err
+
+
+def test_tables(capsys):
+    arguments = ["linear_logprob", "--no-memory", "--shape", *SMALL["linear_logprob"].split(), *QUICK]
+    assert main(arguments) == 0
+    text = capsys.readouterr().out
+    assert "linear_logprob, 5 tokens x 70 vocab x 8 hidden, float32, cpu, 1 threads" in text
+    assert re.search("bare products .* (met|not met)", text)
+    assert text.count("not measured") == 2  # of the memory
+    assert main([*arguments, "--markdown"]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert "| variant | median ms | min | p20 | p80 | peak MiB | max error | x roof |" in lines
+    assert "| target | measured |  |" in lines
+
+
+def test_memory_is_measured_unless_it_is_not_wanted(monkeypatch, capsys):
+    peaks = "fipo_megatron.benchmarks.{}.peak_in_new_process"
+    monkeypatch.setattr(peaks.format("comparison"), lambda workload, variant, num_threads: 4096)
+    monkeypatch.setattr(peaks.format("linear_logprob"), lambda workload, variant, num_threads: 2**20 + len(variant))
+    arguments = ["linear_logprob", "--json", "--shape", "5", "70", "8", "--memory-tokens", "32", *QUICK]
+    assert main(arguments) == 0
+    rows = {row.variant: row for row in (Row(**json.loads(line)) for line in capsys.readouterr().out.splitlines())}
+    assert rows["eager f+b"].peak_bytes == 4096
+    assert rows["ours:torch f+b: memory"].shape == [32, 70, 8]
+    assert rows["ours:torch f+b: memory"].median_ms is None
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["token_logprob", "--shape", "4"], "--shape: token_logprob takes 2 sizes, N V"),
+        (["linear_logprob", "--shape", "4", "0", "4"], "takes 3 sizes"),
+        (["future_kl_scan", "--dtype", "bfloat16"], "--dtype bfloat16: the scan takes float32"),
+        (["future_kl_scan", "--samples", "0"], "--samples 0"),
+        (["future_kl_scan", "--threads", "-1"], "--threads -1"),
+        (["future_kl_scan", "--seconds", "0"], "--seconds 0"),
+    ],
+)
+def test_unusable_options(arguments, message, capsys):
+    assert main([*arguments, "--device", "cpu"]) == 2
+    captured = capsys.readouterr()
+    assert captured.out == ""
+    assert message in captured.err
+    assert captured.err.count("\n") == 1
+
+
+def test_no_cuda(monkeypatch, capsys):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    assert main(["future_kl_scan", "--device", "cuda"]) == 2
+    assert "--device cuda: torch finds none" in capsys.readouterr().err
+
+
+def test_a_wrong_result_ends_it(monkeypatch, capsys):
+    monkeypatch.setattr(
+        "fipo_megatron.benchmarks.future_kl_scan.future_kl_scan", lambda values, *arguments, **options: values
+    )
+    assert main(["future_kl_scan", "--no-memory", "--shape", "2", "50", *QUICK]) == 1
+    captured = capsys.readouterr()
+    assert captured.out == ""
+    assert "bench: ours:numba: off by" in captured.err
+
+
+def test_commands_of_the_document_are_understood():
+    from tools.bench import parse
+
+    text = (ROOT / "docs/benchmarks.md").read_text()
+    commands = re.findall(r"tools/bench\.py ([^`\n|>]*)", text)
+    assert {parse(shlex.split(command)).operation for command in commands} == set(AXES)
+
+
+def test_help_is_quick_and_has_examples():
+    before = resource.getrusage(resource.RUSAGE_CHILDREN)
+    found = subprocess.run(
+        [sys.executable, "tools/bench.py", "--help"], cwd=ROOT, capture_output=True, text=True, check=True
+    )
+    assert "examples:" in found.stdout
+    after = resource.getrusage(resource.RUSAGE_CHILDREN)
+    assert after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime < 1  # of processor time
