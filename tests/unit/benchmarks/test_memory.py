@@ -55,11 +55,11 @@ def test_memory_of_a_head():
 
 
 def test_memory_that_is_freed_again_counts():
-    size = 64 * 2**20
+    size, uncounted = 64 * 2**20, 2**20  # Linux counts pages of a process with some delay
 
     def use() -> None:
         for _ in range(2):
             assert bytearray(size)[-1] == 0
 
     peak = peak_of_process(use)
-    assert peak is None or size <= peak < 1.9 * size  # None: not on Linux
+    assert peak is None or size - uncounted <= peak < 1.9 * size  # None: not on Linux
