@@ -23,6 +23,7 @@ OPTIMIZER = OptimizerConfig(lr=0.01)
     ("family", "dtype", "parallel"),
     [
         ("qwen2_tied", "float32", {"data": 2, "distributed_optimizer": False}),
+        ("llama3", "bfloat16", {"pipeline": 2, "distributed_optimizer": False}),
         ("qwen3_moe", "bfloat16", {"data": 2, "expert": 2}),
     ],
 )

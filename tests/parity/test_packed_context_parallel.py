@@ -6,6 +6,8 @@ its end some, and a padded chunk none again. The oracle knows nothing of chunks:
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
 from unittest.mock import patch
 
 import numpy as np
@@ -66,6 +68,33 @@ def compute_loss(logprobs, old_logprobs, advantages, loss_mask, ref_logprobs, se
     return output, grad
 
 
+COMMUNICATING = (
+    "all_gather", "all_gather_coalesced", "all_gather_into_tensor", "all_gather_object", "all_reduce",
+    "all_reduce_coalesced", "all_to_all", "all_to_all_single", "barrier", "batch_isend_irecv", "broadcast",
+    "broadcast_object_list", "gather", "gather_object", "irecv", "isend", "recv", "reduce", "reduce_scatter",
+    "reduce_scatter_tensor", "scatter", "scatter_object_list", "send",
+)  # fmt: skip
+
+
+@contextmanager
+def counted_collectives() -> Iterator[list[tuple[str, int]]]:
+    """Name and bytes handed in of each call that communicates."""
+    calls: list[tuple[str, int]] = []
+
+    def counting(name, original):
+        def call(*args, **kwargs):
+            local = args[1] if name == "all_gather_into_tensor" else args[0]
+            calls.append((name, local.numel() * local.element_size()))
+            return original(*args, **kwargs)
+
+        return call
+
+    with ExitStack() as stack:
+        for name in COMMUNICATING:
+            stack.enter_context(patch.object(dist, name, counting(name, getattr(dist, name))))
+        yield calls
+
+
 def local_losses(rank: int, size: int, group: dist.ProcessGroup) -> dict:
     batch, logprobs = make_batch(SAMPLES)
     found = {}
@@ -73,14 +102,16 @@ def local_losses(rank: int, size: int, group: dist.ProcessGroup) -> dict:
         for samples in MICROBATCHES:
             packed = make_packed_tokens(batch, samples, PackingUnits(size, 2), rank)
             assert packed.ref_logprobs is not None
-            output, grad = compute_loss(
-                logprobs[packed.batch_rows], packed.old_logprobs, packed.advantages, packed.loss_mask,
-                packed.ref_logprobs, packed.segments, config, group,
-            )  # fmt: skip
+            with counted_collectives() as calls:
+                output, grad = compute_loss(
+                    logprobs[packed.batch_rows], packed.old_logprobs, packed.advantages, packed.loss_mask,
+                    packed.ref_logprobs, packed.segments, config, group,
+                )  # fmt: skip
             sums = torch.stack([output.loss_sum.detach(), output.denominator.double()])
             dist.all_reduce(sums, group=group)
             statistics = all_reduce_statistics(output.statistics, group)
             found[f"{name}{samples}"] = {"sums": sums, "grad": grad, "rows": packed.batch_rows, "all": statistics}
+            found[f"{name}{samples}"]["calls"] = [call for call, _ in calls]
     return found
 
 
@@ -115,28 +146,27 @@ def test_loss_of_response_rows_equals_one_process(ranks, name, samples):
             found["sums"], torch.stack([output.loss_sum.detach(), output.denominator.double()]), rtol=1e-11, atol=1e-12
         )
         torch.testing.assert_close(found["all"], output.statistics, rtol=1e-11, atol=1e-12)
+        assert found["calls"] == ["all_gather_into_tensor", "all_reduce"]  # carries, and counts a sequence
     torch.testing.assert_close(merged, expected, rtol=1e-11, atol=1e-13)
 
 
 def local_scans(rank: int, size: int, group: dist.ProcessGroup) -> dict:
     """Float32 scans of a short batch and a long one, and what they sent."""
-    found: dict = {"scans": [], "sent": []}
-    gather = dist.all_gather_into_tensor
-
-    def count(output, values, group):
-        found["sent"].append(values.numel() * values.element_size())
-        gather(output, values, group=group)
-
+    found: dict = {"scans": [], "calls": []}
     for shape in (SAMPLES[:3], LONG):
         batch, values = make_batch(shape)
         packed = make_packed_tokens(batch, range(len(shape)), PackingUnits(size), rank)
-        with patch.object(dist, "all_gather_into_tensor", count):
-            scan = future_kl_scan(values[packed.batch_rows].float(), GAMMA, packed.segments, context_group=group)
+        context_group = group if size > 1 else None
+        with counted_collectives() as calls:
+            scan = future_kl_scan(
+                values[packed.batch_rows].float(), GAMMA, packed.segments, context_group=context_group
+            )
         found["scans"].append((packed.batch_rows, scan))
+        found["calls"] += calls
     return found
 
 
-@pytest.mark.parametrize("size", [2, 4, 8])
+@pytest.mark.parametrize("size", [1, 2, 4, 8])
 def test_scan_equals_the_float64_oracle_in_one_collective(size, tmp_path):
     ranks = start_processes(local_scans, size, tmp_path)
     for i, shape in enumerate((SAMPLES[:3], LONG)):
@@ -146,4 +176,5 @@ def test_scan_equals_the_float64_oracle_in_one_collective(size, tmp_path):
         found = merge_response_rows((rows.numpy(), scan.numpy()) for rows, scan in (rank["scans"][i] for rank in ranks))
         assert np.linalg.norm(found - exact.numpy()) <= 1e-5 * exact.norm().item()
     # One all-gather each, of a head and a decay for two chunks of three samples in float32: no matter how long
-    assert all(rank["sent"] == [3 * 2 * 2 * 4] * 2 for rank in ranks)
+    one_each = [("all_gather_into_tensor", 3 * 2 * 2 * 4)] * 2
+    assert all(rank["calls"] == (one_each if size > 1 else []) for rank in ranks)
