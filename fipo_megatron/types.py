@@ -125,7 +125,8 @@ class UpdateCost:
     # By which the slowest data-parallel rank computes longer than the mean; with expert parallelism added up over
     # microbatches, as ranks then meet in each
     imbalance_frac: float
-    peak_memory_bytes: int  # in the update: of tensors on a device, of the whole process on a CPU
+    # Since the update before, so that of log-probs counts: of tensors on a device, of the whole process on a CPU
+    peak_memory_bytes: int
 
 
 @dataclass(frozen=True)

@@ -258,7 +258,7 @@ def layout_step(
     from fipo_megatron.trainer.policy_processes import run_policy
 
     samples = range(batch.num_samples)
-    *_, logprobs, gradients, _, peaks, _ = run_policy(
+    *_, logprobs, gradients, updates, _ = run_policy(
         config,
         [
             *prepare,
@@ -266,7 +266,6 @@ def layout_step(
             ("logprobs", (batch,)),
             (loss_and_gradients, (batch, samples)),
             ("update", (batch, samples, OPTIMIZER.lr)),
-            (peak_memory_gib, ()),
             ("export", (folder, target)),
         ],
         timeout_s=2 * config.timeouts.call_s,
@@ -275,12 +274,8 @@ def layout_step(
     loss, arrays = gradients[0]
     grads = {name: torch.from_numpy(array) for name, array in arrays.items()}
     parameters = load_file(target / "model.safetensors")
-    return CheckStep(merged, loss, grads, parameters, max(peaks))
-
-
-def peak_memory_gib(policy: MegatronPolicy) -> float:
-    """The most memory that this rank had in its update, in GiB: its tensors' on a device, else all of its process's."""
-    return policy.platform.peak_memory_bytes() / 2**30
+    peak_bytes = max(update.cost.peak_memory_bytes for update in updates)
+    return CheckStep(merged, loss, grads, parameters, peak_bytes / 2**30)
 
 
 def loss_and_gradients(

@@ -99,7 +99,8 @@ class MegatronPolicy:
         """What this rank computes log-probs and future-KL with, on one line."""
         kernels, device = self.config.kernels, self.platform.device
         example = torch.empty(0, dtype=getattr(torch, self.config.model.dtype), device=device)
-        logprob = pick_implementation("log-probs", kernels.logprob, example)
+        operation = "linear_logprob" if kernels.logprob_from == "hidden_states" else "token_logprob"
+        logprob = pick_implementation(operation, kernels.logprob, example)
         line = f"log-probs from {kernels.logprob_from.replace('_', ' ')} by {logprob}"
         if self.config.algorithm.objective != "fipo":
             return line
@@ -152,7 +153,6 @@ class MegatronPolicy:
                 were.
         """
         config, plan = self.config, self.plan(batch, samples)
-        self.platform.reset_peak_memory()
         vector = self.backward(batch, plan)
         statistics, metrics = vector.cpu().numpy(), loss_metrics(vector, config.algorithm)
         if not (math.isfinite(metrics["loss"]) and self._has_finite_gradient()):
@@ -265,7 +265,7 @@ class MegatronPolicy:
         ]
 
     def _cost_of(self, plan: PackingPlan) -> UpdateCost:
-        return UpdateCost(
+        cost = UpdateCost(
             num_microbatches=plan.num_microbatches,
             packing_waste_frac=plan.waste,
             unused_frac=plan.unused,
@@ -273,6 +273,8 @@ class MegatronPolicy:
             imbalance_frac=plan.imbalance if self.config.parallel.expert == 1 else plan.synchronous_imbalance,
             peak_memory_bytes=self.platform.peak_memory_bytes(),
         )
+        self.platform.reset_peak_memory()
+        return cost
 
     def _set_parameters(self, values: dict[str, torch.Tensor]) -> None:
         with torch.no_grad():

@@ -108,7 +108,8 @@ def refuse(rank: int, size: int, group: dist.ProcessGroup) -> list[str]:
     targets = torch.zeros(3, dtype=torch.int64)
     # The starts fit each rank's own width: only together can they see it.
     width = 10 - rank
-    options = {"true_vocab_size": 18, "vocab_start": rank * width, "tp_group": group}
+    # 19 = 10 + 9 is right for both, and the one of rank 1 alone would be too few.
+    options = {"true_vocab_size": 19, "vocab_start": rank * width, "tp_group": group}
     for call in (
         lambda: token_logprob(torch.zeros(3, width), targets, **options),
         lambda: linear_logprob(torch.zeros(3, 4), torch.zeros(width, 4), targets, **options),

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
+import importlib
 import logging
 from functools import cache
-from importlib.util import find_spec
 
 import torch
 from torch.distributed import ProcessGroup
@@ -47,10 +47,23 @@ def future_kl_scan(
         raise ValueError(f"values is {values.dtype} {list(values.shape)}: pass a flat float32 or float64 tensor")
     if not 0 <= gamma <= 1:
         raise ValueError(f"gamma={gamma} does not decay: pass a number in [0, 1]")
+    _check_table(values, segments)
     scan = _load_scan(choose_scan(values.device.type) if impl == "auto" else impl)
     if context_group is None:
         return scan(values, gamma, segments)
     return scan_over_context(values, gamma, segments, scan, context_group)
+
+
+def _check_table(values: torch.Tensor, segments: SegmentTable) -> None:
+    """ValueError for a table on the CPU that isn't of these values; one on a device is not waited for."""
+    for name, table in (("cu_seqlens", segments.cu_seqlens), ("cu_chunks", segments.cu_chunks)):
+        if table is None or table.device.type != "cpu":
+            continue
+        if table.dim() != 1 or not len(table) or table[0] != 0 or table[-1] != len(values) or (table.diff() < 0).any():
+            raise ValueError(
+                f"{name} is {table.tolist()[:8]}, of {table.numel()} numbers: pass boundaries that rise from 0 to the "
+                f"{len(values)} values"
+            )
 
 
 @cache
@@ -58,12 +71,21 @@ def choose_scan(device_type: str) -> str:
     """The implementation that `auto` means; said once for a device."""
     if device_type == "cuda":
         impl = "triton"
-    elif device_type == "cpu" and find_spec("numba") is not None:
+    elif device_type == "cpu" and _has_numba():
         impl = "numba"
     else:
         impl = "torch"
     logger.info("future-KL scan on %s: impl=%s", device_type, impl)
     return impl
+
+
+def _has_numba() -> bool:
+    """Whether it can be imported: it refuses a NumPy that is newer than itself."""
+    try:
+        importlib.import_module("numba")
+    except ImportError:
+        return False
+    return True
 
 
 def _load_scan(impl: str) -> ScanFunction:

@@ -36,6 +36,7 @@ def linear_logprob(
     float32, float64), holds the rows `vocab_start`, ... of the head and may be the embedding's too; `target_ids` [N]
     int64 are global. Only the first `true_vocab_size` columns count. Sums and results are float32, or float64 for
     float64 inputs; no log-prob is positive. `entropy` is "none", "detached" (no gradient) or "differentiable".
+    Beside the workspace the backward pass holds the gradient of `hidden` in float32.
     Logits exist a block at a time in `workspace_bytes` and are computed again in the backward pass; the torch kernels
     take up to 4 MiB a thread (16 MiB twice on CUDA) beside it. In the backward pass `hidden` gets
     the gradient of all shards, and `weight` that of its own rows: added to `weight.main_grad` where there is one
@@ -49,10 +50,11 @@ def linear_logprob(
     check_whole_rows(impl, tp_group)
     check_targets(hidden, "hidden", target_ids, true_vocab_size)
     tp_size = 1 if tp_group is None else tp_group.size()
+    check_shard(len(weight), vocab_start, tp_group, hidden.device)
     _check_weight(hidden, weight, true_vocab_size, tp_size)
     num_columns = min(max(true_vocab_size - vocab_start, 0), len(weight))
-    blocking = choose_blocking(len(hidden), num_columns, hidden.size(1), hidden.dtype, hidden.device, workspace_bytes)
-    check_shard(len(weight), vocab_start, tp_group, hidden.device)
+    # Of whole shards, so that a workspace is too small on all ranks or on none.
+    blocking = choose_blocking(len(hidden), len(weight), hidden.size(1), hidden.dtype, hidden.device, workspace_bytes)
     impl = pick_implementation("linear_logprob", impl, hidden)
     if impl == "reference":
         return linear_logprob_reference(hidden, weight, target_ids, temperature, num_columns, entropy)

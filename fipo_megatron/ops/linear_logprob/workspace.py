@@ -42,7 +42,8 @@ def choose_blocking(
     columns = num_columns if device.type == "cuda" else min(CPU_COLUMNS, num_columns)
     if device.type == "cuda":
         per_column = count_bytes(Blocking(rows, 1), hidden_size, dtype, device)
-        columns = min(columns, max(workspace_bytes // per_column, smallest.columns))
+        fitting = workspace_bytes // per_column // COLUMN_MULTIPLE * COLUMN_MULTIPLE
+        columns = min(columns, max(fitting, smallest.columns))
     while not fits(rows, columns):
         if rows > smallest.rows and rows >= columns // 2:
             rows = max(rows // 2, smallest.rows)

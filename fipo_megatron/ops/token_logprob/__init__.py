@@ -44,13 +44,13 @@ def token_logprob(
     check_options(temperature, entropy, impl, IMPLEMENTATIONS)
     check_whole_rows(impl, tp_group)
     check_targets(logits, "logits", target_ids, true_vocab_size)
+    check_shard(logits.size(1), vocab_start, tp_group, logits.device)
     tp_size = 1 if tp_group is None else tp_group.size()
     if not 0 < true_vocab_size <= logits.size(1) * tp_size:
         raise ValueError(
             f"true_vocab_size={true_vocab_size} does not fit {tp_size} shard(s) of {logits.size(1)} columns: "
             "pass the tokenizer's size before padding"
         )
-    check_shard(logits.size(1), vocab_start, tp_group, logits.device)
     num_columns = min(max(true_vocab_size - vocab_start, 0), logits.size(1))
     impl = pick_implementation("token_logprob", impl, logits)
     if impl == "reference":

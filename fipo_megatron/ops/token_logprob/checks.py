@@ -9,6 +9,7 @@ import torch.distributed as dist
 from torch.distributed import ProcessGroup
 
 DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+MIN_TEMPERATURE = 1e-6
 ENTROPIES = ("none", "detached", "differentiable")
 
 # (group, columns) whose ranks are known to hold equal shards
@@ -23,6 +24,8 @@ def check_options(temperature: float, entropy: str, impl: str, implementations: 
         raise ValueError(f"entropy={entropy!r} is not known: use one of {', '.join(ENTROPIES)}")
     if not (temperature > 0 and math.isfinite(temperature)):
         raise ValueError(f"temperature={temperature} has no softmax: pass a number greater than 0")
+    if temperature < MIN_TEMPERATURE:
+        raise ValueError(f"temperature={temperature} would overflow: pass {MIN_TEMPERATURE:g} or more")
 
 
 def check_targets(values: torch.Tensor, name: str, target_ids: torch.Tensor, true_vocab_size: int) -> None:

@@ -17,5 +17,6 @@ def logprob_reference(
     target_logprobs = log_probs.gather(1, target_ids[:, None]).squeeze(1)
     if entropy == "none":
         return target_logprobs, None
-    row_entropy = -(log_probs.exp() * log_probs).sum(-1)
+    # Where a logit is -inf, 0 * -inf counts as 0.
+    row_entropy = -(log_probs.exp() * log_probs.clamp(min=torch.finfo(dtype).min)).sum(-1)
     return target_logprobs, row_entropy if entropy == "differentiable" else row_entropy.detach()

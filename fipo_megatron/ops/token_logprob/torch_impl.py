@@ -18,6 +18,7 @@ LN_2 = math.log(2.0)
 # Elements of a block of rows, a thread. Smaller ones would stay in a nearer cache, and take longer: each is six calls.
 CPU_BLOCK = 1 << 19
 CUDA_BLOCK = 1 << 22
+LOWEST_EXPONENT = -2000.0  # 2 to it is 0, and 0 times it is, too: a logit of -inf adds nothing
 
 
 class TorchRowKernels:
@@ -54,10 +55,11 @@ class TorchRowKernels:
             if x.dtype != dtype:
                 x = exponents.copy_(x)
             torch.amax(x, 1, out=largest)
-            torch.add(-(largest * rate).round_()[:, None], x, alpha=rate, out=exponents)
+            torch.add(-_shift(largest, rate)[:, None], x, alpha=rate, out=exponents)
             if not with_entropy:
                 torch.sum(exponents.exp2_(), 1, out=total)
                 continue
+            exponents.clamp_(min=LOWEST_EXPONENT)
             powers = torch.exp2(exponents, out=self._get_scratch(1, x, dtype))
             torch.sum(powers, 1, out=total)
             torch.sum(powers.mul_(exponents), 1, out=shifted)
@@ -104,6 +106,7 @@ class TorchRowKernels:
             if slope is None:
                 powers.exp2_().mul_(level[rows])
             else:
+                powers.clamp_(min=LOWEST_EXPONENT)
                 factors = torch.mul(powers, slope[rows], out=self._get_scratch(1, x, dtype)).add_(level[rows])
                 powers.exp2_().mul_(factors)
             powers.scatter_add_(1, columns[rows], at_target[rows])
@@ -117,6 +120,11 @@ class TorchRowKernels:
             scratch = torch.empty(like.numel(), dtype=dtype, device=like.device)
             self._scratch[number, dtype] = scratch
         return scratch[: like.numel()].view(like.shape)
+
+
+def _shift(largest: torch.Tensor, rate: float) -> torch.Tensor:
+    """The integer next to the largest exponent of each row; 0 for a row of -inf alone."""
+    return torch.where(largest.isneginf(), 0, largest * rate).round_()
 
 
 def _block_rows(logits: torch.Tensor, num_columns: int) -> int:
@@ -135,16 +143,17 @@ def _from_powers_of_2(
 ) -> RowStatistics:
     """Statistics from the largest logit, the sum of powers of 2, and their sum times their exponents."""
     dtype = sums.dtype
+    rate = LOG2_E / temperature
     largest, total, shifted = sums.double()
-    peak = largest * (LOG2_E / temperature)
-    rest = peak - (sums[0] * (LOG2_E / temperature)).round_()  # exponent of the largest logit, as the loop shifted it
+    # The exponent of the largest logit, as the loop shifted it; 0 where no column of this shard has a probability.
+    rest = torch.where(largest.isneginf(), 0, largest * rate - _shift(sums[0], rate))
     scale = rest.neg().exp2_()
     sum_exp = total * scale
     sum_shifted = (shifted * scale - rest * sum_exp) * LN_2 if with_entropy else None
     columns = (target_ids - first_column).clamp_(0, num_columns - 1)
     at_target = logits.gather(1, columns[:, None]).squeeze(1).double()
     is_local = find_local(target_ids, first_column, num_columns)
-    target = torch.where(is_local, (at_target - largest) / temperature, 0)
+    target = torch.where(is_local, (at_target - largest.clamp(min=torch.finfo(dtype).min)) / temperature, 0)
     return RowStatistics(
         (largest / temperature).to(dtype),
         sum_exp.to(dtype),

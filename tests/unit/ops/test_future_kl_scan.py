@@ -103,3 +103,23 @@ def test_refuses(change, message):
     arguments = {"values": torch.zeros(4), "gamma": 0.5, "segments": make_segments([4])} | change
     with pytest.raises(ValueError, match=message):
         future_kl_scan(**arguments)
+
+
+@pytest.mark.parametrize("impl", ["auto", "torch", "numba", "reference"])
+@pytest.mark.parametrize(
+    ("cu_seqlens", "cu_chunks", "name"),
+    [
+        ([0, 30], None, "cu_seqlens"),  # beyond the values: compiled code would write there
+        ([0, 4], None, "cu_seqlens"),
+        ([2, 10], None, "cu_seqlens"),
+        ([0, 7, 3, 10], None, "cu_seqlens"),
+        ([], None, "cu_seqlens"),
+        ([0, 10], [0, 4, 11], "cu_chunks"),
+    ],
+)
+def test_refuses_the_table_of_other_values(impl, cu_seqlens, cu_chunks, name):
+    table = SegmentTable(
+        torch.tensor(cu_seqlens, dtype=torch.int64), None if cu_chunks is None else torch.tensor(cu_chunks)
+    )
+    with pytest.raises(ValueError, match=rf"{name} is \[.*rise from 0 to the 10 values"):
+        future_kl_scan(torch.zeros(10), 0.5, table, impl=impl)

@@ -58,7 +58,12 @@ KERNELS = {
     "sum_columns fp32": row_kernel(FORWARD, "fp32", 4, (40, 40, 40), 32, (8, 0)),
     "sum_columns bf16, odd rows": row_kernel(FORWARD, "bf16", 1, (40, 40, 40), 32, (0, 0)),
     "write_gradient bf16": row_kernel(BACKWARD, "bf16", 8, (40, 40, 40), 0, (2, 2)),
-    "write_gradient bf16 to fp32": row_kernel(BACKWARD, "bf16", 4, (40, 40, 40), 0, (0, 4), out="fp32"),
+    # Of a block of linear_logprob: its logits are float32, its gradient is of the products' type.
+    "write_gradient fp32 to bf16": row_kernel(BACKWARD, "fp32", 4, (40, 40, 40), 0, None, out="bf16"),
+    "write_gradient fp32 to bf16, no entropy": row_kernel(
+        BACKWARD, "fp32", 4, (48, 48, 48), 0, None, out="bf16", entropy=False
+    ),
+    "write_gradient fp32, no entropy": row_kernel(BACKWARD, "fp32", 4, (40, 40, 40), 0, None, entropy=False),
     "write_gradient bf16, odd rows": row_kernel(BACKWARD, "bf16", 1, (64, 64, 64), 0, (0, 0)),
     "merge_splits": Kernel(
         logprob.merge_splits_kernel, {"WITH_ENTROPY": True, "ROWS": 128}, {"logits_ptr": "*bf16"}, 4, (32, 32, 32), 0

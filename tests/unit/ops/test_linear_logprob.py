@@ -180,6 +180,14 @@ def test_blocks_fit_and_are_even(device, rows, columns, megabytes):
         assert blocking.columns >= 2048  # enough to keep a GPU's product busy
 
 
+def test_blocks_of_any_number_of_rows_are_aligned():
+    """Else a GPU reads and multiplies them an element at a time."""
+    for vocab, hidden in ((152064, 5120), (128256, 4096), (38016, 5120)):
+        for rows in range(1, 20_000, 7):
+            columns = choose_blocking(rows, vocab, hidden, torch.bfloat16, CUDA, 256 * 2**20).columns
+            assert columns == vocab or columns % 64 == 0, (vocab, hidden, rows, columns)
+
+
 @pytest.mark.parametrize("entropy", ["none", "differentiable"])
 def test_no_tokens(entropy):
     hidden, weight, _ = make_inputs(torch.bfloat16)

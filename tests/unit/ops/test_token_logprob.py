@@ -284,3 +284,38 @@ def test_ids_are_read_from_the_device_once(monkeypatch):
     monkeypatch.setattr(torch.Tensor, "tolist", lambda self: reads.append(self) or original(self))
     checks.check_targets(torch.zeros(9, 16), "logits", make_inputs()[1], TRUE_VOCAB)
     assert len(reads) == 1
+
+
+@pytest.mark.parametrize("entropy", ["none", "differentiable"])
+def test_logits_of_minus_infinity_have_no_part(entropy: str) -> None:
+    """As a forbidden token's: the result is that of the other columns, and its gradient is 0."""
+    finite = torch.randn(3, 6, dtype=torch.float64)
+    holes = torch.cat([finite[:, :2], torch.full((3, 2), -torch.inf, dtype=torch.float64), finite[:, 2:]], 1)
+    targets = torch.tensor([0, 4, 7])
+    results = []
+    for logits, ids in ((finite, torch.tensor([0, 2, 5])), (holes.float(), targets), (holes, targets)):
+        for impl in ("torch", "reference"):
+            logits = logits.clone().requires_grad_()
+            logprobs, row_entropy = token_logprob(
+                logits, ids, true_vocab_size=logits.size(1), vocab_start=0, tp_group=None, entropy=entropy, impl=impl
+            )
+            total = logprobs.sum() if row_entropy is None else logprobs.sum() + row_entropy.sum()
+            (grad,) = torch.autograd.grad(total, logits)
+            results.append((logprobs.detach().double(), total.detach().double(), grad.double()))
+    logprobs, total, grad = results[0]
+    for found_logprobs, found_total, found_grad in results[1:]:
+        torch.testing.assert_close(found_logprobs, logprobs, rtol=0, atol=1e-5)
+        torch.testing.assert_close(found_total, total, rtol=0, atol=1e-5)
+        if found_grad.size(1) == 8:
+            assert not found_grad[:, 2:4].any()
+            found_grad = torch.cat([found_grad[:, :2], found_grad[:, 4:]], 1)
+        torch.testing.assert_close(found_grad, grad, rtol=0, atol=1e-5)
+
+
+def test_a_shard_without_a_finite_logit_adds_nothing() -> None:
+    kernels = TorchRowKernels()
+    options = {"temperature": 0.7, "first_column": 4, "num_columns": 4, "with_entropy": True}
+    found = kernels.row_statistics(torch.full((2, 4), -torch.inf), torch.tensor([1, 5]), **options)
+    assert found.peak.tolist() == [-torch.inf] * 2
+    assert found.sum_shifted is not None
+    assert (found.sum_exp.tolist(), found.sum_shifted.tolist()) == ([0.0] * 2, [0.0] * 2)
