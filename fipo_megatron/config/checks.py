@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import importlib.util
 import json
 import socket
 from collections.abc import Collection, Iterator
@@ -15,6 +16,7 @@ from fipo_megatron.config.schema import (
     AlgorithmConfig,
     ArithmeticTaskConfig,
     Config,
+    KernelsConfig,
     ParallelConfig,
     RewardConfig,
     RolloutConfig,
@@ -75,6 +77,34 @@ def check_model_folder(path: Path, parallel: ParallelConfig) -> ModelShape:
     problems += _find_expert_problems(shape, parallel) if shape.num_experts else _find_dense_problems(parallel)
     _raise([f"{key}: {problem}" for problem in problems], "model folder")
     return shape
+
+
+def check_vocabulary(path: Path, shape: ModelShape) -> None:
+    """Raises ValueError if the folder's tokenizer.json has ids that the model's embedding and head have no row for."""
+    try:
+        tokenizer = json.loads((path / "tokenizer.json").read_text(encoding="utf-8"))
+        vocab = tokenizer["model"]["vocab"]
+        added = [token["id"] for token in tokenizer.get("added_tokens", [])]
+    except (OSError, ValueError, KeyError, TypeError):
+        return  # another kind: it is read when the tokenizer is loaded
+    largest = max([*(vocab.values() if isinstance(vocab, dict) else range(len(vocab))), *added], default=0)
+    if largest >= shape.vocab_size:
+        raise ValueError(
+            f"model.path = {str(path)!r}: its tokenizer has ids up to {largest}, its head has {shape.vocab_size} rows "
+            "(vocab_size in config.json); resize the embeddings to the tokenizer, or take the model's own tokenizer"
+        )
+
+
+def check_kernels(kernels: KernelsConfig, platform: str) -> None:
+    """Raises ValueError for kernels that don't run on the platform, "cpu" or "cuda", or whose library is missing."""
+    problems = []
+    for key, value in (("logprob", kernels.logprob), ("future_kl_scan", kernels.future_kl_scan)):
+        needed = {"triton": "cuda", "te": "cuda", "numba": "cpu"}.get(value, platform)
+        if needed != platform:
+            problems.append(f"kernels.{key} = {value!r}: runs on {needed}, the platform is {platform}; set it to auto")
+        elif value == "te" and importlib.util.find_spec("transformer_engine") is None:
+            problems.append(f"kernels.{key} = 'te': transformer-engine is not installed; install it, or set auto")
+    _raise(problems, "configuration")
 
 
 def check_positions(shape: ModelShape, rollout: RolloutConfig) -> None:

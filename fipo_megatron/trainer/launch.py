@@ -14,9 +14,11 @@ import torch
 from fipo_megatron.config.checks import (
     check_config,
     check_judging_keys,
+    check_kernels,
     check_model_folder,
     check_port,
     check_positions,
+    check_vocabulary,
 )
 from fipo_megatron.config.schema import Config
 from fipo_megatron.data.encoding import load_prompt_encoder
@@ -45,7 +47,9 @@ def check_before_start(config: Config) -> ProblemFiles:
     check_run_folder(config)
     check_trackers(config.run.trackers)
     make_reward(config.reward, config.rollout.max_response_tokens)  # refuses a function that does not exist
-    if resolve_platform(config.platform).name == "cpu":
+    platform = resolve_platform(config.platform).name
+    check_kernels(config.kernels, platform)
+    if platform == "cpu":
         check_cpu_versions()
     else:
         check_num_gpus(config, torch.cuda.device_count())
@@ -58,7 +62,9 @@ def check_before_start(config: Config) -> ProblemFiles:
         if isinstance(source, Task):
             source.check_limits(config.rollout.max_prompt_tokens, config.rollout.max_response_tokens)
     else:
-        check_positions(check_model_folder(Path(config.model.path), config.parallel), config.rollout)
+        shape = check_model_folder(Path(config.model.path), config.parallel)
+        check_vocabulary(Path(config.model.path), shape)
+        check_positions(shape, config.rollout)
     check_port(config.cluster.address, config.cluster.master_port)
     return files
 

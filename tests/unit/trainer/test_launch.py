@@ -83,3 +83,29 @@ def test_limits_of_judging_count_where_an_evaluation_set_needs_them(make_config)
     sets = {"hmmt_feb_2025": config.data.eval["mine"]}
     data = config.data.model_copy(update={"eval": sets})
     check_before_start(config.model_copy(update={"data": data}))
+
+
+@pytest.mark.parametrize(
+    ("kernels", "line"),
+    [
+        ({"logprob": "triton"}, "kernels.logprob = 'triton': runs on cuda, the platform is cpu; set it to auto"),
+        ({"future_kl_scan": "triton"}, "kernels.future_kl_scan = 'triton': runs on cuda"),
+        ({"logprob": "te", "logprob_from": "logits"}, "kernels.logprob = 'te': runs on cuda"),
+    ],
+)
+def test_kernels_of_another_platform_are_refused(make_config, kernels: dict[str, str], line: str) -> None:
+    with pytest.raises(ValueError, match=line):
+        check_before_start(make_config(kernels=kernels))
+
+
+@pytest.mark.parametrize(("vocab", "added"), [({"a": 0, "b": 512}, []), ({"a": 0}, [{"id": 512}])])
+def test_a_head_smaller_than_the_tokenizers_vocabulary_is_refused(
+    make_config, tmp_path: Path, vocab: dict[str, int], added: list[dict[str, int]]
+) -> None:
+    config = make_config()
+    file = tmp_path / "model" / "tokenizer.json"
+    file.write_text(json.dumps({"model": {"vocab": {"a": 0, "b": 511}}, "added_tokens": []}))
+    check_before_start(config)
+    file.write_text(json.dumps({"model": {"vocab": vocab}, "added_tokens": added}))
+    with pytest.raises(ValueError, match="its tokenizer has ids up to 512, its head has 512 rows"):
+        check_before_start(config)
