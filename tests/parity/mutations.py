@@ -17,6 +17,10 @@ CASES = [
     ("logprobs_shifted_by_one", "tp1", "token-mean"),
     ("drop_counted_per_rank", "cp2", "token-mean"),
 ]
+# By how much a gradient that is right but for its scale is wrong: nothing else may be.
+GRAD_ERRORS = {"context_scaled_twice": 1.0, "context_averaged": 0.5, "sequences_counted_by_every_rank": 0.5}
+# The statistics, and so the loss that is shown, are of before the mistake.
+LOSS_IS_RIGHT = ("mean_of_means", "context_scaled_twice", "context_averaged")
 
 
 def apply(policy: Any, mutation: str) -> None:

@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file
 
 from fipo_megatron.config.schema import OptimizerConfig
+from fipo_megatron.parallel.packed import merge_response_rows
 from fipo_megatron.trainer.layout_check import MAX_PROMPT_TOKENS, RESPONSE_LENS, make_check_batch, transformers_logprobs
 from fipo_megatron.trainer.policy_processes import Call, run_policy
 from fipo_megatron.trainer.tiny_models import write_model
@@ -55,3 +59,57 @@ def test_offload_changes_no_bit(family: str, dtype: str, parallel: dict[str, Any
     assert first_update.grad_norm > 0
     assert any(not torch.equal(moved[name], tensor) for name, tensor in load_file(folder / "model.safetensors").items())
     assert all(torch.equal(moved[name], tensor) for name, tensor in stayed.items())
+
+
+@pytest.mark.multiproc
+def test_offload_changes_no_bit_of_the_other_calls(tmp_path: Path) -> None:
+    """Those of a warm start, of a run with a reference policy, and of an engine that is to receive the weights."""
+    folder = tmp_path / "model"
+    write_model("llama3", folder, MAX_PROMPT_TOKENS + max(RESPONSE_LENS))
+    config = make_config(
+        folder,
+        model={"dtype": "bfloat16"},
+        parallel={"pipeline": 2, "distributed_optimizer": False},
+        rollout={"max_prompt_tokens": MAX_PROMPT_TOKENS, "max_response_tokens": max(RESPONSE_LENS)},
+        trainer={"microbatch_tokens": 130},
+        algorithm={"reference_kl_coef": 0.2},
+    )
+    batch = make_check_batch(transformers_logprobs(folder), RESPONSE_LENS, config.algorithm)
+    batch = replace(batch, ref_logprobs=batch.old_logprobs)
+    samples = range(batch.num_samples)
+    calls: list[Call] = [
+        ("logprobs", (batch,)),
+        ("supervised_update", (batch, samples, OPTIMIZER.lr)),
+        ("logprobs", (batch,)),
+        ("weight_metadata", ()),
+        ("ref_logprobs", (batch,)),
+        ("logprobs", (batch,)),
+        ("update", (batch, samples, OPTIMIZER.lr)),
+        ("supervised_update", (batch, samples, OPTIMIZER.lr)),
+    ]
+    load: Call = ("load", (folder, OPTIMIZER))
+    stayed = [load, *calls, ("export", (folder, tmp_path / "stayed"))]
+    moved = [load, *chain.from_iterable((("offload", ()), call) for call in calls)]
+    moved += [("offload", ()), ("export", (folder, tmp_path / "moved"))]
+    replies = run_policy(config, stayed + moved)
+    found, expected = replies[len(stayed) :][2:-1:2], replies[1 : 1 + len(calls)]
+
+    for i in (0, 2, 4, 5):  # the last stage's log-probs
+        found[i], expected[i] = (merge_response_rows(reply[-1]) for reply in (found[i], expected[i]))
+        np.testing.assert_array_equal(found[i], expected[i])
+    initial, trained, reference, still_trained = (found[i] for i in (0, 2, 4, 5))
+    assert (trained != initial).any()
+    np.testing.assert_array_equal(reference, initial)
+    np.testing.assert_array_equal(still_trained, trained)
+    assert found[1] == expected[1]
+    assert found[7] == expected[7]
+    assert found[7][0] < found[1][0]
+    assert (found[6][0].statistics == expected[6][0].statistics).all()
+    assert found[6][0].grad_norm == expected[6][0].grad_norm > 0
+
+    weights = {name: load_file(tmp_path / name / "model.safetensors") for name in ("stayed", "moved")}
+    assert found[3] == expected[3]
+    assert {name: (shape, dtype) for name, shape, dtype in found[3][0]} == {
+        name: (tuple(tensor.shape), "bfloat16") for name, tensor in weights["moved"].items()
+    }
+    assert all(torch.equal(weights["moved"][name], tensor) for name, tensor in weights["stayed"].items())

@@ -6,14 +6,13 @@ its end some, and a padded chunk none again. The oracle knows nothing of chunks:
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
-from unittest.mock import patch
-
 import numpy as np
 import pytest
 import torch
 import torch.distributed as dist
+from torch.distributed._functional_collectives import all_gather_tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 from fipo_megatron.algorithm.fipo_loss import fipo_loss
 from fipo_megatron.algorithm.loss_metrics import all_reduce_statistics, loss_metrics
@@ -36,6 +35,7 @@ CONFIGS = {
     ),
     "both_sides": AlgorithmConfig(influence_clip_high_only=False, loss_aggregation="seq-mean-token-sum"),
 }
+ALL_GATHER, ALL_REDUCE = "_allgather_base_", "allreduce_"  # torch's operators
 GAMMA = 2 ** (-1 / 4096)  # hardly fades over the longest response
 LONG = [(500, 11_000), (9_000, 300), (1, 1)]
 
@@ -68,31 +68,23 @@ def compute_loss(logprobs, old_logprobs, advantages, loss_mask, ref_logprobs, se
     return output, grad
 
 
-COMMUNICATING = (
-    "all_gather", "all_gather_coalesced", "all_gather_into_tensor", "all_gather_object", "all_reduce",
-    "all_reduce_coalesced", "all_to_all", "all_to_all_single", "barrier", "batch_isend_irecv", "broadcast",
-    "broadcast_object_list", "gather", "gather_object", "irecv", "isend", "recv", "reduce", "reduce_scatter",
-    "reduce_scatter_tensor", "scatter", "scatter_object_list", "send",
-)  # fmt: skip
+class CountedCollectives(TorchDispatchMode):
+    """Name and bytes handed in of each operator of torch's process groups, whichever function it was called by.
 
+    The functions of `torch.distributed`, the methods of a group and the functional collectives all end in these.
+    """
 
-@contextmanager
-def counted_collectives() -> Iterator[list[tuple[str, int]]]:
-    """Name and bytes handed in of each call that communicates."""
-    calls: list[tuple[str, int]] = []
+    def __init__(self) -> None:
+        super().__init__()
+        self.calls: list[tuple[str, int]] = []
 
-    def counting(name, original):
-        def call(*args, **kwargs):
-            local = args[1] if name == "all_gather_into_tensor" else args[0]
-            calls.append((name, local.numel() * local.element_size()))
-            return original(*args, **kwargs)
-
-        return call
-
-    with ExitStack() as stack:
-        for name in COMMUNICATING:
-            stack.enter_context(patch.object(dist, name, counting(name, getattr(dist, name))))
-        yield calls
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        if func.namespace in ("c10d", "_c10d_functional"):
+            name = func._schema.name.split("::")[1]
+            local = args[1] if name == ALL_GATHER else args[0]  # an all-gather's first is what it fills
+            tensors = [leaf for leaf in tree_leaves(local) if isinstance(leaf, torch.Tensor)]
+            self.calls.append((name, sum(tensor.nbytes for tensor in tensors)))
+        return func(*args, **(kwargs or {}))
 
 
 def local_losses(rank: int, size: int, group: dist.ProcessGroup) -> dict:
@@ -102,20 +94,20 @@ def local_losses(rank: int, size: int, group: dist.ProcessGroup) -> dict:
         for samples in MICROBATCHES:
             packed = make_packed_tokens(batch, samples, PackingUnits(size, 2), rank)
             assert packed.ref_logprobs is not None
-            with counted_collectives() as calls:
+            with CountedCollectives() as counted:
                 output, grad = compute_loss(
                     logprobs[packed.batch_rows], packed.old_logprobs, packed.advantages, packed.loss_mask,
-                    packed.ref_logprobs, packed.segments, config, group,
+                    packed.ref_logprobs, packed.segments, config, group if size > 1 else None,
                 )  # fmt: skip
             sums = torch.stack([output.loss_sum.detach(), output.denominator.double()])
             dist.all_reduce(sums, group=group)
             statistics = all_reduce_statistics(output.statistics, group)
             found[f"{name}{samples}"] = {"sums": sums, "grad": grad, "rows": packed.batch_rows, "all": statistics}
-            found[f"{name}{samples}"]["calls"] = [call for call, _ in calls]
+            found[f"{name}{samples}"]["calls"] = counted.calls
     return found
 
 
-@pytest.fixture(scope="module", params=[2, 4], ids=lambda size: f"cp{size}")
+@pytest.fixture(scope="module", params=[1, 2, 4, 8], ids=lambda size: f"cp{size}")
 def ranks(request, tmp_path_factory):
     return start_processes(local_losses, request.param, tmp_path_factory.mktemp("cp"))
 
@@ -146,7 +138,9 @@ def test_loss_of_response_rows_equals_one_process(ranks, name, samples):
             found["sums"], torch.stack([output.loss_sum.detach(), output.denominator.double()]), rtol=1e-11, atol=1e-12
         )
         torch.testing.assert_close(found["all"], output.statistics, rtol=1e-11, atol=1e-12)
-        assert found["calls"] == ["all_gather_into_tensor", "all_reduce"]  # carries, and counts a sequence
+        # A head and a decay for two chunks of each sequence in float64, and two int64 counts of it
+        calls = [(ALL_GATHER, len(samples) * 2 * 2 * 8), (ALL_REDUCE, len(samples) * 2 * 8)]
+        assert found["calls"] == (calls if len(ranks) > 1 else [])
     torch.testing.assert_close(merged, expected, rtol=1e-11, atol=1e-13)
 
 
@@ -157,12 +151,12 @@ def local_scans(rank: int, size: int, group: dist.ProcessGroup) -> dict:
         batch, values = make_batch(shape)
         packed = make_packed_tokens(batch, range(len(shape)), PackingUnits(size), rank)
         context_group = group if size > 1 else None
-        with counted_collectives() as calls:
+        with CountedCollectives() as counted:
             scan = future_kl_scan(
                 values[packed.batch_rows].float(), GAMMA, packed.segments, context_group=context_group
             )
         found["scans"].append((packed.batch_rows, scan))
-        found["calls"] += calls
+        found["calls"] += counted.calls
     return found
 
 
@@ -176,5 +170,44 @@ def test_scan_equals_the_float64_oracle_in_one_collective(size, tmp_path):
         found = merge_response_rows((rows.numpy(), scan.numpy()) for rows, scan in (rank["scans"][i] for rank in ranks))
         assert np.linalg.norm(found - exact.numpy()) <= 1e-5 * exact.norm().item()
     # One all-gather each, of a head and a decay for two chunks of three samples in float32: no matter how long
-    one_each = [("all_gather_into_tensor", 3 * 2 * 2 * 4)] * 2
-    assert all(rank["calls"] == (one_each if size > 1 else []) for rank in ranks)
+    one_each = [(ALL_GATHER, 3 * 2 * 2 * 4)] * 2
+    assert [rank["calls"] for rank in ranks] == [one_each if size > 1 else []] * size
+
+
+def count_each_way(rank: int, size: int, group: dist.ProcessGroup) -> dict[str, int]:
+    """Operators counted for each of several ways to communicate."""
+
+    def reduce_in_backward() -> None:
+        leaf = torch.ones(1, requires_grad=True)
+        leaf.register_hook(lambda grad: dist.all_reduce(grad.clone(), group=group))
+        leaf.sum().backward()
+
+    def send_or_receive() -> None:
+        if rank == 0:
+            dist.send(torch.ones(2), 1, group=group)
+        else:
+            dist.recv(torch.ones(2), 0, group=group)
+
+    ways = {
+        "function": lambda: dist.all_reduce(torch.ones(2), group=group),
+        "functional": lambda: all_gather_tensor(torch.ones(2), 0, group).sum(),
+        "method": lambda: group.allreduce(torch.ones(2)).wait(),
+        "backward": reduce_in_backward,
+        "point to point": send_or_receive,
+        "lists": lambda: dist.all_to_all_single(torch.ones(2), torch.ones(2), [1, 1], [1, 1], group=group),
+        "scattered": lambda: dist.reduce_scatter_tensor(torch.ones(1), torch.ones(2), group=group),
+        "broadcast": lambda: dist.broadcast(torch.ones(2), 0, group=group),
+        "objects": lambda: dist.all_gather_object([None] * size, rank, group=group),
+        "barrier": lambda: dist.barrier(group=group),
+    }
+    found = {}
+    for name, communicate in ways.items():
+        with CountedCollectives() as counted:
+            communicate()
+        found[name] = len(counted.calls)
+    return found
+
+
+def test_no_way_to_communicate_goes_uncounted(tmp_path):
+    for counts in start_processes(count_each_way, 2, tmp_path):
+        assert all(counts.values()), counts
