@@ -59,7 +59,7 @@ def read_shard(
         return torch.cat([tensor[rank * rows : (rank + 1) * rows] for tensor in tensors])
     groups = shape.num_key_value_heads // size
     parts = []
-    for tensor, rows in zip(tensors, _qkv_rows(shape), strict=True):
+    for tensor, rows in zip(tensors, qkv_rows(shape), strict=True):
         part = tensor[rank * groups * rows : (rank + 1) * groups * rows]
         parts.append(part.reshape(groups, rows, *part.shape[1:]))
     return torch.cat(parts, dim=1).flatten(0, 1)
@@ -80,14 +80,14 @@ def merge_shards(entry: WeightMapEntry, shards: Sequence[torch.Tensor], shape: M
         halves = [shard.chunk(2) for shard in shards]
         merged = [torch.cat([half[i] for half in halves]) for i in range(2)]
     else:
-        rows = _qkv_rows(shape)
+        rows = qkv_rows(shape)
         full = torch.cat(list(shards))
         by_group = full.reshape(shape.num_key_value_heads, sum(rows), *full.shape[1:])
         merged = [part.flatten(0, 1) for part in by_group.split(list(rows), dim=1)]
     return {name: tensor.contiguous() for name, tensor in zip(entry.hf_names, merged, strict=True)}
 
 
-def _qkv_rows(shape: ModelShape) -> tuple[int, int, int]:
+def qkv_rows(shape: ModelShape) -> tuple[int, int, int]:
     """Rows of query, key and value that one key-value group holds."""
     queries = shape.num_attention_heads // shape.num_key_value_heads * shape.head_dim
     return queries, shape.head_dim, shape.head_dim
@@ -96,3 +96,29 @@ def _qkv_rows(shape: ModelShape) -> tuple[int, int, int]:
 def _lengths(source: Any) -> Sequence[int]:
     """Of the dimensions of a torch tensor or a safetensors slice."""
     return source.get_shape() if hasattr(source, "get_shape") else source.shape
+
+
+def hf_tensor_shape(hf_name: str, shape: ModelShape) -> tuple[int, ...]:
+    """The shape of a Hugging Face tensor of the families' tables, by its name."""
+    *_, module, kind = hf_name.split(".")
+    hidden, heads = shape.hidden_size, shape.head_dim * shape.num_attention_heads
+    key_values = shape.head_dim * shape.num_key_value_heads
+    intermediate = shape.moe_intermediate_size if ".experts." in hf_name else shape.intermediate_size
+    shapes = {
+        "embed_tokens": (shape.vocab_size, hidden),
+        "lm_head": (shape.vocab_size, hidden),
+        "q_proj": (heads, hidden),
+        "k_proj": (key_values, hidden),
+        "v_proj": (key_values, hidden),
+        "o_proj": (hidden, heads),
+        "gate_proj": (intermediate, hidden),
+        "up_proj": (intermediate, hidden),
+        "down_proj": (hidden, intermediate),
+        "gate": (shape.num_experts, hidden),
+        "q_norm": (shape.head_dim,),
+        "k_norm": (shape.head_dim,),
+    }
+    if module in shapes:
+        return shapes[module][:1] if kind == "bias" else shapes[module]
+    assert module.endswith("norm"), hf_name
+    return (hidden,)
