@@ -50,7 +50,8 @@ class Generation:
     token_ids: np.ndarray  # int32 [T], with the end-of-sequence token where one was sampled
     logprobs: np.ndarray  # float32 [T], the engine's log-prob of each sampled token
     finish_reason: FinishReason
-    weight_version: int  # version of the policy that sampled every token
+    weight_version: int  # version of the policy that sampled the tokens; the oldest where they have several
+    token_versions: np.ndarray | None = None  # int32 [T], where a response spans versions; None: all by weight_version
 
 
 # A response as an engine hands it out when it is finished: its request's index, and what was sampled.

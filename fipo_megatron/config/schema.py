@@ -264,6 +264,13 @@ class RolloutConfig(Section):
     engine: Literal["vllm", "hf"] = Field(
         "vllm", description="hf: transformers in one process, slow, the oracle of the tests"
     )
+    mode: Literal["in_process", "multi_process", "server"] = Field(
+        "in_process", description="of vLLM: its core in the actor, in a process of its own, or behind its HTTP server"
+    )
+    replicas: int = Field(1, gt=0, description="engines that share the requests out")
+    tensor: int = Field(1, gt=0, description="workers that a layer of an engine is cut over")
+    pipeline: int = Field(1, gt=0, description="stages of an engine")
+    expert_parallel: bool = Field(False, description="an engine's workers hold whole experts instead of slices of all")
     prompts_per_step: int = Field(512, gt=0, description="groups that one step trains on")
     samples_per_prompt: int = Field(16, gt=1, description="group size G")
     temperature: float = Field(1.0, gt=0)
@@ -400,6 +407,20 @@ class EvaluationConfig(Section):
         return self
 
 
+class SyncConfig(Section):
+    """How the policy's weights reach the engines."""
+
+    transport: Literal["auto", "shared_memory", "cuda_ipc", "collective", "disk", "disk_delta", "broadcast"] = Field(
+        "auto",
+        description="shared_memory, cuda_ipc: on one machine; collective: NCCL or gloo, shard to shard; disk: a Hugging "
+        "Face folder; disk_delta: what has changed; broadcast: whole tensors through the engine's own loader; auto: "
+        "shared_memory on a CPU, collective on GPUs",
+    )
+    verify: bool = Field(True, description="compare checksums of the weights that the engine holds with the trainer's")
+    bucket_mib: int = Field(256, gt=0, description="memory of a process for weights on their way")
+    folder: str | None = Field(None, description="of the disk transports, seen by all machines; null: the run's")
+
+
 class TimeoutsConfig(Section):
     """Seconds after which a silent peer is taken for dead."""
 
@@ -434,6 +455,7 @@ class Config(Section):
     optimizer: OptimizerConfig = OptimizerConfig()
     parallel: ParallelConfig = ParallelConfig()
     evaluation: EvaluationConfig = EvaluationConfig()
+    sync: SyncConfig = SyncConfig()
     timeouts: TimeoutsConfig = TimeoutsConfig()
     cluster: ClusterConfig = ClusterConfig()
 
