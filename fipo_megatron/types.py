@@ -88,6 +88,7 @@ class Sample:
     reward: float  # the rule's score plus penalties
     accuracy: float  # 1.0 if the answer is right, else 0.0
     prediction: str  # the answer the rule extracted
+    token_versions: np.ndarray | None = None  # int32 [T], where a response spans versions; None: all by weight_version
 
 
 @dataclass(frozen=True)

@@ -412,8 +412,8 @@ class SyncConfig(Section):
 
     transport: Literal["auto", "shared_memory", "cuda_ipc", "collective", "disk", "disk_delta", "broadcast"] = Field(
         "auto",
-        description="shared_memory, cuda_ipc: on one machine; collective: NCCL or gloo, shard to shard; disk: a Hugging "
-        "Face folder; disk_delta: what has changed; broadcast: whole tensors through the engine's own loader; auto: "
+        description="shared_memory, cuda_ipc: on one machine; collective: NCCL or gloo, shard to shard; disk: a whole "
+        "folder; disk_delta: what has changed; broadcast: whole tensors through the engine's own loader; auto: "
         "shared_memory on a CPU, collective on GPUs",
     )
     verify: bool = Field(True, description="compare checksums of the weights that the engine holds with the trainer's")

@@ -75,7 +75,8 @@ def read_samples(path: Path) -> list[dict[str, Any]]:
 
 
 def _record(sample: Sample) -> dict[str, object]:
-    return {
+    spans = {} if sample.token_versions is None else {"token_versions": sample.token_versions.tolist()}
+    return spans | {
         "text": sample.text,
         "prediction": sample.prediction,
         "ground_truth": sample.prompt.ground_truth,

@@ -7,6 +7,7 @@ the same cut (all layers, all experts) share them, so a plan holds one `Transfer
 
 from __future__ import annotations
 
+import gc
 from collections.abc import Iterator, Mapping, Sequence
 from functools import cache, cached_property
 from itertools import product
@@ -80,9 +81,18 @@ class ReshardPlan:
     @cached_property
     def sets(self) -> list[TransferSet]:
         """All transfers, compressed; their order is that on every wire."""
-        return [
-            transfers for kind in self.kinds for transfers in _PlanOfKind(self, kind, self._stage_layers(kind)).sets()
-        ]
+        # The garbage collector would go over the growing list again and again, 40% of the time, and find nothing.
+        was_enabled = gc.isenabled()
+        gc.disable()
+        try:
+            return [
+                transfers
+                for kind in self.kinds
+                for transfers in _PlanOfKind(self, kind, self._stage_layers(kind)).sets()
+            ]
+        finally:
+            if was_enabled:
+                gc.enable()
 
     def sends(self, source: int) -> dict[int, list[Transfer]]:
         """What a trainer rank sends, by destination, each list in its order on the wire."""
@@ -221,27 +231,50 @@ class _PlanOfKind:
         self.num_shards = self.trainer.expert_tensor if kind.is_expert else self.trainer.tensor
         if kind.rule == "replicated":
             self.num_shards = 1
-        self._pieces_of = cache(self._find_pieces)
-        self._shared_experts = cache(self._share_experts)
-        self._holders = cache(self._find_holders)
+        self._offers = cache(self._find_offers)
 
     def sets(self) -> Iterator[TransferSet]:
+        kind, replicas, same_device = self.kind, self.engine.replicas, self.plan.same_device
         for destination in range(self.engine.num_workers):
-            box, layers, experts = self.plan._stored(self.kind, destination)
+            replica, worker = divmod(destination, self.engine.workers_per_replica)
+            box, layers, experts = self.plan._stored(kind, destination)
             for stage, held_layers in enumerate(self.stage_layers):
                 shared = [layer for layer in held_layers if layer in layers]
                 if not shared:
                     continue
-                num_turns, turns = 0, list[list[int]]()
-                for expert_rank, shared_experts in self._shared_experts(experts):
-                    for shard, pieces in self._pieces_of(box):
-                        holders = self._holders(stage, expert_rank, shard)
-                        senders = self._senders(holders, destination)
-                        if num_turns != len(senders):
-                            num_turns = len(senders)
-                            turns = [shared[turn::num_turns] for turn in range(min(num_turns, len(shared)))]
-                        for source, some in zip(senders, turns, strict=False):
-                            yield TransferSet(source, destination, self.kind, pieces, some, shared_experts)
+                for holders, pieces, offered in self._offers(stage, box, experts):
+                    if same_device.get(destination) in holders:
+                        yield TransferSet(same_device[destination], destination, kind, pieces, shared, offered)
+                        continue
+                    # Every engine replica has its own share of the holders.
+                    first = replica * len(holders) // replicas
+                    count = max(1, len(holders) // replicas)
+                    if count == 1:
+                        yield TransferSet(holders[first], destination, kind, pieces, shared, offered)
+                        continue
+                    for i, part in enumerate(self._split(count, pieces, shared, offered)):
+                        yield TransferSet(holders[first + (i + worker) % count], destination, kind, *part)
+
+    def _find_offers(
+        self, stage: int, stored: Box, experts: Sequence[int | None]
+    ) -> list[tuple[list[int], tuple[Piece, ...], Sequence[int | None]]]:
+        """Who holds what of a stored box in a stage: `(ranks that hold the same, pieces, experts)`."""
+        return [
+            (self._holders(stage, expert_rank, shard), pieces, shared)
+            for expert_rank, shared in self._share_experts(experts)
+            for shard, pieces in self._find_pieces(stored)
+        ]
+
+    def _split(
+        self, count: int, pieces: tuple[Piece, ...], layers: list[int], experts: Sequence[int | None]
+    ) -> list[tuple[tuple[Piece, ...], list[int], Sequence[int | None]]]:
+        """The same transfers in up to `count` parts: by experts, by layers, or, of a single tensor, by rows."""
+        if self.kind.is_expert:
+            return [(pieces, layers, experts[i::count]) for i in range(min(count, len(experts)))]
+        if self.kind.place == "layers":
+            return [(pieces, layers[i::count], experts) for i in range(min(count, len(layers)))]
+        rows = [_rows_of(pieces, i, count) for i in range(count)]
+        return [(some, layers, experts) for some in rows if some]
 
     def _share_experts(self, experts: Sequence[int | None]) -> list[tuple[int, Sequence[int | None]]]:
         """Of the experts that a worker stores, those of each expert-parallel rank."""
@@ -268,24 +301,20 @@ class _PlanOfKind:
                 by_shard.append((shard, tuple(pieces)))
         return by_shard
 
-    def _find_holders(self, stage: int, expert_rank: int, shard: int) -> list[int]:
+    def _holders(self, stage: int, expert_rank: int, shard: int) -> list[int]:
         if self.kind.is_expert:
             return self.trainer.expert_holders(stage, expert_rank, shard)
         return self.trainer.dense_holders(stage, None if self.kind.rule == "replicated" else shard)
 
-    def _senders(self, holders: list[int], destination: int) -> list[int]:
-        """Those of the holders of a shard that send it to a worker, taking turns layer by layer.
 
-        The one on the worker's device, else every engine replica has its own share of the holders, with which its
-        workers begin at different turns.
-        """
-        local = self.plan.same_device.get(destination)
-        if local in holders:
-            return [local]
-        replica, worker = divmod(destination, self.engine.workers_per_replica)
-        first = replica * len(holders) // self.engine.replicas
-        share = holders[first : first + max(1, len(holders) // self.engine.replicas)]
-        return share[worker % len(share) :] + share[: worker % len(share)]
+def _rows_of(pieces: tuple[Piece, ...], part: int, count: int) -> tuple[Piece, ...]:
+    """Part `part` of `count` of each piece, cut by rows."""
+    some = []
+    for piece in pieces:
+        first, last = (i * piece.hf_box.rows // count for i in (part, part + 1))
+        if first < last:
+            some.append(Piece(*(box._replace(row=box.row + first, rows=last - first) for box in piece)))
+    return tuple(some)
 
 
 def _expand(sets: Iterator[tuple[int, TransferSet]]) -> dict[int, list[Transfer]]:

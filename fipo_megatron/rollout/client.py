@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import AsyncIterator, Sequence
-from typing import Protocol
+from typing import Any, Protocol
 
 from fipo_megatron.types import FinishedResponse, GenerationRequest, SamplingSettings
 
@@ -21,10 +21,14 @@ class RolloutClient(Protocol):
         """One response a request, in the order in which they are finished, by the weights of the last update."""
         ...
 
-    async def connect_weights(self, address: str, port: int) -> None:
-        """Join the weight group whose rank 0 is the trainer's."""
+    async def connect_weights(self, init_info: dict[str, Any]) -> None:
+        """Meet the trainer's ranks, as a `WeightSession` and the number of the replica say (reshard/connect.py)."""
         ...
 
-    async def update_weights(self, tensors: Sequence[tuple[str, tuple[int, ...], str]], version: int) -> None:
-        """Receive the tensors `(name, shape, dtype)` that the trainer sends, in order; cached prefixes are reset."""
+    async def update_weights(self, update_info: dict[str, Any]) -> dict[str, float]:
+        """Receive the weights of `update_info["version"]`, verify them, and forget cached prefixes; what it took.
+
+        Raises:
+            WeightMismatchError: (reshard/execute.py) the engine does not hold what the trainer has sent.
+        """
         ...

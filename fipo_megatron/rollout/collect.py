@@ -103,6 +103,7 @@ def _make_sample(prompt: Prompt, generation: Generation, text: str, judgement: J
         reward=judgement.reward,
         accuracy=judgement.accuracy,
         prediction=judgement.prediction,
+        token_versions=generation.token_versions,
     )
 
 
@@ -265,9 +266,13 @@ def flat_rollout_logprobs(groups: Sequence[SampleGroup]) -> np.ndarray:
 
 def is_fresh_token(groups: Sequence[SampleGroup], weight_version: int) -> np.ndarray:
     """bool [R], the response tokens that the policy of `weight_version` sampled; the others are stale surplus."""
-    samples = list(_samples(groups))
-    is_fresh = [sample.weight_version == weight_version for sample in samples]
-    return np.repeat(is_fresh, [len(sample.response_ids) for sample in samples])
+    versions = [
+        np.full(len(sample.response_ids), sample.weight_version)
+        if sample.token_versions is None
+        else sample.token_versions
+        for sample in _samples(groups)
+    ]
+    return np.concatenate(versions) == weight_version
 
 
 def mismatch_metrics(
@@ -319,6 +324,7 @@ def batch_metrics(trained: Sequence[SampleGroup], weight_version: int) -> dict[s
         "trained_groups": len(trained),
         "trained_tokens": sum(lengths),
         "stale_samples": sum(sample.weight_version != weight_version for sample in samples),
+        "spanning_samples": sum(sample.token_versions is not None for sample in samples),
         "response_tokens_min": low,
         "response_tokens_q25": q25,
         "response_tokens_mean": float(np.mean(lengths)),

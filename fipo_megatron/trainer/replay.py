@@ -98,6 +98,7 @@ def _read_group(lines: Sequence[dict[str, Any]]) -> SampleGroup:
             np.array(line["response_ids"], np.int32),
             np.array(line["rollout_logprobs"], np.float32),
             *(line[key] for key in ("weight_version", "finish_reason", "text", "reward", "accuracy", "prediction")),
+            np.array(line["token_versions"], np.int32) if "token_versions" in line else None,
         )
         for line in lines
     ]

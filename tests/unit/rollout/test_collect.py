@@ -318,12 +318,23 @@ def test_generation_metrics_are_over_all_groups_before_the_filter() -> None:
     assert generation_metrics([None]) == nothing | {"generated_groups": 1, "unjudged_groups": 1}
 
 
+def test_tokens_of_a_response_that_spans_versions_are_fresh_one_by_one() -> None:
+    group = make_group("a", 0, 1, tokens=[2, 3], version=4)
+    spanning = replace(group.samples[1], token_versions=np.array([4, 5, 5], np.int32))
+    groups = [replace(group, samples=(group.samples[0], spanning))]
+    assert is_fresh_token(groups, 5).tolist() == [False, False, False, True, True]
+    assert is_fresh_token(groups, 4).tolist() == [True, True, True, False, False]
+    metrics = batch_metrics(groups, weight_version=5)
+    assert (metrics["stale_samples"], metrics["spanning_samples"]) == (2, 1)
+
+
 def test_batch_metrics_by_hand() -> None:
     groups = [make_group("a", 0, 1, tokens=[2, 4]), make_group("b", 0, 1, tokens=[6, 9], version=4)]
     assert batch_metrics(groups, weight_version=5) == {
         "trained_groups": 2,
         "trained_tokens": 21,
         "stale_samples": 2,
+        "spanning_samples": 0,
         "response_tokens_min": 2,
         "response_tokens_q25": 3.5,
         "response_tokens_mean": 5.25,
