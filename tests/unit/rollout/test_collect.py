@@ -320,8 +320,8 @@ def test_generation_metrics_are_over_all_groups_before_the_filter() -> None:
 
 def test_tokens_of_a_response_that_spans_versions_are_fresh_one_by_one() -> None:
     group = make_group("a", 0, 1, tokens=[2, 3], version=4)
-    spanning = replace(group.samples[1], token_versions=np.array([4, 5, 5], np.int32))
-    groups = [replace(group, samples=(group.samples[0], spanning))]
+    spanning = dataclasses.replace(group.samples[1], token_versions=np.array([4, 5, 5], np.int32))
+    groups = [dataclasses.replace(group, samples=(group.samples[0], spanning))]
     assert is_fresh_token(groups, 5).tolist() == [False, False, False, True, True]
     assert is_fresh_token(groups, 4).tolist() == [True, True, True, False, False]
     metrics = batch_metrics(groups, weight_version=5)
