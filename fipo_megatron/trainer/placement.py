@@ -136,7 +136,7 @@ class Workers:
         config, engine = self.config, self.config.rollout.engine
         num_workers = config.rollout.tensor * config.rollout.pipeline
         if engine == "vllm":
-            environment = vllm_environment(config, self._on_cpu)
+            environment = vllm_environment(config, self._on_cpu, replica)
             options = self._options(0 if self._on_cpu else num_workers, environment, num_cpus=num_workers)
             actor = ray.remote(VllmEngine).options(**options).remote(self.model_folder, config)
         else:

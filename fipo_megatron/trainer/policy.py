@@ -302,7 +302,7 @@ class MegatronPolicy:
             self.sender.close()
         self.sender = None
         self.host_offload.reload("parameters")
-        self.sender = connect_sender(session, self.weights, self.rank, self.listener)
+        self.sender = connect_sender(session, self.weights, self.rank, self.listener, self.platform.device)
 
     def push_weights(self, version: int) -> TransferCost:
         """Send this rank's part of the weights to the engines' workers, as `version`; what it took. Every rank.
