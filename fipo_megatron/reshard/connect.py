@@ -55,11 +55,11 @@ class ShardsOut:
         self._sender = sender
 
     def send(self, version: int, num_updates: int) -> int:
-        """See `WeightsOut`."""
+        """See `WeightsOut`; counted at the transport, without the trailers."""
         transport = self._sender.transport
         before = transport.sent_bytes
         self._sender.send(version, num_updates)
-        return transport.sent_bytes - before
+        return transport.sent_bytes - before - self._sender.trailer_bytes
 
     def close(self) -> None:
         """See `WeightsOut`."""
