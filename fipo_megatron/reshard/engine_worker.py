@@ -15,7 +15,7 @@ from vllm.model_executor.layers.utils import dispatch_cpu_unquantized_gemm
 from vllm.model_executor.layers.vocab_parallel_embedding import ParallelLMHead
 from vllm.model_executor.model_loader.reload import finalize_layerwise_reload, initialize_layerwise_reload
 
-from fipo_megatron.reshard.transport.collective import BroadcastGroup, TensorMeta
+from fipo_megatron.reshard.transport.broadcast import BroadcastGroup, TensorMeta
 
 BACKEND = "fipo_collective"
 

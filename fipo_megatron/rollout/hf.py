@@ -10,7 +10,7 @@ import numpy as np
 import torch
 
 from fipo_megatron.config.schema import Config
-from fipo_megatron.reshard.transport.collective import BroadcastGroup, TensorMeta
+from fipo_megatron.reshard.transport.broadcast import BroadcastGroup, TensorMeta
 from fipo_megatron.types import FinishedResponse, Generation, GenerationRequest, SamplingSettings
 
 

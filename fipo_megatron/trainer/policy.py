@@ -27,7 +27,7 @@ from fipo_megatron.ops.token_logprob.implementations import pick_implementation
 from fipo_megatron.parallel.groups import initialize_groups, listening_socket, make_store
 from fipo_megatron.parallel.packed import PackedTokens, ResponseRows, make_packed_tokens
 from fipo_megatron.parallel.plan import PackingPlan, PackingUnits, forward_cost, microbatch_tokens, plan_packing
-from fipo_megatron.reshard.transport.collective import SENDER, BroadcastGroup
+from fipo_megatron.reshard.transport.broadcast import SENDER, BroadcastGroup
 from fipo_megatron.types import PolicyUpdate, TrainingBatch, UpdateCost
 
 FLOAT32_MAX = torch.finfo(torch.float32).max
