@@ -32,6 +32,9 @@ class WeightMismatchError(ValueError):
     """What an engine worker stores is not what the trainer's ranks hold."""
 
 
+Check = tuple[BoxChecksum, int]  # a checksum, and the row before which it can read now
+
+
 @dataclass
 class _Step:
     """One round of all peers, as one end carries it out."""
@@ -40,8 +43,8 @@ class _Step:
     direct: dict[int, list[torch.Tensor]] = field(default_factory=dict)
     targets: list[torch.Tensor] = field(default_factory=list)  # of copies, from origins of the same number
     origins: list[torch.Tensor] = field(default_factory=list)
-    checks: list[tuple[BoxChecksum, int]] = field(default_factory=list)  # of the copies; each with its last row
-    direct_checks: list[tuple[BoxChecksum, int]] = field(default_factory=list)
+    checks: list[Check | None] = field(default_factory=list)  # of the copies; None: of a trailer
+    direct_checks: list[Check] = field(default_factory=list)
     trailers: list[int] = field(default_factory=list)  # peers whose trailer begins here
 
 
@@ -99,7 +102,7 @@ class _End:
                 message = live.reshape(-1).view(torch.uint8) if stays else packed
                 step.direct.setdefault(peer, []).append(message)
                 if stays:
-                    self._add_check(step.direct_checks, peer, piece, piece.rows)
+                    step.direct_checks += self._checks(peer, piece, piece.rows)
                     continue
             self._add_copy(step, piece, live, packed.view(live.dtype).view(live.shape), sends, max_copy_bytes, peer)
 
@@ -119,11 +122,11 @@ class _End:
             step.targets.append(some_packed if sends else some_live)
             step.origins.append(some_live if sends else some_packed)
             done += len(some_live)
-            if peer is not None:
-                self._add_check(step.checks, peer, piece, done)
+            step.checks += [None] if peer is None else self._checks(peer, piece, done)
 
-    def _add_check(self, checks: list[tuple[BoxChecksum, int]], peer: int, piece: RoundPiece, rows: int) -> None:
-        """Nothing: a receiver checks at the end."""
+    def _checks(self, peer: int, piece: RoundPiece, rows: int) -> list[Check]:
+        """The check of the first `rows` of a piece on its way; a receiver has none, it checks at the end."""
+        return []
 
 
 class WeightSender(_End):
@@ -185,14 +188,16 @@ class WeightSender(_End):
     def _pack(self, step: _Step) -> None:
         if not step.targets:
             return
-        if step.checks and self._on_cpu:
-            for target, origin, (box, end) in zip(step.targets, step.origins, step.checks, strict=True):
+        if self.with_checksums and self._on_cpu:
+            for target, origin, check in zip(step.targets, step.origins, step.checks, strict=True):
                 target.copy_(origin)
-                box.advance(end)
+                if check is not None:
+                    check[0].advance(check[1])
             return
         torch._foreach_copy_(step.targets, step.origins)
-        for box, end in step.checks:
-            box.advance(end)
+        for check in step.checks:
+            if check is not None:
+                check[0].advance(check[1])
 
     def _write_trailer(self, peer: int, version: int, num_updates: int) -> None:
         trailer = self.trailers[peer]
@@ -203,10 +208,11 @@ class WeightSender(_End):
                 box = self._checksums[transfer.parameter, transfer.source_box]
                 box.write_to(trailer[place : place + 1])
 
-    def _add_check(self, checks: list[tuple[BoxChecksum, int]], peer: int, piece: RoundPiece, rows: int) -> None:
-        if self.with_checksums:
-            transfer = self.streams[peer][piece.transfer]
-            checks.append((self._checksums[transfer.parameter, transfer.source_box], piece.row + rows))
+    def _checks(self, peer: int, piece: RoundPiece, rows: int) -> list[Check]:
+        if not self.with_checksums:
+            return []
+        transfer = self.streams[peer][piece.transfer]
+        return [(self._checksums[transfer.parameter, transfer.source_box], piece.row + rows)]
 
 
 class WeightReceiver(_End):

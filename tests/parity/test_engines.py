@@ -13,7 +13,7 @@ import pytest
 import torch
 
 from fipo_megatron.parallel.groups import listening_socket
-from fipo_megatron.reshard.transport.collective import SENDER, BroadcastGroup
+from fipo_megatron.reshard.transport.broadcast import SENDER, BroadcastGroup
 from fipo_megatron.types import Generation, GenerationRequest, SamplingSettings
 from tests.parity.engine_process import EngineProcess
 from tests.parity.policy_config import make_config

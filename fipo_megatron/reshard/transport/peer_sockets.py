@@ -1,10 +1,12 @@
 """Unix sockets between a trainer rank and the engine workers on its machine: who may write or read a bucket now.
 
-A message is (kind, slot, size). A peer that dies closes its socket, which every wait notices at once.
+A message is (kind, slot, size). A peer that dies closes its socket, which every wait notices at once, whomever it waits
+for. One that says goodbye is missed only by who waits for it.
 """
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import select
@@ -16,7 +18,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-HELLO, FILLED, RELEASED = range(3)
+HELLO, FILLED, RELEASED, GOODBYE = range(4)
 _MESSAGE = struct.Struct("<BBQ")
 _MAX_MESSAGE = 1 << 16
 _RETRY_S = 0.02
@@ -35,6 +37,7 @@ class PeerSockets:
         self._inbox: dict[int, deque[tuple[int, int, int]]] = {}
         self._poll = select.poll()
         self._peer_of: dict[int, int] = {}  # by file descriptor
+        self._gone: set[int] = set()  # who said goodbye
 
     def name(self, peer: int) -> str:
         """E.g. "engine worker 3"."""
@@ -122,6 +125,8 @@ class PeerSockets:
         deadline = time.monotonic() + self.timeout_s
         for peer, size in zip(peers, sizes, strict=True):
             while not self._inbox[peer]:
+                if peer in self._gone:
+                    raise self._lost(peer, None)
                 self._read(peer, deadline)
             message = self._inbox[peer].popleft()
             if message != (kind, slot, size):
@@ -132,6 +137,9 @@ class PeerSockets:
     def close(self) -> None:
         """Close all connections."""
         for sock in self._sockets.values():
+            with contextlib.suppress(OSError):
+                sock.setblocking(False)
+                sock.send(_MESSAGE.pack(GOODBYE, 0, 0))
             sock.close()
         self._sockets, self._peer_of, self._poll = {}, {}, select.poll()
 
@@ -153,7 +161,11 @@ class PeerSockets:
                 raise self._lost(peer, error) from error
             if not message:
                 raise self._lost(peer, None)
-            self._inbox[peer].append(_MESSAGE.unpack(message))
+            if message[0] == GOODBYE:
+                self._gone.add(peer)
+                self._poll.unregister(descriptor)
+            else:
+                self._inbox[peer].append(_MESSAGE.unpack(message))
 
     def _lost(self, peer: int, error: OSError | None) -> ConnectionError:
         reason = "it closed the connection" if error is None else error.strerror or type(error).__name__
