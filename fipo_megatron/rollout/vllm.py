@@ -6,7 +6,7 @@ import os
 import tempfile
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 
@@ -57,32 +57,8 @@ class VllmEngine:
         from vllm import LLM
 
         self._rendezvous = rendezvous
-        rollout = config.rollout
-        max_model_len = rollout.max_prompt_tokens + rollout.max_response_tokens
         self.version = 0 if load_weights else -1
-        self.llm = LLM(
-            model=str(model_folder),
-            load_format="auto" if load_weights else "dummy",
-            dtype=config.model.dtype,
-            max_model_len=max_model_len,
-            max_num_seqs=rollout.max_concurrent_sequences,
-            gpu_memory_utilization=rollout.gpu_memory_utilization,
-            block_size=32,
-            enforce_eager=True,
-            enable_prefix_caching=True,
-            # A prompt cut in two draws once too often from its random generator, which vLLM can't take back on a CPU.
-            enable_chunked_prefill=False,
-            max_num_batched_tokens=max(MIN_BATCHED_TOKENS, max_model_len),
-            logprobs_mode="processed_logprobs",  # after the temperature, as the trainer computes them
-            disable_log_stats=True,
-            seed=config.seed,
-            tensor_parallel_size=rollout.tensor,
-            pipeline_parallel_size=rollout.pipeline,
-            enable_expert_parallel=rollout.expert_parallel,
-            distributed_executor_backend="mp" if rollout.tensor * rollout.pipeline > 1 else "uni",
-            worker_extension_cls="fipo_megatron.reshard.engine_worker.WorkerExtension",
-            weight_transfer_config={"backend": "fipo"},
-        )
+        self.llm = LLM(**engine_arguments(model_folder, config, load_weights))
         self.llm.update_weight_version(str(self.version))
 
     def generate(
@@ -99,28 +75,18 @@ class VllmEngine:
 
         if self.version < 0:
             raise RuntimeError("the engine holds dummy weights: push the policy's before generating")
-        version = int(self.llm.get_weight_version())
-        assert version == self.version, (version, self.version)
         engine = self.llm.llm_engine
         assert not engine.has_unfinished_requests(), "an earlier stream was not read to its end"
         for index, request in enumerate(requests):
             engine.add_request(
                 str(index),
                 {"type": "token", "prompt_token_ids": list(request.prompt_ids)},
-                SamplingParams(
-                    temperature=sampling.temperature,
-                    top_p=sampling.top_p,
-                    max_tokens=sampling.max_response_tokens,
-                    seed=request.seed,
-                    logprobs=0,
-                    detokenize=False,
-                    output_kind=RequestOutputKind.FINAL_ONLY,
-                ),
+                SamplingParams(**sampling_parameters(request, sampling), output_kind=RequestOutputKind.FINAL_ONLY),
             )
         while engine.has_unfinished_requests():
             finished = [output for output in engine.step() if output.finished]
             if finished:
-                yield [(int(output.request_id), _generation(output.outputs[0], version)) for output in finished]
+                yield [(int(output.request_id), _generation(output.outputs[0])) for output in finished]
 
     def connect_weights(self, init_info: dict[str, Any]) -> None:
         """Meet the trainer's ranks, as a `WeightSession` says.
@@ -147,25 +113,88 @@ class VllmEngine:
             raise RuntimeError("vLLM kept cached prefixes of the old weights")
         self.version = int(update_info["version"])
         self.llm.update_weight_version(str(self.version))
-        return {key: max(report[key] for report in reports) for key in reports[0]}
+        return slowest(reports)
 
     def shutdown(self) -> None:
         """End the engine's processes."""
         self.llm.llm_engine.engine_core.shutdown()
 
     def _reports(self) -> list[dict[str, Any]]:
-        """Of every worker; the first refusal is raised."""
         reports = self.llm.collective_rpc("weight_update_report")
-        for report in reports:
-            if "refusal" in report:
-                kind, message = report["refusal"]
-                raise REFUSALS[kind](message)
+        raise_refusals(reports)
         return reports
 
 
-def _generation(completion: Any, version: int) -> Generation:
-    token_ids = np.asarray(completion.token_ids, np.int32)
+def engine_arguments(model_folder: Path, config: Config, load_weights: bool) -> dict[str, Any]:
+    """vLLM's arguments for an engine of this configuration."""
+    rollout = config.rollout
+    max_model_len = rollout.max_prompt_tokens + rollout.max_response_tokens
+    return {
+        "model": str(model_folder),
+        "load_format": "auto" if load_weights else "dummy",
+        "dtype": config.model.dtype,
+        "max_model_len": max_model_len,
+        "max_num_seqs": rollout.max_concurrent_sequences,
+        "gpu_memory_utilization": rollout.gpu_memory_utilization,
+        "block_size": 32,
+        "enforce_eager": True,
+        "enable_prefix_caching": True,
+        # A prompt cut in two draws once too often from its random generator, which vLLM can't take back on a CPU.
+        "enable_chunked_prefill": False,
+        "max_num_batched_tokens": max(MIN_BATCHED_TOKENS, max_model_len),
+        "logprobs_mode": "processed_logprobs",  # after the temperature, as the trainer computes them
+        "disable_log_stats": True,
+        "seed": config.seed,
+        "tensor_parallel_size": rollout.tensor,
+        "pipeline_parallel_size": rollout.pipeline,
+        "enable_expert_parallel": rollout.expert_parallel,
+        "distributed_executor_backend": "mp" if rollout.tensor * rollout.pipeline > 1 else "uni",
+        "worker_extension_cls": "fipo_megatron.reshard.engine_worker.WorkerExtension",
+        "weight_transfer_config": {"backend": "fipo"},
+    }
+
+
+def sampling_parameters(request: GenerationRequest, sampling: SamplingSettings) -> dict[str, Any]:
+    """vLLM's for one response."""
+    return {
+        "temperature": sampling.temperature,
+        "top_p": sampling.top_p,
+        "max_tokens": sampling.max_response_tokens,
+        "seed": request.seed,
+        "logprobs": 0,
+        "detokenize": False,
+    }
+
+
+def raise_refusals(reports: Sequence[dict[str, Any]]) -> None:
+    """Raises the first refusal that a worker reports, as what it was there."""
+    for report in reports:
+        if "refusal" in report:
+            kind, message = report["refusal"]
+            raise REFUSALS[kind](message)
+
+
+def slowest(reports: Sequence[dict[str, Any]]) -> dict[str, float]:
+    """The seconds of the slowest worker."""
+    return {key: max(report[key] for report in reports) for key in reports[0]}
+
+
+def generation_of(
+    token_ids: np.ndarray,
+    logprobs: Sequence[float],
+    finish_reason: Literal["stop", "length"],
+    spans: Sequence[tuple[int, int, int]],
+) -> Generation:
+    """A response of `spans` of tokens, each sampled by one version: `(version, start, end)`."""
+    token_versions = None
+    if len(spans) > 1:
+        token_versions = np.concatenate([np.full(end - start, version, np.int32) for version, start, end in spans])
+    return Generation(token_ids, np.asarray(logprobs, np.float32), finish_reason, spans[0][0], token_versions)
+
+
+def _generation(completion: Any) -> Generation:
     logprobs = [
         position[token].logprob for token, position in zip(completion.token_ids, completion.logprobs, strict=True)
     ]
-    return Generation(token_ids, np.asarray(logprobs, np.float32), completion.finish_reason, version)
+    spans = [(int(span.version), span.start, span.end) for span in completion.weight_versions]
+    return generation_of(np.asarray(completion.token_ids, np.int32), logprobs, completion.finish_reason, spans)

@@ -20,6 +20,7 @@ from fipo_megatron.model.platform import resolve_platform
 from fipo_megatron.rollout.hf import HfEngine
 from fipo_megatron.rollout.replicas import Replicas
 from fipo_megatron.rollout.vllm import VllmEngine, vllm_environment
+from fipo_megatron.rollout.vllm_server import VllmServerEngine
 from fipo_megatron.trainer.actor import EngineClient, PolicyClient
 from fipo_megatron.trainer.policy import MegatronPolicy
 from fipo_megatron.trainer.sync import WeightSync, make_session
@@ -138,7 +139,8 @@ class Workers:
         if engine == "vllm":
             environment = vllm_environment(config, self._on_cpu, replica)
             options = self._options(0 if self._on_cpu else num_workers, environment, num_cpus=num_workers)
-            actor = ray.remote(VllmEngine).options(**options).remote(self.model_folder, config)
+            kind = VllmServerEngine if config.rollout.mode == "server" else VllmEngine
+            actor = ray.remote(kind).options(**options).remote(self.model_folder, config)
         else:
             actor = ray.remote(HfEngine).options(**self._options(0, {})).remote(self.model_folder, config)
         name = "engine" if config.rollout.replicas == 1 else f"engine {replica}"

@@ -77,7 +77,10 @@ class EngineProcess:
 def _serve(pipe: Any, engine: str, folder: Path, config: Config) -> None:
     os.environ.update(vllm_environment(config, on_cpu=True) | {"OMP_NUM_THREADS": "1", "GLOO_SOCKET_IFNAME": "lo"})
     try:
-        if engine == "vllm":
+        Engine: Any
+        if engine == "vllm" and config.rollout.mode == "server":
+            from fipo_megatron.rollout.vllm_server import VllmServerEngine as Engine
+        elif engine == "vllm":
             from fipo_megatron.rollout.vllm import VllmEngine as Engine
         else:
             from fipo_megatron.rollout.hf import HfEngine as Engine  # type: ignore[assignment]

@@ -85,7 +85,6 @@ class Engines:
             assert sent == session.make_plan().minimum_elements * 4  # float32, and nothing twice
         return replies
 
-
     def _receive(self, sessions: list[WeightSession], version: int) -> None:
         for session, process in zip(sessions, self.processes, strict=True):
             process.call("connect_weights", session.to_info(0))
@@ -108,7 +107,7 @@ def test_engines_sample_what_transformers_samples_from_the_exported_folder(engin
     family, folder, started = engines
     layouts = ["ep2"] if family == "qwen3_moe" else ["tp2_pp2_sp", "cp2"]
     for version, layout in enumerate(layouts, start=1):
-        config = make_config(folder, parallel=LAYOUTS[layout], rollout=LIMITS)
+        config = make_config(folder, parallel=LAYOUTS[layout], rollout=LIMITS, trainer={"microbatch_tokens": 130})
         batch = make_check_batch(transformers_logprobs(folder), RESPONSE_LENS, config.algorithm)
         exported = tmp_path / layout
         calls = [
