@@ -41,6 +41,7 @@ class SessionInfo(WeightTransferInitInfo):
     """A `WeightSession` as a dictionary, with the replica's number."""
 
     session: dict[str, Any]
+    connect: bool  # False: find out whether the engine takes part, while nobody waits for it
 
 
 @dataclass
@@ -72,6 +73,8 @@ class FipoWeightTransferEngine(WeightTransferEngine[SessionInfo, UpdateInfo]):
         self.packed_experts = []
         destination = replica * self.session.engine.workers_per_replica + self.parallel_config.rank
         if self.session.transport == "broadcast":
+            if not init_info.connect:
+                return
             group = connect_broadcast(self.session, 1 + destination)
             self.whole = WholeTensorsIn(self.session, group, self.model_config.dtype)
             return
@@ -81,7 +84,8 @@ class FipoWeightTransferEngine(WeightTransferEngine[SessionInfo, UpdateInfo]):
         for experts in self.packed_experts:
             parameters |= experts.unpacked
         views = engine_views(parameters, plan.stored(destination), self.model_config.dtype)
-        self.weights = connect_receiver(self.session, plan, destination, views)
+        if init_info.connect:
+            self.weights = connect_receiver(self.session, plan, destination, views)
 
     def start_weight_update(self) -> None:
         if self.whole is not None:

@@ -94,6 +94,9 @@ class HfEngine:
             self.version,
         )
 
+    def check_session(self, init_info: dict[str, Any]) -> None:
+        """Nothing to refuse: transformers store a checkpoint as it is."""
+
     def connect_weights(self, init_info: dict[str, Any]) -> None:
         """Meet the trainer's ranks, as a `WeightSession` says."""
         self.session, replica = WeightSession.from_info(init_info)

@@ -88,13 +88,20 @@ class VllmEngine:
             if finished:
                 yield [(int(output.request_id), _generation(output.outputs[0])) for output in finished]
 
-    def connect_weights(self, init_info: dict[str, Any]) -> None:
-        """Meet the trainer's ranks, as a `WeightSession` says.
+    def check_session(self, init_info: dict[str, Any]) -> None:
+        """Return if the engine can take part in a `WeightSession`; nobody is met.
 
         Raises:
-            ViewsRefusedError: the engine stores weights in a layout of its own.
+            ViewsRefusedError: it stores weights in a layout of its own, and needs whole tensors.
         """
-        self.llm.init_weight_transfer_engine({"init_info": {"session": init_info}})
+        self._begin(init_info, connect=False)
+
+    def connect_weights(self, init_info: dict[str, Any]) -> None:
+        """Meet the trainer's ranks, as a `WeightSession` says."""
+        self._begin(init_info, connect=True)
+
+    def _begin(self, init_info: dict[str, Any], connect: bool) -> None:
+        self.llm.init_weight_transfer_engine({"init_info": {"session": init_info, "connect": connect}})
         self._reports()
 
     def update_weights(self, update_info: dict[str, Any]) -> dict[str, float]:

@@ -81,9 +81,17 @@ class VllmServerEngine:
         for answers in self._client.post_all("/inference/v1/generate", bodies):
             yield [(index, _generation(answer["choices"][0])) for index, answer in answers]
 
+    def check_session(self, init_info: dict[str, Any]) -> None:
+        """Return if the engine can take part; see `VllmEngine.check_session`."""
+        self._begin(init_info, connect=False)
+
     def connect_weights(self, init_info: dict[str, Any]) -> None:
-        """Meet the trainer's ranks, as a `WeightSession` says; see `VllmEngine.connect_weights`."""
-        self._client.post("/init_weight_transfer_engine", {"init_info": {"session": init_info}})
+        """Meet the trainer's ranks, as a `WeightSession` says."""
+        self._begin(init_info, connect=True)
+
+    def _begin(self, init_info: dict[str, Any], connect: bool) -> None:
+        info = {"session": init_info, "connect": connect}
+        self._client.post("/init_weight_transfer_engine", {"init_info": info})
         raise_refusals(self._reports())
 
     def update_weights(self, update_info: dict[str, Any]) -> dict[str, float]:

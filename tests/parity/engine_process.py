@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import importlib
 import os
 import traceback
 from collections.abc import Sequence
@@ -23,7 +24,10 @@ START_S, CALL_S = 180, 120
 
 
 class EngineProcess:
-    """`with EngineProcess("vllm", folder, config) as engine: engine.generate(requests, sampling)`."""
+    """`with EngineProcess("vllm", folder, config) as engine: engine.generate(requests, sampling)`.
+
+    `engine` is "vllm", "hf", or a class as "module:name".
+    """
 
     def __init__(self, engine: str, folder: Path, config: Config) -> None:
         self._pipe, child = CONTEXT.Pipe()
@@ -77,13 +81,13 @@ class EngineProcess:
 def _serve(pipe: Any, engine: str, folder: Path, config: Config) -> None:
     os.environ.update(vllm_environment(config, on_cpu=True) | {"OMP_NUM_THREADS": "1", "GLOO_SOCKET_IFNAME": "lo"})
     try:
-        Engine: Any
         if engine == "vllm" and config.rollout.mode == "server":
-            from fipo_megatron.rollout.vllm_server import VllmServerEngine as Engine
-        elif engine == "vllm":
-            from fipo_megatron.rollout.vllm import VllmEngine as Engine
-        else:
-            from fipo_megatron.rollout.hf import HfEngine as Engine  # type: ignore[assignment]
+            engine = "fipo_megatron.rollout.vllm_server:VllmServerEngine"
+        module, _, name = {
+            "vllm": "fipo_megatron.rollout.vllm:VllmEngine",
+            "hf": "fipo_megatron.rollout.hf:HfEngine",
+        }.get(engine, engine).partition(":")
+        Engine = getattr(importlib.import_module(module), name)
         served = Engine(folder, config)
         pipe.send((None, None))
     except BaseException:

@@ -128,7 +128,8 @@ def test_engine_follows_the_pushed_weights(setting: dict) -> None:
     assert sorted(index for index, _ in finished) == list(range(NUM_PROMPTS))
     lengths = [len(generation.token_ids) for _, generation in finished]
     assert len(set(lengths)) > 1
-    assert lengths == sorted(lengths)
+    if setting["repeats_bits"]:  # elsewhere answers may overtake each other
+        assert lengths == sorted(lengths)
     reversed_order = engine.generate(requests[::-1], other)[::-1]
     for a, b in zip(first, reversed_order, strict=True):
         np.testing.assert_array_equal(a.token_ids, b.token_ids)  # whatever the order and company
