@@ -35,5 +35,8 @@ class PackedEngine(VllmEngine):
     def __init__(self, model_folder: Path, config: Config) -> None:
         import vllm._custom_ops as custom_ops
 
+        from fipo_megatron.reshard.engine_worker import use_weights_as_loaded
+
+        use_weights_as_loaded()  # not when the engine loads its workers' module, below
         custom_ops._supports_onednn = True
         super().__init__(model_folder, config)
