@@ -15,7 +15,7 @@ from typing import Protocol
 import torch
 import xxhash
 
-CHUNK_BYTES = 512 << 10  # hashed at a time on a CPU: right after it was copied it is still in the cache
+CHUNK_BYTES = 1 << 20  # hashed at a time on a CPU: right after it was copied it is still in a cache
 CHUNK_WORDS = 1 << 20  # summed at a time on CUDA
 _MASK = (1 << 64) - 1
 _CHUNK_FACTOR = 0x9E3779B97F4A7C15 - (1 << 64)  # odd: chunks that change places change the sum

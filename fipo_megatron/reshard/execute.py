@@ -7,9 +7,11 @@ number of the source's updates, a code of the dtype, and a checksum of each tran
 
 from __future__ import annotations
 
+import os
 import zlib
 from collections import defaultdict
 from collections.abc import Iterable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 
 import torch
@@ -22,6 +24,7 @@ from fipo_megatron.reshard.transport.base import NUM_SLOTS, Transport
 
 HEADER = 3  # numbers of a trailer before its checksums
 NAMED_MISMATCHES = 5
+MAX_THREADS = 4  # of a worker's checksums: memory gives no more
 
 
 class StaleWeightsError(RuntimeError):
@@ -238,8 +241,9 @@ class WeightReceiver(_End):
             peer: [t.destination_box.of(live[t.hf_name]) for t in transfers] for peer, transfers in self.streams.items()
         }
         everything = [view for of_peer in self._views.values() for view in of_peer]
-        self._checksums = make_checksums(everything) if verify else []
-        self._found = torch.zeros(len(self._checksums), dtype=torch.int64, device=everything[0].device)
+        self._checks_of_threads = share_out(everything) if verify else []
+        self._threads = ThreadPoolExecutor(max(1, len(self._checks_of_threads)), "weight-checksums")
+        self._found = torch.zeros(len(everything) if verify else 0, dtype=torch.int64, device=everything[0].device)
         self._dtype_code = _dtype_code(everything)
         self._is_complete = False
         self._prepare(self._views, sends=False, max_copy_bytes=None)
@@ -275,9 +279,7 @@ class WeightReceiver(_End):
     def verify_checksums(self) -> list[tuple[int, Transfer]]:
         """The transfers, each with its source, whose place in the views does not hold what the source holds."""
         assert self._is_complete, "receive comes first"
-        for place, box in enumerate(self._checksums):
-            box.restart()
-            box.write_to(self._found[place : place + 1])
+        list(self._threads.map(self._compute, self._checks_of_threads))
         wanted = torch.cat([trailer[HEADER:] for trailer in self.trailers.values()])
         wrong = (self._found != wanted).cpu()
         transfers = [(peer, transfer) for peer, of_peer in self.streams.items() for transfer in of_peer]
@@ -289,11 +291,16 @@ class WeightReceiver(_End):
         Raises:
             WeightMismatchError: naming tensors, boxes, source ranks and this destination.
         """
-        if not self._checksums:
+        if not self.with_checksums:
             return
         wrong = self.verify_checksums()
         if wrong:
             raise WeightMismatchError(describe_mismatches(wrong, self.destination))
+
+    def _compute(self, checks: Sequence[tuple[int, BoxChecksum]]) -> None:
+        for place, box in checks:
+            box.restart()
+            box.write_to(self._found[place : place + 1])
 
     def _check_headers(self, version: int) -> None:
         headers = {peer: trailer[:HEADER].tolist() for peer, trailer in self.trailers.items()}
@@ -308,6 +315,21 @@ class WeightReceiver(_End):
                     f"trainer rank {peer} has another dtype than engine worker {self.destination}"
                 )
         check_updates({peer: header[1] for peer, header in headers.items()}, version)
+
+
+def share_out(views: Sequence[torch.Tensor]) -> list[list[tuple[int, BoxChecksum]]]:
+    """Checksums of all views with their places among them, in parts of about as many bytes for one thread each.
+
+    While weights are checked the engine waits, and so do its threads; a GPU has its own.
+    """
+    num_threads = min(MAX_THREADS, len(os.sched_getaffinity(0))) if views[0].device.type == "cpu" else 1
+    parts: list[list[int]] = [[] for _ in range(num_threads)]
+    num_bytes = [0] * num_threads
+    for place, view in sorted(enumerate(views), key=lambda item: -item[1].numel()):
+        least = num_bytes.index(min(num_bytes))
+        parts[least].append(place)
+        num_bytes[least] += view.numel()
+    return [list(zip(part, make_checksums([views[place] for place in part]), strict=True)) for part in parts if part]
 
 
 def check_updates(num_updates: Mapping[int, int], version: int) -> None:

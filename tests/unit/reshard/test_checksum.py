@@ -11,7 +11,7 @@ from fipo_megatron.reshard.checksum import CHUNK_BYTES, CHUNK_WORDS, checksum, m
 FUNCTIONS = (checksum, word_sum)  # of a CPU, and of CUDA
 DTYPES = (torch.bfloat16, torch.float32)
 # The last two are more than is hashed, or summed, at a time.
-SHAPES = ((1, 1), (7, 1), (3, 5), (64, 33), (CHUNK_BYTES // 256, 130), (CHUNK_WORDS // 100, 401))
+SHAPES = ((1, 1), (7, 1), (3, 5), (64, 33), (CHUNK_BYTES // 250, 130), (CHUNK_WORDS // 100, 401))
 
 
 def random_bits(rows: int, columns: int, dtype: torch.dtype, seed: int = 0) -> torch.Tensor:
