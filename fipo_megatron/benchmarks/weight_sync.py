@@ -32,6 +32,7 @@ TRANSPORTS = ("shared_memory", "collective")
 ENGINES = (1, 2)  # tensor-parallel sizes
 NUM_SOURCES = 2
 MEMORY_SYNCS = 100
+BUCKET_BYTES = 256 << 20  # of a process: the default of sync.bucket_mib
 REPLY_S = 600
 GROUP_VARIABLES = {"GLOO_SOCKET_IFNAME": "lo", "OMP_NUM_THREADS": "1"}
 
@@ -61,14 +62,14 @@ def targets() -> list[Target]:
     return found
 
 
-def run(workload: Workload, num_samples: int, bucket_bytes: int, with_memory: bool, note: Note) -> list[Row]:
+def run(workload: Workload, num_samples: int, with_memory: bool, note: Note) -> list[Row]:
     """A row a variant. Each is checked first: every worker must hold the trainer's weights.
 
     Raises:
         RuntimeError: a process failed, or a worker did not get the weights.
     """
     with tempfile.TemporaryDirectory(prefix="fipo-sync-") as folder:
-        processes = SyncProcesses(World(workload.shape, workload.dtype, folder, bucket_bytes))
+        processes = SyncProcesses(World(workload.shape, workload.dtype, folder, BUCKET_BYTES))
         try:
             times: dict[str, list[float]] = {}
             for name in variants():
