@@ -13,6 +13,7 @@ import time
 import traceback
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass
+from multiprocessing import connection
 from pathlib import Path
 from typing import Any
 
@@ -115,7 +116,8 @@ class SyncProcesses:
         self._barrier = context.Barrier(num_processes)  # held: the processes open it by its name
         before = {name: os.environ.get(name) for name in GROUP_VARIABLES}
         os.environ.update(GROUP_VARIABLES)
-        self._pipes, self._processes = [], []
+        self._pipes: list[Any] = []
+        self._processes: list[Any] = []
         try:
             for number in range(num_processes):
                 ours, theirs = context.Pipe()
@@ -142,7 +144,7 @@ class SyncProcesses:
         """By how much the resident memory of any process grew over MEMORY_SYNCS verified syncs."""
         growth = {}
         for name in variants():
-            if "verify" in name:
+            if "verify" in name and name.endswith(f"tp{ENGINES[0]}"):
                 before = self._ask(name, False)
                 for _ in range(MEMORY_SYNCS):
                     after = self._ask(name, False)
@@ -163,18 +165,22 @@ class SyncProcesses:
     def _ask(self, variant: str, check: bool) -> list[Reply]:
         for pipe in self._pipes:
             pipe.send((variant, check))
-        replies = []
-        for number, pipe in enumerate(self._pipes):
-            try:
-                if not pipe.poll(REPLY_S):
-                    raise RuntimeError(f"{variant}: process {number} did not answer within {REPLY_S} s")
-                reply = pipe.recv()
-            except (EOFError, ConnectionError):
-                raise RuntimeError(f"{variant}: process {number} died") from None
-            if reply.error is not None:
-                raise RuntimeError(f"{variant}: process {number}: {reply.error}")
-            replies.append(reply)
-        return replies
+        replies: dict[int, Reply] = {}
+        deadline = time.monotonic() + REPLY_S
+        while waiting := [pipe for number, pipe in enumerate(self._pipes) if number not in replies]:
+            ready = connection.wait(waiting, max(0.0, deadline - time.monotonic()))
+            if not ready:
+                raise RuntimeError(f"{variant}: {len(waiting)} processes did not answer within {REPLY_S} s")
+            for number, pipe in enumerate(self._pipes):
+                if pipe not in ready:
+                    continue
+                try:
+                    replies[number] = pipe.recv()
+                except (EOFError, ConnectionError):
+                    raise RuntimeError(f"{variant}: process {number} died; is there enough memory?") from None
+                if (error := replies[number].error) is not None:
+                    raise RuntimeError(f"{variant}: process {number}: {error}")
+        return [replies[number] for number in range(len(self._pipes))]
 
 
 def _serve(world: World, number: int, ports: list[int], listeners: list[Any], barrier: Any, pipe: Any) -> None:
