@@ -32,6 +32,7 @@ THIRD_PARTY = {
     "sglang": ("rollout/*", "reshard/engine_worker.py"),
     "triton": ("*/triton_kernel.py",),
     "numba": ("*/numba_kernel.py",),
+    "xxhash": ("reshard/checksum.py",),
 }
 EXCEPT = {"megatron": "model/weight_map/*"}  # names and slices: plain data
 
