@@ -29,7 +29,7 @@ THIRD_PARTY = {
     "ray": ("trainer/placement.py", "trainer/actor.py"),
     "megatron": ("parallel/groups.py", "model/*", "trainer/step.py", "checkpoint/*", "ops/*", "benchmarks/*"),
     "vllm": ("rollout/*", "reshard/engine_worker.py"),
-    "sglang": ("rollout/*", "reshard/engine_worker.py"),
+    "sglang": ("rollout/*", "reshard/sglang_worker.py"),
     "triton": ("*/triton_kernel.py",),
     "numba": ("*/numba_kernel.py",),
     "xxhash": ("reshard/checksum.py",),
