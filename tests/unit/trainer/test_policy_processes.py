@@ -32,7 +32,8 @@ def second_fails(policy: Any) -> None:
 
 @pytest.mark.multiproc
 @pytest.mark.parametrize(
-    ("call", "message"), [(second_is_killed, "rank 1 died by SIGKILL"), (second_fails, r"(?s)rank 1: .*KeyError: 'lost'")]
+    ("call", "message"),
+    [(second_is_killed, "rank 1 died by SIGKILL"), (second_fails, r"(?s)rank 1: .*KeyError: 'lost'")],
 )
 def test_a_rank_that_ends_is_named_at_once(call: Any, message: str, tmp_path: Path) -> None:
     start = time.monotonic()
