@@ -24,6 +24,9 @@ BASE = [
     "tokenizers>=0.23.1,<0.24",
     # Weights in Hugging Face format, read and written without pickle.
     "safetensors>=0.6.2,<1",
+    # XXH3, by which an engine's weights are compared with the trainer's after each sync; 4.1 is tested, and 3.5 was the
+    # first whose results and streaming interface are those used.
+    "xxhash>=3.5,<5",
     # Flat arrays of token ids and log-probs between processes. The numba of vLLM 0.32 wants less than 2.4.
     "numpy>=2,<2.4",
     # Compiles the future-KL scan for the CPU, without a compiler on the machine. vLLM 0.32 asks for exactly 0.65.0.

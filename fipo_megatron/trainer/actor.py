@@ -129,6 +129,14 @@ class EngineClient:
             for response in finished:
                 yield response
 
+    async def check_session(self, init_info: dict[str, Any]) -> None:
+        """Return if the engine can take part in a `WeightSession`.
+
+        Raises:
+            ViewsRefusedError: it needs whole tensors.
+        """
+        await self._call("check_session", init_info)
+
     async def connect_weights(self, init_info: dict[str, Any]) -> None:
         """Meet the trainer's ranks."""
         await self._call("connect_weights", init_info)

@@ -19,7 +19,9 @@ from fipo_megatron.config.schema import Config, RolloutConfig
 from fipo_megatron.model.platform import resolve_platform
 from fipo_megatron.rollout.hf import HfEngine
 from fipo_megatron.rollout.replicas import Replicas
+from fipo_megatron.rollout.sglang import SglangEngine
 from fipo_megatron.rollout.vllm import VllmEngine, vllm_environment
+from fipo_megatron.rollout.vllm_server import VllmServerEngine
 from fipo_megatron.trainer.actor import EngineClient, PolicyClient
 from fipo_megatron.trainer.policy import MegatronPolicy
 from fipo_megatron.trainer.sync import WeightSync, make_session
@@ -96,6 +98,7 @@ class Workers:
             process.kill()
         psutil.wait_procs(alive, timeout=SHUTDOWN_S)
         shutil.rmtree(self._temp_dir, ignore_errors=True)
+        shutil.rmtree(self.log_folder / "weights", ignore_errors=True)  # of a disk transport
         for number, handler in handlers.items():  # None: not set from Python
             signal.signal(number, signal.SIG_DFL if handler is None else handler)
 
@@ -136,9 +139,16 @@ class Workers:
         config, engine = self.config, self.config.rollout.engine
         num_workers = config.rollout.tensor * config.rollout.pipeline
         if engine == "vllm":
-            environment = vllm_environment(config, self._on_cpu)
+            environment = vllm_environment(config, self._on_cpu, replica)
             options = self._options(0 if self._on_cpu else num_workers, environment, num_cpus=num_workers)
-            actor = ray.remote(VllmEngine).options(**options).remote(self.model_folder, config)
+            if config.rollout.mode == "server":
+                server = ray.remote(VllmServerEngine).options(**options)
+                actor = server.remote(self.model_folder, config, on_cpu=self._on_cpu)
+            else:
+                actor = ray.remote(VllmEngine).options(**options).remote(self.model_folder, config)
+        elif engine == "sglang":
+            options = self._options(0 if self._on_cpu else num_workers, {}, num_cpus=num_workers)
+            actor = ray.remote(SglangEngine).options(**options).remote(self.model_folder, config, on_cpu=self._on_cpu)
         else:
             actor = ray.remote(HfEngine).options(**self._options(0, {})).remote(self.model_folder, config)
         name = "engine" if config.rollout.replicas == 1 else f"engine {replica}"

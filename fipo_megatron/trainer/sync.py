@@ -13,6 +13,7 @@ import torch
 
 from fipo_megatron.config.schema import Config, ParallelConfig, RolloutConfig
 from fipo_megatron.model.hf_config import read_model_shape
+from fipo_megatron.reshard.engine_views import ViewsRefusedError
 from fipo_megatron.reshard.execute import StaleWeightsError, WeightMismatchError
 from fipo_megatron.reshard.layout import EngineLayout, TrainerLayout
 from fipo_megatron.reshard.session import ON_DISK, TransportName, WeightSession
@@ -67,23 +68,20 @@ class WeightSync:
     async def _connect(self) -> None:
         await asyncio.gather(*(engine.ready() for engine in self._engines))
         try:
-            await self._meet()
-        except ValueError as error:
-            if self.config.sync.transport != "auto" or self.session.transport == "broadcast":
-                raise
-            logger.warning(
-                "an engine can't take shards (%s); it is sent whole tensors: sync.transport=broadcast", error
+            await asyncio.gather(
+                *(engine.check_session(self.session.to_info(replica)) for replica, engine in enumerate(self._engines))
             )
+        except ViewsRefusedError as error:
+            if self.config.sync.transport != "auto":
+                raise
+            logger.warning("an engine takes no shards (%s); it is sent whole tensors: sync.transport=broadcast", error)
             self.session = replace(self.session, transport="broadcast")
-            await self._meet()
-        self._is_connected = True
-
-    async def _meet(self) -> None:
         self.session = replace(self.session, port=await self._policy.listen_for_engines())
         connecting = [
             engine.connect_weights(self.session.to_info(replica)) for replica, engine in enumerate(self._engines)
         ]
         await self._both(self._policy.connect_engines(self.session), connecting, concurrently=True)
+        self._is_connected = True
 
     async def _both(
         self, policy_side: Awaitable[Any], engine_sides: Sequence[Awaitable[Any]], concurrently: bool | None = None
@@ -92,7 +90,7 @@ class WeightSync:
 
         Raises:
             EngineUpdateError: an engine failed, or is gone.
-            Exception: what a rank of the policy raised, or the engine's refusal of wrong weights or of shards.
+            Exception: what a rank of the policy raised, or the engine's refusal of wrong weights.
         """
         if concurrently is None:
             concurrently = self.session.transport not in ON_DISK
@@ -106,7 +104,7 @@ class WeightSync:
             raise received
         failures = {i: result for i, result in enumerate(received) if isinstance(result, BaseException)}
         for failure in failures.values():
-            if isinstance(failure, ValueError | StaleWeightsError):
+            if isinstance(failure, REFUSALS):
                 raise failure
         if isinstance(sent, BaseException) and not isinstance(sent, ConnectionError):
             raise sent

@@ -37,7 +37,7 @@ TESTED_ELSEWHERE = {
     "trainer/tiny_models.py": PROCESSES,
     "trainer/step.py": PROCESSES,
     "reshard/engine_worker.py": ENGINES,
-    "reshard/transport/collective.py": ENGINES,
+    "reshard/transport/broadcast.py": ENGINES,
     "rollout/client.py": ENGINES,
     "rollout/hf.py": ENGINES,
     "rollout/vllm.py": ENGINES,

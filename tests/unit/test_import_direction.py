@@ -22,16 +22,17 @@ LAYERS = (
 )
 LEVELS = {package: level for level, packages in enumerate(LAYERS) for package in packages}
 # Packages that import less than the rows above their own.
-ONLY = {"benchmarks": ("ops", "types", "config.schema", "observability.timers")}
+ONLY = {"benchmarks": ("reshard", "model", "parallel", "ops", "types", "config.schema", "observability.timers")}
 
 # The only files that may import an engine, the training library or the scheduler.
 THIRD_PARTY = {
     "ray": ("trainer/placement.py", "trainer/actor.py"),
     "megatron": ("parallel/groups.py", "model/*", "trainer/step.py", "checkpoint/*", "ops/*", "benchmarks/*"),
     "vllm": ("rollout/*", "reshard/engine_worker.py"),
-    "sglang": ("rollout/*", "reshard/engine_worker.py"),
+    "sglang": ("rollout/*", "reshard/sglang_worker.py"),
     "triton": ("*/triton_kernel.py",),
     "numba": ("*/numba_kernel.py",),
+    "xxhash": ("reshard/checksum.py",),
 }
 EXCEPT = {"megatron": "model/weight_map/*"}  # names and slices: plain data
 
