@@ -27,8 +27,8 @@ PAUSE_MODES = {"keep": "in_place", "abort": "abort"}
 
 
 class SglangEngine:
-    """The same calls as `VllmServerEngine`. A request's seed has no effect: SGLang keeps to it in its deterministic mode
-    alone, which it refuses with the attention it has on a CPU. So runs are not repeated bit for bit.
+    """The same calls as `VllmServerEngine`, but that a request's seed has no effect: SGLang keeps to it in its
+    deterministic mode alone, which it refuses with the attention that it has on a CPU. No run is repeated bit for bit.
 
     It starts from dummy weights, for the trainer to push the policy's, or with `load_weights` from the folder's. With
     `url` and `token` it uses a server that runs already, on weights of its own.
