@@ -17,7 +17,7 @@ install: ## build .venv with all that a run on CPU and the tests need
 quickstart: install ## train a tiny policy with FIPO on CPU; overrides: make quickstart ARGS="seed=1 trainer.steps=5"
 	.venv/bin/python tools/train.py configs/quickstart_cpu.yaml $(ARGS)
 
-test: install lint ## lint and run all tests; a selection: make test ARGS="-k loss -m 'not slow'"
+test: install sglang lint ## lint and run all tests; a selection: make test ARGS="-k loss -m 'not slow'"
 	.venv/bin/python -m pytest $(ARGS)
 
 sglang: install ## build the second environment, with SGLang on a CPU

@@ -93,6 +93,7 @@ class ServerClient:
     """Requests to an engine's server: one that was started here, or another's, by its URL and token."""
 
     def __init__(self, url: str, token: str, server: ServerProcess | None = None) -> None:
+        self.url, self.token = url, token
         self._server = server
         self._client = httpx.AsyncClient(
             base_url=url,

@@ -144,6 +144,10 @@ class SglangEngine:
         self.version = -1
         self._client.post("/resume_memory_occupation", {"tags": ["weights", "kv_cache"]})
 
+    def address(self) -> tuple[str, str]:
+        """URL and token, for others to use the server."""
+        return self._client.url, self._client.token
+
     def shutdown(self) -> None:
         """End the server, if it was started here."""
         self._client.close()
@@ -200,6 +204,8 @@ def sglang_environment(folder: Path, on_cpu: bool) -> dict[str, str]:
     """
     environment = {
         "PYTHONPATH": str(Path(fipo_megatron.__file__).parents[1]),
+        # It wants room for a token behind the last, which is sampled and never read.
+        "SGLANG_ALLOW_OVERWRITE_LONGER_CONTEXT_LEN": "1",
         "SGLANG_DISTRIBUTED_INIT_METHOD_OVERRIDE": f"file://{folder}/workers",
     }
     if on_cpu:

@@ -131,6 +131,10 @@ class VllmServerEngine:
         self.version = -1
         self._client.post("/wake_up")
 
+    def address(self) -> tuple[str, str]:
+        """URL and token, for others to use the server."""
+        return self._client.url, self._client.token
+
     def shutdown(self) -> None:
         """End the server, if it was started here."""
         self._client.close()

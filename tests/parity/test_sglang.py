@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Iterator
 from pathlib import Path
 
+import httpx
 import numpy as np
 import pytest
 
+from fipo_megatron.reshard.sglang_worker import LOADER
+from fipo_megatron.rollout.sglang import as_named_tensor
 from fipo_megatron.types import GenerationRequest, SamplingSettings
 from tests.parity.engine_process import EngineProcess
 from tests.parity.policy_config import make_config
@@ -20,6 +24,14 @@ pytestmark = [
     pytest.mark.multiproc,
     pytest.mark.skipif(not PYTHON.exists(), reason="no SGLang beside .venv: `make sglang` builds it"),
 ]
+ENGINE = "fipo_megatron.rollout.sglang:SglangEngine"
+LIMITS = {
+    "engine": "sglang",
+    "sglang_python": str(PYTHON),
+    "max_prompt_tokens": 128,
+    "max_response_tokens": 64,
+    "max_concurrent_sequences": 16,
+}
 REQUESTS = [GenerationRequest(prompt, seed=i) for i, prompt in enumerate(prompts())]
 
 
@@ -27,9 +39,8 @@ REQUESTS = [GenerationRequest(prompt, seed=i) for i, prompt in enumerate(prompts
 def setting(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict]:
     folders = [tmp_path_factory.mktemp(f"sglang-{seed}") for seed in range(2)]
     policies = [make_model(folder, seed, tied=True) for seed, folder in enumerate(folders)]
-    limits = {"max_prompt_tokens": 128, "max_response_tokens": 64, "max_concurrent_sequences": 16}
-    config = make_config(folders[0], rollout=limits | {"engine": "sglang", "sglang_python": str(PYTHON)})
-    with EngineProcess("fipo_megatron.rollout.sglang:SglangEngine", folders[0], config) as engine:
+    config = make_config(folders[0], rollout=LIMITS, timeouts={"startup_s": 180})
+    with EngineProcess(ENGINE, folders[0], config) as engine:
         yield {"engine": engine, "config": config, "folders": folders, "policies": policies}
 
 
@@ -64,6 +75,36 @@ def test_weights_of_a_folder_are_loaded_by_sglang_itself(setting: dict) -> None:
     engine = setting["engine"]
     engine.call("update_from_disk", setting["folders"][0], 11)
     check_greedy(engine.generate(REQUESTS, GREEDY), setting["policies"][0], 11)
+
+
+def test_the_server_refuses_weights_outside_a_session_and_requests_without_the_token(setting: dict) -> None:
+    engine = setting["engine"]
+    url, token = engine.call("address")
+    order = {"serialized_named_tensors": [as_named_tensor("{}")], "load_format": LOADER}
+    path = f"{url}/update_weights_from_tensor"
+    assert httpx.post(path, json=order).status_code == 401
+    assert httpx.post(path, json=order, headers={"Authorization": "Bearer guess"}).status_code == 401
+    refused = httpx.post(path, json=order, headers={"Authorization": f"Bearer {token}"})
+    assert refused.status_code == 400
+    assert "begin_weight_update" in refused.json()["message"]
+
+
+def test_a_server_that_dies_in_an_update_is_named(tmp_path: Path) -> None:
+    policy = make_model(tmp_path / "model", 0, tied=True)
+    config = make_config(tmp_path / "model", rollout=LIMITS, timeouts={"collective_s": 20, "startup_s": 180})
+    with EngineProcess(ENGINE, tmp_path / "model", config) as engine:
+        trainer = TrainerEnd(tmp_path / "model", policy, config, "shared_memory", tmp_path)
+        trainer.connect(engine)
+        # The trainer sends nothing: the scheduler waits, and dies there.
+        engine.start("update_weights", {"version": 0})
+        time.sleep(1)
+        server = next(process for process in engine.processes if "sglang_launcher" in " ".join(process.cmdline()))
+        start = time.monotonic()
+        server.kill()
+        with pytest.raises(RuntimeError, match="EngineServerError: the engine's server ended with status -9"):
+            engine.result()
+        assert time.monotonic() - start < 10
+    assert not server.is_running() or server.status() == "zombie"
 
 
 def test_pause_resume_and_abort(setting: dict) -> None:
