@@ -81,7 +81,7 @@ def test_offload_changes_no_bit_of_the_other_calls(tmp_path: Path) -> None:
         ("logprobs", (batch,)),
         ("supervised_update", (batch, samples, OPTIMIZER.lr)),
         ("logprobs", (batch,)),
-        ("weight_metadata", ()),
+        ("describe_kernels", ()),
         ("ref_logprobs", (batch,)),
         ("logprobs", (batch,)),
         ("update", (batch, samples, OPTIMIZER.lr)),

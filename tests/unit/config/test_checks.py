@@ -131,6 +131,15 @@ def test_sound_configurations_pass_and_pass_again_when_saved(overrides, small_ru
         (["data.prompt=chat"], "data.prompt = 'chat': has no effect on problems of the task"),
         (["data.max_corrupt_frac=0.1"], "data.max_corrupt_frac = 0.1: has no effect without training files"),
         (["rollout.engine=hf", "rollout.kv_cache_gib=4"], "rollout.kv_cache_gib = 4: has no effect on rollout.engine"),
+        (["rollout.engine=hf", "rollout.tensor=2"], "rollout.tensor = 2: has no effect on rollout.engine = 'hf'"),
+        (["rollout.engine=sglang", "rollout.mode=server"], "rollout.mode = 'server': has no effect on rollout.engine"),
+        (["rollout.sglang_python=python"], "rollout.sglang_python = 'python': has no effect but on rollout.engine"),
+        (["sync.folder=/shared"], "sync.folder = '/shared': has no effect but for a disk transport"),
+        (["sync.transport=cuda_ipc", "platform=cpu"], "sync.transport = 'cuda_ipc': platform = 'cpu' has no CUDA"),
+        (
+            ["sync.transport=shared_memory", "cluster.address=10.0.0.1"],
+            "sync.transport = 'shared_memory': for processes of one machine, and cluster.address = 10.0.0.1 is for",
+        ),
         (
             ["reward.overlong_penalty_factor=0.5"],
             "reward.overlong_penalty_factor = 0.5: has no effect with reward.over",
