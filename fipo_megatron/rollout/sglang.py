@@ -23,7 +23,8 @@ from fipo_megatron.rollout.vllm import raise_refusals, slowest
 from fipo_megatron.types import FinishedResponse, Generation, GenerationRequest, SamplingSettings
 
 IMPORT_S = 120.0
-PAUSE_MODES = {"keep": "in_place", "abort": "abort"}
+# Kept requests begin anew from their tokens: what they remember was computed by the old weights.
+PAUSE_MODES = {"keep": "retract", "abort": "abort"}
 MAX_SEED = 2**31  # of a request; SGLang keeps it with others in one tensor
 
 
@@ -221,7 +222,8 @@ def server_options(model_folder: Path, config: Config, load_weights: bool, on_cp
         "log-level": "warning",
         "mem-fraction-static": rollout.gpu_memory_utilization,
     }
-    flags = ["--skip-server-warmup"]
+    # A seed a request is heeded in this mode alone; its kernels compute a request alike whatever its company.
+    flags = ["--skip-server-warmup", "--enable-deterministic-inference"]
     if rollout.expert_parallel:
         options["expert-parallel-size"] = rollout.tensor
     if on_cpu:
