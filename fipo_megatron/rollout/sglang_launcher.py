@@ -22,6 +22,7 @@ def main() -> None:
     from sglang.srt import server_args
     from sglang.srt.entrypoints.http_server import launch_server
     from sglang.srt.utils import kill_process_tree
+
     from fipo_megatron.rollout.sglang_scheduler import run_scheduler
 
     server_args.add_deterministic_attention_backend_choices([CPU_ATTENTION])

@@ -1,20 +1,19 @@
-"""SGLang's scheduler as the launcher runs it: it listens on one address alone, and on a CPU it heeds a request's seed."""
+"""SGLang's scheduler as the launcher runs it: on a CPU, too, it heeds a request's seed."""
 
 from __future__ import annotations
 
-from importlib import import_module
 from typing import Any
 
 import torch
-
-from fipo_megatron.parallel.groups import listening_socket
 
 _MASK = 0xFFFFFFFF
 
 
 def run_scheduler(*arguments: Any, **options: Any) -> Any:
-    """What SGLang's own entry returns, in the process that it starts for it. The first GPU-less change can go when the
-    kernels of SGLang 0.5.23 for CPUs are a package."""
+    """What SGLang's own entry returns, in the process that it starts for it.
+
+    The changes for CPUs can go when a package has the kernels that SGLang 0.5.23 has for them.
+    """
     from sglang.srt.managers.scheduler import run_scheduler_process
     from sglang.srt.model_executor.model_runner import ModelRunner
 
@@ -24,20 +23,7 @@ def run_scheduler(*arguments: Any, **options: Any) -> Any:
         library = torch.library.Library("sgl_kernel", "FRAGMENT")
         library.define("murmur_hash32_cpu(Tensor seed, Tensor positions, Tensor columns) -> Tensor")
         library.impl("murmur_hash32_cpu", murmur_hash32, "CPU")
-    rendezvous: Any = import_module("torch.distributed.rendezvous")  # `import` would give the function of that name
-    rendezvous.TCPStore = listen_on_one_address(rendezvous.TCPStore)
     return run_scheduler_process(*arguments, **options)
-
-
-def listen_on_one_address(make_store: Any) -> Any:
-    """`torch.distributed.TCPStore`, which listens on every interface whatever address it is given (2.13), mended."""
-
-    def make(host_name: str, port: int, *rest: Any, **options: Any) -> Any:
-        if options.get("is_master"):
-            options["master_listen_fd"] = listening_socket(host_name, port).detach()
-        return make_store(host_name, port, *rest, **options)
-
-    return make
 
 
 def murmur_hash32(seed: torch.Tensor, positions: torch.Tensor, columns: torch.Tensor) -> torch.Tensor:

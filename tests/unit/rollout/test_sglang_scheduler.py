@@ -2,14 +2,10 @@
 
 from __future__ import annotations
 
-import datetime
-
-import psutil
 import pytest
 import torch
-import torch.distributed as dist
 
-from fipo_megatron.rollout.sglang_scheduler import listen_on_one_address, murmur_hash32
+from fipo_megatron.rollout.sglang_scheduler import murmur_hash32
 
 
 def murmur3(data: bytes) -> int:
@@ -38,20 +34,10 @@ def test_hash_of_seed_position_and_column(dtype):
     seeds, positions, columns = [0, 42, 2**31 - 1, 2**40 + 7], [0, 1, 80, 2**20], [0, 1, 151_935]
     hashed = murmur_hash32(torch.tensor(seeds).to(dtype), torch.tensor(positions), torch.tensor(columns))
     expected = [
-        [murmur3(seed.to_bytes(8, "little") + position.to_bytes(4, "little") + c.to_bytes(4, "little")) for c in columns]
+        [
+            murmur3(seed.to_bytes(8, "little") + position.to_bytes(4, "little") + c.to_bytes(4, "little"))
+            for c in columns
+        ]
         for seed, position in zip(seeds, positions, strict=True)
     ]
     assert hashed.tolist() == expected
-
-
-def test_a_store_listens_on_its_address_alone():
-    options = {"world_size": 1, "timeout": datetime.timedelta(seconds=5), "wait_for_workers": False}
-    make = listen_on_one_address(dist.TCPStore)
-    store = make("127.0.0.1", 0, is_master=True, **options)
-    client = make("127.0.0.1", store.port, is_master=False, **options)
-    client.set("key", "value")
-    assert store.get("key") == b"value"
-    listening = {
-        c.laddr.ip for c in psutil.Process().net_connections("inet") if c.status == "LISTEN" and c.laddr.port == store.port
-    }
-    assert listening == {"127.0.0.1"}
