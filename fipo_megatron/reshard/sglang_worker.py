@@ -15,6 +15,7 @@ from typing import Any
 
 import torch
 
+from fipo_megatron.reshard.checksum import checksum
 from fipo_megatron.reshard.connect import WeightsIn, connect_receiver
 from fipo_megatron.reshard.engine_views import ViewsRefusedError, engine_views
 from fipo_megatron.reshard.execute import StaleWeightsError, WeightMismatchError
@@ -32,6 +33,8 @@ def load(model: Any, named_tensors: Sequence[tuple[str, torch.Tensor]]) -> None:
     try:
         if order["order"] == "update":
             report |= _END.update(model, order["version"])
+        elif order["order"] == "checksums":
+            report["checksums"] = _END.checksums(model, rank)
         else:
             _END.begin(model, order["session"], rank, connect=order["order"] == "connect")
     except (ViewsRefusedError, WeightMismatchError, StaleWeightsError) as error:
@@ -46,11 +49,13 @@ class _SchedulersEnd:
     """What one scheduler process has of a session."""
 
     session: WeightSession
+    first_worker: int  # of the engine, over all replicas
     receiver: WeightsIn | WholeTensorsIn
 
     def begin(self, model: Any, info: dict[str, Any], rank: int, connect: bool) -> None:
         self.session, replica = WeightSession.from_info(info)
-        destination = replica * self.session.engine.workers_per_replica + rank
+        self.first_worker = replica * self.session.engine.workers_per_replica
+        destination = self.first_worker + rank
         dtype = next(model.parameters()).dtype
         if self.session.transport == "broadcast":
             if connect:
@@ -73,6 +78,12 @@ class _SchedulersEnd:
         if self.session.verify:
             self.receiver.verify()
         return {"receive_s": received - start, "verify_s": time.perf_counter() - received}
+
+    def checksums(self, model: Any, rank: int) -> dict[str, str]:
+        """Of what this worker stores, by Hugging Face name: read from the live parameters now."""
+        stored = self.session.make_plan().stored(self.first_worker + rank)
+        views = engine_views(dict(model.named_parameters()), stored, next(model.parameters()).dtype)
+        return {name: f"{checksum(view):016x}" for name, view in views.items()}
 
 
 _END = _SchedulersEnd()

@@ -25,7 +25,7 @@ import httpx
 
 POLL_S = 0.5
 END_S = 10.0
-LOG_CHARS = 2000  # of the end of a server's log, in errors
+LOG_CHARS = 6000  # of the end of a server's log, in errors: the cause is followed by those who lost it
 
 
 class EngineServerError(RuntimeError):

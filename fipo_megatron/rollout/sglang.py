@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import base64
+import contextlib
 import json
 import pickle
 import subprocess
@@ -18,17 +19,21 @@ import torch
 import fipo_megatron
 from fipo_megatron.config.schema import Config
 from fipo_megatron.reshard.sglang_worker import LOADER
+from fipo_megatron.reshard.transport.sglang import share_tensors
 from fipo_megatron.rollout.server_process import EngineServerError, ServerClient, ServerProcess
-from fipo_megatron.rollout.vllm import raise_refusals, slowest
+from fipo_megatron.rollout.vllm import generation_of, raise_refusals, slowest
 from fipo_megatron.types import FinishedResponse, Generation, GenerationRequest, SamplingSettings
 
 IMPORT_S = 120.0
-PAUSE_MODES = {"keep": "in_place", "abort": "abort"}
+# Kept requests begin anew from their tokens: what they remember was computed by the old weights.
+PAUSE_MODES = {"keep": "retract", "abort": "abort"}
+MAX_SEED = 2**31  # of a request; SGLang keeps it with others in one tensor
+GROUP = "fipo_weights"  # SGLang's name of the process group that whole tensors are broadcast in
 
 
 class SglangEngine:
-    """The same calls as `VllmServerEngine`, but that a request's seed has no effect: SGLang keeps to it in its
-    deterministic mode alone, which it refuses with the attention that it has on a CPU. No run is repeated bit for bit.
+    """The same calls as `VllmServerEngine`, and SGLang's own three ways to take whole tensors: broadcast, shared on one
+    machine, or read from a folder.
 
     It starts from dummy weights, for the trainer to push the policy's, or with `load_weights` from the folder's. With
     `url` and `token` it uses a server that runs already, on weights of its own.
@@ -46,6 +51,7 @@ class SglangEngine:
         self.version = 0 if load_weights else -1
         self._num_workers = config.rollout.tensor
         self._folder = tempfile.TemporaryDirectory(prefix="fipo-engine-")  # removed with this object
+        self.server_pid: int | None = None  # of one that was started here, and of its process group
         if url is not None:
             self._client = ServerClient(url, token)
         else:
@@ -56,7 +62,10 @@ class SglangEngine:
                 Path(self._folder.name) / "server.log",
                 config.cluster.address,
             )
-            self._client = ServerClient(server.url, server.token, server)
+            url, token = server.url, server.token
+            self._client = ServerClient(url, token, server)
+            self.server_pid = server.pid
+        self.url, self.token = url, token
         try:
             self._client.wait_until_healthy(config.timeouts.startup_s)
         except BaseException:
@@ -81,6 +90,7 @@ class SglangEngine:
                     "temperature": sampling.temperature,
                     "top_p": sampling.top_p,
                     "max_new_tokens": sampling.max_response_tokens,
+                    "sampling_seed": request.seed % MAX_SEED,
                 },
                 "return_logprob": True,
             }
@@ -113,15 +123,41 @@ class SglangEngine:
         self._finish(version)
         return slowest(reports)
 
+    def connect_broadcast(self, address: str, port: int, backend: str = "gloo") -> None:
+        """Join the group whose rank 0 is a `SglangBroadcastGroup` of the trainer; run it while that is made."""
+        info = {"master_address": address, "master_port": port, "rank_offset": 1, "world_size": 1 + self._num_workers}
+        self._post("/init_weights_update_group", {**info, "group_name": GROUP, "backend": backend})
+
+    def update_from_broadcast(self, metas: Sequence[tuple[str, tuple[int, ...], str]], version: int) -> None:
+        """Load the tensors `(Hugging Face name, shape, torch dtype's name)` that the trainer broadcasts meanwhile."""
+        names, shapes, dtypes = (list(values) for values in zip(*metas, strict=True))
+        body = {"names": names, "shapes": [list(shape) for shape in shapes], "dtypes": dtypes, "group_name": GROUP}
+        self._load("/update_weights_from_distributed", body, version)
+
+    def update_from_tensors(self, tensors: Mapping[str, torch.Tensor], version: int) -> None:
+        """Load tensors of this machine, by Hugging Face names; the server maps their memory, and copies from it."""
+        held = {name: tensor.detach().contiguous() for name, tensor in tensors.items()}
+        shared = [share_tensors(held) for _ in range(self._num_workers)]
+        self._load("/update_weights_from_tensor", {"serialized_named_tensors": shared}, version)
+
     def update_from_disk(self, folder: Path, version: int) -> None:
-        """Load the weights of a Hugging Face folder, by SGLang's own loader."""
-        self.version = -1
-        self._post("/begin_weight_update", {})
-        self._post(
-            "/update_weights_from_disk", {"model_path": str(folder), "load_format": "auto", "flush_cache": False}
-        )
-        self._post("/end_weight_update", {})
-        self._finish(version)
+        """Load the weights of a Hugging Face folder."""
+        self._load("/update_weights_from_disk", {"model_path": str(folder), "load_format": "auto"}, version)
+
+    def checksums(self) -> dict[str, str]:
+        """Of what the engine stores, read from its live parameters: checksum in hexadecimal by Hugging Face name.
+
+        Of several workers each names its own: `name@worker`. A session must have been checked or connected.
+
+        Raises:
+            ViewsRefusedError: it stores weights in a layout of its own.
+        """
+        reports = self._give_order("checksums")
+        return {
+            name if len(reports) == 1 else f"{name}@{worker}": value
+            for worker, report in enumerate(reports)
+            for name, value in report["checksums"].items()
+        }
 
     def pause(self, mode: Literal["keep", "abort"]) -> None:
         """Stop sampling. `keep`: requests go on where they were after `resume`; `abort`: they end."""
@@ -155,22 +191,30 @@ class SglangEngine:
     def _give_order(self, order: str, **values: Any) -> list[dict[str, Any]]:
         """What every worker reports of an order to reshard/sglang_worker.py; the first refusal is raised."""
         name = json.dumps({"order": order, "reports": self._folder.name, **values})
-        self._post("/begin_weight_update", {})
-        self._post(
-            "/update_weights_from_tensor",
-            {
-                "serialized_named_tensors": [as_named_tensor(name)] * self._num_workers,
-                "load_format": LOADER,
-                "flush_cache": False,
-            },
-        )
-        self._post("/end_weight_update", {})
+        body = {"serialized_named_tensors": [as_named_tensor(name)] * self._num_workers, "load_format": LOADER}
+        self._post_within_update("/update_weights_from_tensor", body)
         files = [Path(self._folder.name) / f"report-{rank}.json" for rank in range(self._num_workers)]
         reports = [json.loads(file.read_text()) for file in files]
         for file in files:
             file.unlink()
         raise_refusals(reports)
         return reports
+
+    def _load(self, path: str, body: dict[str, Any], version: int) -> None:
+        self.version = -1
+        self._post_within_update(path, body)
+        self._finish(version)
+
+    def _post_within_update(self, path: str, body: dict[str, Any]) -> None:
+        """SGLang loads weights between these two alone. An update that was refused may be made again, in full."""
+        self._post("/begin_weight_update", {})
+        try:
+            self._post(path, {**body, "flush_cache": False})
+        except EngineServerError:
+            with contextlib.suppress(EngineServerError):
+                self._post("/end_weight_update", {})
+            raise
+        self._post("/end_weight_update", {})
 
     def _finish(self, version: int) -> None:
         self._client.post("/flush_cache", {})
@@ -188,13 +232,9 @@ class SglangEngine:
         reason = meta["finish_reason"]["type"]
         if reason == "abort":
             raise RuntimeError(f"a request was aborted: {meta['finish_reason'].get('message')}")
+        spans = [(int(span["version"]), span["start"], span["end"]) for span in meta["weight_versions"]]
         logprobs = [position[0] for position in meta["output_token_logprobs"]]
-        return Generation(
-            np.asarray(answer["output_ids"], np.int32),
-            np.asarray(logprobs, np.float32),
-            reason,
-            int(meta["weight_version"]) if str(meta.get("weight_version")).isdigit() else self.version,
-        )
+        return generation_of(np.asarray(answer["output_ids"], np.int32), logprobs, reason, spans)
 
 
 def sglang_environment(folder: Path, on_cpu: bool) -> dict[str, str]:
@@ -234,7 +274,12 @@ def server_options(model_folder: Path, config: Config, load_weights: bool, on_cp
         "log-level": "warning",
         "mem-fraction-static": rollout.gpu_memory_utilization,
     }
-    flags = ["--skip-server-warmup"]
+    # A seed a request is heeded in this mode alone; its kernels compute a request alike whatever its company.
+    flags = [
+        "--skip-server-warmup",
+        "--enable-deterministic-inference",
+        f"--weight-version={0 if load_weights else -1}",
+    ]
     if rollout.expert_parallel:
         options["expert-parallel-size"] = rollout.tensor
     if on_cpu:
