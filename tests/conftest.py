@@ -36,8 +36,8 @@ settings.load_profile("repeatable")
 
 ROOT = Path(__file__).parents[1]
 EXIT_GRACE_S = 5.0
-# Python's own: they end with the process that they serve.
-SERVICE_PROCESSES = ("multiprocessing.resource_tracker", "multiprocessing.forkserver")
+# Python's and torch's own: they end with the process that they serve.
+SERVICE_PROCESSES = ("multiprocessing.resource_tracker", "multiprocessing.forkserver", "torch_shm_manager")
 leftovers: list[str] = []
 
 

@@ -291,7 +291,8 @@ def server_options(model_folder: Path, config: Config, load_weights: bool, on_cp
             "mem-fraction-static": 0.3,
             "max-total-tokens": rollout.max_concurrent_sequences * max_length,
         }
-        flags += ["--disable-cuda-graph", "--disable-overlap-schedule"]
+        # Schedulers that poll while nothing is to be done take a core from those who train.
+        flags += ["--disable-cuda-graph", "--disable-overlap-schedule", "--sleep-on-idle"]
     return [text for name, value in options.items() for text in (f"--{name}", str(value))] + flags
 
 
