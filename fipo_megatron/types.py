@@ -144,6 +144,14 @@ class PolicyUpdate:
 
 
 @dataclass(frozen=True)
+class TransferCost:
+    """What one rank's part of a sync of weights took."""
+
+    sent_bytes: int  # counted where they are handed to the transport
+    seconds: float
+
+
+@dataclass(frozen=True)
 class SegmentTable:
     """Where sequences begin and end in the flattened tokens of one rank.
 

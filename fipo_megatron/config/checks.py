@@ -42,6 +42,7 @@ def check_config(config: Config) -> None:
         *_find_length_problems(config),
         *_find_objective_problems(config.algorithm),
         *_find_kernel_problems(config),
+        *_find_sync_problems(config),
         *_find_idle_keys(config),
     ]
     if config.warm_start is not None:
@@ -274,6 +275,19 @@ def _find_kernel_problems(config: Config) -> Iterator[str]:
         )
 
 
+def _find_sync_problems(config: Config) -> Iterator[str]:
+    transport, address = config.sync.transport, config.cluster.address
+    if transport in ("shared_memory", "cuda_ipc") and not address.startswith("127."):
+        yield (
+            f"sync.transport = {transport!r}: for processes of one machine, and cluster.address = {address} is for "
+            "several; set sync.transport=collective"
+        )
+    if transport == "cuda_ipc" and config.platform == "cpu":
+        yield "sync.transport = 'cuda_ipc': platform = 'cpu' has no CUDA; set sync.transport=shared_memory"
+    if transport == "shared_memory" and config.platform == "cuda":
+        yield "sync.transport = 'shared_memory': weights are on GPUs; set sync.transport=cuda_ipc or collective"
+
+
 def _find_idle_keys(config: Config) -> Iterator[str]:
     """Settings that nothing would read, and whose author believes otherwise.
 
@@ -291,8 +305,12 @@ def _find_idle_keys(config: Config) -> Iterator[str]:
         yield from _idle_keys(
             "data", data, ("max_corrupt_frac",), "without training files; remove it, or set data.train"
         )
-    if config.rollout.engine == "hf":
-        yield from _idle_keys("rollout", config.rollout, ("kv_cache_gib",), "on rollout.engine = 'hf'; remove it")
+    rollout = config.rollout
+    if rollout.engine == "hf":
+        keys = ("kv_cache_gib", "mode", "tensor", "pipeline", "expert_parallel")
+        yield from _idle_keys("rollout", rollout, keys, "on rollout.engine = 'hf'; remove it")
+    if not config.sync.transport.startswith("disk"):
+        yield from _idle_keys("sync", config.sync, ("folder",), "but for a disk transport; remove it")
     if config.kernels.logprob_from == "logits":
         why = "with kernels.logprob_from = 'logits', which makes all at once; remove it"
         yield from _idle_keys("kernels", config.kernels, ("workspace_mib",), why)

@@ -56,16 +56,6 @@ class PolicyWeights:
                 assert shard.shape == parameter.shape, (name, shard.shape, parameter.shape)
                 parameter.copy_(shard)
 
-    def metadata(self) -> list[tuple[str, tuple[int, ...], str]]:
-        """`(name, shape, dtype)` of every tensor that `gather` yields, in its order. Not a collective."""
-        metas = []
-        for entry in self.entries:
-            ranks, shape, dtype = self._shards[entry.megatron_name]
-            shard = torch.empty(shape, dtype=getattr(torch, dtype), device="meta")
-            merged = merge_shards(entry, [shard] * len(ranks), self.shape)
-            metas += [(name, tuple(tensor.shape), dtype) for name, tensor in merged.items()]
-        return metas
-
     def gather(self, values: Mapping[str, torch.Tensor] | None = None) -> Iterator[tuple[str, torch.Tensor]]:
         """Full tensors `(Hugging Face name, tensor)` on rank 0, one after the other; nothing elsewhere.
 

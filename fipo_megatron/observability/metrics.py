@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy as np
 
-PREFIXES = ("rollout/", "train/", "eval/", "time/", "cost/")
+PREFIXES = ("rollout/", "train/", "eval/", "time/", "cost/", "sync/")
 
 
 class MetricsWriter:

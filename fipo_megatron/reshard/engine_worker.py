@@ -1,87 +1,247 @@
 """The receiving end of a weight update, loaded inside vLLM's workers through `worker_extension_cls`.
 
-Importing this module registers `fipo_collective` as a backend of vLLM's weight-transfer API.
+Importing this module registers `fipo` as a backend of vLLM's weight-transfer API, and, on a CPU, has vLLM multiply by
+its weights as they are: without packed copies an update in place is an update, and what is verified is what is used.
 """
 
 from __future__ import annotations
 
+import os
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
 import torch
+import vllm._custom_ops as custom_ops
 from vllm.distributed.weight_transfer import WeightTransferEngine, WeightTransferEngineFactory
 from vllm.distributed.weight_transfer.base import WeightTransferInitInfo, WeightTransferUpdateInfo
-from vllm.model_executor.layers.utils import dispatch_cpu_unquantized_gemm
+from vllm.model_executor.layers import utils as layer_utils
 from vllm.model_executor.layers.vocab_parallel_embedding import ParallelLMHead
 from vllm.model_executor.model_loader.reload import finalize_layerwise_reload, initialize_layerwise_reload
+from vllm.platforms import current_platform
+from vllm.v1.worker import gpu_worker
 
-from fipo_megatron.reshard.transport.broadcast import BroadcastGroup, TensorMeta
+from fipo_megatron.reshard.connect import WeightsIn, connect_receiver
+from fipo_megatron.reshard.engine_views import ViewsRefusedError, engine_views
+from fipo_megatron.reshard.execute import StaleWeightsError, WeightMismatchError
+from fipo_megatron.reshard.session import WeightSession
+from fipo_megatron.reshard.whole_tensors import WholeTensorsIn, connect_broadcast
 
-BACKEND = "fipo_collective"
+BACKEND = "fipo"
+RENDEZVOUS_FOLDER = "FIPO_RENDEZVOUS_FOLDER"  # in the environment: of one engine, that nobody else can enter
+HEAD_TOLERANCE = {torch.float32: 1e-4, torch.float16: 1e-2, torch.bfloat16: 5e-2}  # of logits, relative to the largest
+# Whose kernels read expert weights as the checkpoint has them. Others shuffle them when the model is loaded.
+PLAIN_EXPERT_BACKENDS = ("TRITON", "BATCHED_TRITON")
 
 
 @dataclass
-class CollectiveInitInfo(WeightTransferInitInfo):
-    """How a worker finds the trainer."""
+class SessionInfo(WeightTransferInitInfo):
+    """A `WeightSession` as a dictionary, with the replica's number."""
 
-    address: str
-    port: int
-    first_rank: int  # of this engine's workers in the group
-    size: int
-    timeout_s: float
+    session: dict[str, Any]
+    connect: bool  # False: find out whether the engine takes part, while nobody waits for it
 
 
 @dataclass
-class CollectiveUpdateInfo(WeightTransferUpdateInfo):
-    """The tensors that follow, `(name, shape, dtype)` each."""
+class UpdateInfo(WeightTransferUpdateInfo):
+    """What comes: a version of the weights."""
 
-    tensors: list[Any]
+    version: int
 
 
-class CollectiveWeightTransferEngine(WeightTransferEngine[CollectiveInitInfo, CollectiveUpdateInfo]):
-    """Full tensors, broadcast by the trainer, through the model's own loader, layer by layer."""
+class FipoWeightTransferEngine(WeightTransferEngine[SessionInfo, UpdateInfo]):
+    """Shards into the live parameters, by the session's plan, or whole tensors through the model's own loader."""
 
-    init_info_cls = CollectiveInitInfo
-    update_info_cls = CollectiveUpdateInfo
-    group: BroadcastGroup | None = None
+    init_info_cls = SessionInfo
+    update_info_cls = UpdateInfo
+    session: WeightSession
+    weights: WeightsIn | None = None
+    whole: WholeTensorsIn | None = None
+    packed_experts: list[PackedExperts]
+    report: dict[str, Any]  # of the last call: seconds, and why it was refused
 
-    def init_transfer_engine(self, init_info: CollectiveInitInfo) -> None:
-        rank = init_info.first_rank + self.parallel_config.rank
-        self.group = BroadcastGroup(init_info.address, init_info.port, rank, init_info.size, init_info.timeout_s)
+    def init_transfer_engine(self, init_info: SessionInfo) -> None:
+        self.report = {}
+        with self._refusing():
+            self._connect(init_info)
+
+    def _connect(self, init_info: SessionInfo) -> None:
+        self.session, replica = WeightSession.from_info(init_info.session)
+        self.weights = self.whole = None
+        self.packed_experts = []
+        destination = replica * self.session.engine.workers_per_replica + self.parallel_config.rank
+        if self.session.transport == "broadcast":
+            if not init_info.connect:
+                return
+            group = connect_broadcast(self.session, 1 + destination)
+            self.whole = WholeTensorsIn(self.session, group, self.model_config.dtype)
+            return
+        plan = self.session.make_plan()
+        parameters = dict(self.model.named_parameters())
+        self.packed_experts = find_packed_experts(self.model)
+        for experts in self.packed_experts:
+            parameters |= experts.unpacked
+        views = engine_views(parameters, plan.stored(destination), self.model_config.dtype)
+        if init_info.connect:
+            self.weights = connect_receiver(self.session, plan, destination, views)
 
     def start_weight_update(self) -> None:
-        initialize_layerwise_reload(self.model)
+        if self.whole is not None:
+            initialize_layerwise_reload(self.model)
 
     def update_weights(self, update_info: dict[str, Any]) -> None:
         # The base class synchronises an accelerator, which a CPU build of torch lacks.
         self.receive_weights(self.parse_update_info(update_info))
+        if torch.accelerator.is_available():
+            torch.accelerator.synchronize()
 
-    def receive_weights(self, update_info: CollectiveUpdateInfo) -> None:
-        assert self.group is not None, "init_transfer_engine comes first"
-        metas = [TensorMeta(name, tuple(shape), dtype) for name, shape, dtype in update_info.tensors]
-        self.model.load_weights(self.group.receive(metas))
+    def receive_weights(self, update_info: UpdateInfo) -> None:
+        self.report = {}
+        with self._refusing():
+            self._receive(update_info)
+
+    def _receive(self, update_info: UpdateInfo) -> None:
+        start = time.perf_counter()
+        if self.whole is not None:
+            self.model.load_weights(self.whole.tensors(update_info.version))
+        else:
+            assert self.weights is not None, "init_transfer_engine comes first"
+            self.weights.receive(update_info.version)
+        self.report["receive_s"] = time.perf_counter() - start
 
     def finish_weight_update(self) -> None:
-        finalize_layerwise_reload(self.model, self.model_config)
-        repack_tied_head(self.model)
+        if "refusal" not in self.report:
+            with self._refusing():
+                self._finish()
+
+    @contextmanager
+    def _refusing(self) -> Iterator[None]:
+        """Reports a refusal instead of raising it: vLLM carries an exception's text to its caller, not its type."""
+        try:
+            yield
+        except (ViewsRefusedError, WeightMismatchError, StaleWeightsError) as error:
+            self.report["refusal"] = [type(error).__name__, str(error)]
+
+    def _finish(self) -> None:
+        if self.whole is not None:
+            finalize_layerwise_reload(self.model, self.model_config)
+            for experts in find_packed_experts(self.model):  # loaded, but not packed
+                experts.take_loaded()
+                experts.pack()
+        start = time.perf_counter()
+        receiver = self.weights or self.whole
+        assert receiver is not None, "init_transfer_engine comes first"
+        if self.session.verify:
+            receiver.verify()
+        for experts in self.packed_experts:
+            experts.pack()
+        if self.session.verify:
+            check_head(self.model)
+        self.report["verify_s"] = time.perf_counter() - start
 
     def shutdown(self) -> None:
-        self.group = None
+        self.weights = self.whole = None
 
 
-def repack_tied_head(model: torch.nn.Module) -> None:
-    """Rebuild the prepacked copy that vLLM's CPU build (0.32.0) keeps of a tied output head.
+class PackedExperts:
+    """The experts of a layer on a CPU: vLLM multiplies by a packed copy alone, so an unpacked one is kept beside it."""
 
-    Its layerwise reload does not, so logits would silently stay those of the old weights.
+    def __init__(self, name: str, layer: Any) -> None:
+        self.layer = layer
+        moe = layer.quant_method.moe
+        num_experts, hidden = len(layer.w13_weight), moe.hidden_dim
+        width = layer.intermediate_size_per_partition
+        shapes = {"w13_weight": (num_experts, 2 * width, hidden), "w2_weight": (num_experts, hidden, width)}
+        self.unpacked = {
+            f"{name}.{kind}": torch.zeros(shape, dtype=moe.in_dtype, device=layer.w13_weight.device)
+            for kind, shape in shapes.items()
+        }
+
+    def take_loaded(self) -> None:
+        """Copy what the model's loader has put in the place of the packed weights."""
+        for name, tensor in self.unpacked.items():
+            tensor.copy_(getattr(self.layer, name.rsplit(".", 1)[-1]))
+
+    def pack(self) -> None:
+        """Make the packed copy anew; vLLM (0.32.0) does so when the model is loaded first, and never again."""
+        for name, tensor in self.unpacked.items():
+            kind = name.rsplit(".", 1)[-1]
+            setattr(self.layer, kind, torch.nn.Parameter(tensor.clone(), requires_grad=False))
+        self.layer.quant_method.moe_kernel.fused_experts.process_weights_after_loading(self.layer)
+
+
+def find_packed_experts(model: torch.nn.Module) -> list[PackedExperts]:
+    """Of every layer whose experts vLLM has packed, on a CPU.
+
+    Raises:
+        ViewsRefusedError: another kernel's layout, which can't be written in place.
     """
-    for module in model.modules():
-        if isinstance(module, ParallelLMHead) and hasattr(module, "cpu_linear"):
-            dispatch_cpu_unquantized_gemm(module, remove_weight=False)
+    packed = []
+    for name, layer in model.named_modules():
+        if not hasattr(layer, "w13_weight"):
+            continue
+        method: Any = layer.quant_method
+        backend = getattr(getattr(method, "unquantized_backend", None), "name", "a quantised one")
+        if backend == "CPU":
+            packed.append(PackedExperts(name, layer))
+        elif backend not in PLAIN_EXPERT_BACKENDS:
+            raise ViewsRefusedError(f"{name}: its kernel ({backend}) stores experts in a layout of its own")
+    return packed
+
+
+@torch.no_grad()
+def check_head(model: Any) -> None:
+    """WeightMismatchError if the head's logits of a fixed vector are not those of the weights that it should have.
+
+    A head with a packed or separate copy of its weights computes from what it was before the update.
+    """
+    tied = getattr(model.config, "tie_word_embeddings", False)
+    for head in (module for module in model.modules() if isinstance(module, ParallelLMHead)):
+        weight = model.model.embed_tokens.weight if tied else head.weight
+        probe = torch.linspace(-1.0, 1.0, weight.shape[1], dtype=weight.dtype, device=weight.device)[None]
+        logits = head.quant_method.apply(head, probe, bias=None).float()
+        expected = torch.nn.functional.linear(probe, weight).float()
+        difference = ((logits - expected).abs().max() / expected.abs().max().clamp_min(1e-30)).item()
+        if not difference <= HEAD_TOLERANCE[weight.dtype]:
+            raise WeightMismatchError(
+                f"the output head {'is not the embedding' if tied else 'uses other weights'}: its logits differ by "
+                f"{difference:.2g} of the largest from those of the weights that were sent"
+            )
+
+
+def use_weights_as_loaded() -> None:
+    """Have vLLM's CPU build multiply by the weights themselves; effective for models that are loaded after it."""
+    custom_ops._supports_onednn = False
+    layer_utils.check_cpu_sgl_kernel = lambda n, k, dtype: False
 
 
 class WorkerExtension:
-    """Mixed into vLLM's worker. Empty: importing this module has registered the backend."""
+    """Mixed into vLLM's worker."""
+
+    def weight_update_report(self) -> dict[str, Any]:
+        """Of the last call: seconds, `receive_s` and `verify_s`, and as `refusal` an exception's type and text."""
+        return self.weight_transfer_engine.report  # type: ignore[attr-defined]
+
+
+def meet_in_a_file(folder: str) -> None:
+    """Have the workers of an engine find each other through a file: torch's server for it listens on every interface,
+    and asks nobody for a token. For the workers of one machine."""
+    original = gpu_worker.init_distributed_environment
+
+    def init_distributed_environment(
+        world_size: int, rank: int, distributed_init_method: str, *arguments: Any, **options: Any
+    ) -> None:
+        name = distributed_init_method.rsplit(":", 1)[-1].replace("/", "-")  # the port, of which no two have the same
+        original(world_size, rank, f"file://{folder}/workers-{name}", *arguments, **options)
+
+    gpu_worker.init_distributed_environment = init_distributed_environment
 
 
 if BACKEND not in WeightTransferEngineFactory._registry:
-    WeightTransferEngineFactory.register_engine(BACKEND, CollectiveWeightTransferEngine)
+    WeightTransferEngineFactory.register_engine(BACKEND, FipoWeightTransferEngine)
+if current_platform.is_cpu():
+    use_weights_as_loaded()
+if RENDEZVOUS_FOLDER in os.environ:
+    meet_in_a_file(os.environ[RENDEZVOUS_FOLDER])

@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+import time
 from collections import defaultdict
 from collections.abc import Iterator, Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
 
 from fipo_megatron.config.schema import Config
-from fipo_megatron.reshard.transport.broadcast import BroadcastGroup, TensorMeta
+from fipo_megatron.reshard.connect import WeightsIn, connect_receiver
+from fipo_megatron.reshard.session import WeightSession
+from fipo_megatron.reshard.whole_tensors import WholeTensorsIn, connect_broadcast
 from fipo_megatron.types import FinishedResponse, Generation, GenerationRequest, SamplingSettings
 
 
@@ -24,7 +28,6 @@ class HfEngine:
         from transformers import AutoConfig, AutoModelForCausalLM
 
         torch.set_num_threads(1)
-        self.timeout_s = config.timeouts.collective_s
         dtype = getattr(torch, config.model.dtype)
         if load_weights:
             self.version = 0
@@ -33,6 +36,7 @@ class HfEngine:
             self.version = -1
             self.model = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(model_folder), dtype=dtype)
         self.model.eval()
+        self.receiver: WeightsIn | WholeTensorsIn
         stop = self.model.generation_config.eos_token_id
         self.stop_ids = set(stop if isinstance(stop, list) else [stop])
 
@@ -90,17 +94,34 @@ class HfEngine:
             self.version,
         )
 
-    def connect_weights(self, address: str, port: int) -> None:
-        """Join the weight group whose rank 0 is the trainer's."""
-        self.group = BroadcastGroup(address, port, 1, 2, self.timeout_s)
+    def check_session(self, init_info: dict[str, Any]) -> None:
+        """Nothing to refuse: transformers store a checkpoint as it is."""
 
-    def update_weights(self, tensors: Sequence[tuple[str, tuple[int, ...], str]], version: int) -> None:
-        """Receive the tensors that the trainer sends."""
-        weights = folder_weights(self.model)
-        with torch.no_grad():
-            for name, tensor in self.group.receive([TensorMeta(*meta) for meta in tensors]):
-                weights[name].copy_(tensor)
+    def connect_weights(self, init_info: dict[str, Any]) -> None:
+        """Meet the trainer's ranks, as a `WeightSession` says."""
+        self.session, replica = WeightSession.from_info(init_info)
+        views = folder_weights(self.model)
+        if self.session.transport == "broadcast":
+            self.receiver = WholeTensorsIn(self.session, connect_broadcast(self.session, 1 + replica), self.model.dtype)
+        else:
+            self.receiver = connect_receiver(self.session, self.session.make_plan(), replica, views)
+
+    def update_weights(self, update_info: dict[str, Any]) -> dict[str, float]:
+        """Receive what the trainer sends, and verify it; what it took."""
+        version, start = int(update_info["version"]), time.perf_counter()
+        self.version = -1
+        if isinstance(self.receiver, WholeTensorsIn):
+            views = folder_weights(self.model)
+            with torch.no_grad():
+                for name, tensor in self.receiver.tensors(version):
+                    views[name].copy_(tensor)
+        else:
+            self.receiver.receive(version)
+        received = time.perf_counter()
+        if self.session.verify:
+            self.receiver.verify()
         self.version = version
+        return {"receive_s": received - start, "verify_s": time.perf_counter() - received}
 
 
 def folder_weights(model: torch.nn.Module) -> dict[str, torch.Tensor]:

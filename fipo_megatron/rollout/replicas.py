@@ -9,38 +9,48 @@ from fipo_megatron.rollout.client import RolloutClient
 from fipo_megatron.types import FinishedResponse, GenerationRequest, SamplingSettings
 
 
-async def generate_on_replicas(
-    engines: Sequence[RolloutClient], requests: Sequence[GenerationRequest], sampling: SamplingSettings
-) -> AsyncIterator[FinishedResponse]:
-    """One response a request, in the order in which they are finished; the first failure of an engine is raised.
+class Replicas:
+    """Engines with the same weights; `engines` may change between two calls."""
 
-    The streams of the other engines are then closed, not read to their ends.
-    """
-    shares = share_out(requests, len(engines))
-    finished: asyncio.Queue[FinishedResponse | BaseException | None] = asyncio.Queue()
+    def __init__(self, engines: Sequence[RolloutClient]) -> None:
+        self.engines = list(engines)
 
-    async def read(engine: RolloutClient, share: list[int]) -> None:
+    async def generate(
+        self, requests: Sequence[GenerationRequest], sampling: SamplingSettings
+    ) -> AsyncIterator[FinishedResponse]:
+        """One response a request, in the order in which they are finished; the first failure of an engine is raised.
+
+        The streams of the other engines are then not read to their ends.
+        """
+        shares = share_out(requests, len(self.engines))
+        finished: asyncio.Queue[FinishedResponse | Exception | None] = asyncio.Queue()
+
+        async def read(engine: RolloutClient, share: list[int]) -> None:
+            try:
+                async for index, generation in engine.generate([requests[i] for i in share], sampling):
+                    finished.put_nowait((share[index], generation))
+                finished.put_nowait(None)
+            except Exception as error:
+                finished.put_nowait(error)
+
+        tasks = [
+            asyncio.ensure_future(read(engine, share))
+            for engine, share in zip(self.engines, shares, strict=True)
+            if share
+        ]
         try:
-            async for index, generation in engine.generate([requests[i] for i in share], sampling):
-                finished.put_nowait((share[index], generation))
-            finished.put_nowait(None)
-        except Exception as error:
-            finished.put_nowait(error)
-
-    tasks = [asyncio.ensure_future(read(engine, share)) for engine, share in zip(engines, shares, strict=True) if share]
-    num_running = len(tasks)
-    try:
-        while num_running:
-            item = await finished.get()
-            if isinstance(item, BaseException):
-                raise item
-            if item is None:
-                num_running -= 1
-            else:
-                yield item
-    finally:
-        for task in tasks:
-            task.cancel()
+            num_running = len(tasks)
+            while num_running:
+                item = await finished.get()
+                if isinstance(item, Exception):
+                    raise item
+                if item is None:
+                    num_running -= 1
+                else:
+                    yield item
+        finally:
+            for task in tasks:
+                task.cancel()
 
 
 def share_out(requests: Sequence[GenerationRequest], num_engines: int) -> list[list[int]]:

@@ -2,33 +2,46 @@
 
 from __future__ import annotations
 
+import os
+import tempfile
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 
 from fipo_megatron.config.schema import Config
+from fipo_megatron.reshard.engine_views import ViewsRefusedError
+from fipo_megatron.reshard.execute import StaleWeightsError, WeightMismatchError
 from fipo_megatron.types import FinishedResponse, Generation, GenerationRequest, SamplingSettings
 
-NUM_WORKERS = 1
 MIN_BATCHED_TOKENS = 4096  # per forward pass
+REFUSALS: dict[str, type[Exception]] = {
+    kind.__name__: kind for kind in (ViewsRefusedError, WeightMismatchError, StaleWeightsError)
+}
 
 
-def vllm_environment(config: Config, on_cpu: bool) -> dict[str, str]:
+def vllm_environment(config: Config, on_cpu: bool, replica: int = 0) -> dict[str, str]:
     """Environment of the process that holds the engine; it must be set before vLLM is imported there."""
+    rollout = config.rollout
     environment = {
-        "VLLM_ENABLE_V1_MULTIPROCESSING": "0",  # the engine core in this process: no sockets, reproducible
+        # In process, the engine core needs no sockets.
+        "VLLM_ENABLE_V1_MULTIPROCESSING": "0" if rollout.mode == "in_process" else "1",
         "VLLM_HOST_IP": config.cluster.address,
         "VLLM_NO_USAGE_STATS": "1",
         "VLLM_LOGGING_LEVEL": "ERROR",
     }
     if on_cpu:
         environment |= {
-            "VLLM_CPU_KVCACHE_SPACE": str(config.rollout.kv_cache_gib),
+            "VLLM_CPU_KVCACHE_SPACE": str(rollout.kv_cache_gib),
             "VLLM_CPU_CI_ENV": "1",  # no warm-up of compiled shapes
             "TORCHDYNAMO_DISABLE": "1",
         }
+        num_workers = rollout.tensor * rollout.pipeline
+        cores = sorted(os.sched_getaffinity(0))
+        if num_workers > 1:  # a core each, where there are as many
+            own = [str(cores[(replica * num_workers + i) % len(cores)]) for i in range(num_workers)]
+            environment["VLLM_CPU_OMP_THREADS_BIND"] = "|".join(own) if num_workers <= len(cores) else "nobind"
     return environment
 
 
@@ -39,32 +52,13 @@ class VllmEngine:
     """
 
     def __init__(self, model_folder: Path, config: Config, load_weights: bool = False) -> None:
-        _initialize_without_listening()
+        rendezvous = tempfile.TemporaryDirectory(prefix="fipo-engine-")  # removed with this object
+        os.environ["FIPO_RENDEZVOUS_FOLDER"] = rendezvous.name
         from vllm import LLM
 
-        rollout = config.rollout
-        max_model_len = rollout.max_prompt_tokens + rollout.max_response_tokens
-        self.timeout_s = config.timeouts.collective_s
+        self._rendezvous = rendezvous
         self.version = 0 if load_weights else -1
-        self.llm = LLM(
-            model=str(model_folder),
-            load_format="auto" if load_weights else "dummy",
-            dtype=config.model.dtype,
-            max_model_len=max_model_len,
-            max_num_seqs=rollout.max_concurrent_sequences,
-            gpu_memory_utilization=rollout.gpu_memory_utilization,
-            block_size=32,
-            enforce_eager=True,
-            enable_prefix_caching=True,
-            # A prompt cut in two draws once too often from its random generator, which vLLM can't take back on a CPU.
-            enable_chunked_prefill=False,
-            max_num_batched_tokens=max(MIN_BATCHED_TOKENS, max_model_len),
-            logprobs_mode="processed_logprobs",  # after the temperature, as the trainer computes them
-            disable_log_stats=True,
-            seed=config.seed,
-            worker_extension_cls="fipo_megatron.reshard.engine_worker.WorkerExtension",
-            weight_transfer_config={"backend": "fipo_collective"},
-        )
+        self.llm = LLM(**engine_arguments(model_folder, config, load_weights))
         self.llm.update_weight_version(str(self.version))
 
     def generate(
@@ -81,66 +75,133 @@ class VllmEngine:
 
         if self.version < 0:
             raise RuntimeError("the engine holds dummy weights: push the policy's before generating")
-        version = int(self.llm.get_weight_version())
-        assert version == self.version, (version, self.version)
         engine = self.llm.llm_engine
         assert not engine.has_unfinished_requests(), "an earlier stream was not read to its end"
         for index, request in enumerate(requests):
             engine.add_request(
                 str(index),
                 {"type": "token", "prompt_token_ids": list(request.prompt_ids)},
-                SamplingParams(
-                    temperature=sampling.temperature,
-                    top_p=sampling.top_p,
-                    max_tokens=sampling.max_response_tokens,
-                    seed=request.seed,
-                    logprobs=0,
-                    detokenize=False,
-                    output_kind=RequestOutputKind.FINAL_ONLY,
-                ),
+                SamplingParams(**sampling_parameters(request, sampling), output_kind=RequestOutputKind.FINAL_ONLY),
             )
         while engine.has_unfinished_requests():
             finished = [output for output in engine.step() if output.finished]
             if finished:
-                yield [(int(output.request_id), _generation(output.outputs[0], version)) for output in finished]
+                yield [(int(output.request_id), _generation(output.outputs[0])) for output in finished]
 
-    def connect_weights(self, address: str, port: int) -> None:
-        """Join the weight group whose rank 0 is the trainer's."""
-        self.llm.init_weight_transfer_engine(
-            {
-                "init_info": {
-                    "address": address,
-                    "port": port,
-                    "first_rank": 1,
-                    "size": 1 + NUM_WORKERS,
-                    "timeout_s": self.timeout_s,
-                }
-            }
-        )
+    def check_session(self, init_info: dict[str, Any]) -> None:
+        """Return if the engine can take part in a `WeightSession`; nobody is met.
 
-    def update_weights(self, tensors: Sequence[tuple[str, tuple[int, ...], str]], version: int) -> None:
-        """Receive the tensors that the trainer sends; after a failure the engine must be rebuilt."""
+        Raises:
+            ViewsRefusedError: it stores weights in a layout of its own, and needs whole tensors.
+        """
+        self._begin(init_info, connect=False)
+
+    def connect_weights(self, init_info: dict[str, Any]) -> None:
+        """Meet the trainer's ranks, as a `WeightSession` says."""
+        self._begin(init_info, connect=True)
+
+    def _begin(self, init_info: dict[str, Any], connect: bool) -> None:
+        self.llm.init_weight_transfer_engine({"init_info": {"session": init_info, "connect": connect}})
+        self._reports()
+
+    def update_weights(self, update_info: dict[str, Any]) -> dict[str, float]:
+        """Receive what the trainer sends, and verify it; the slowest worker's seconds. After a failure the engine must
+        be rebuilt.
+
+        Raises:
+            WeightMismatchError, StaleWeightsError: the weights are not what they should be.
+        """
         self.version = -1
         self.llm.start_weight_update()
-        self.llm.update_weights({"update_info": {"tensors": [list(tensor) for tensor in tensors]}})
-        self.llm.finish_weight_update(weight_version=str(version))
+        self.llm.update_weights({"update_info": update_info})
+        self.llm.finish_weight_update()
+        reports = self._reports()
         if not self.llm.reset_prefix_cache():
             raise RuntimeError("vLLM kept cached prefixes of the old weights")
-        self.version = version
+        self.version = int(update_info["version"])
+        self.llm.update_weight_version(str(self.version))
+        return slowest(reports)
+
+    def shutdown(self) -> None:
+        """End the engine's processes."""
+        self.llm.llm_engine.engine_core.shutdown()
+
+    def _reports(self) -> list[dict[str, Any]]:
+        reports = self.llm.collective_rpc("weight_update_report")
+        raise_refusals(reports)
+        return reports
 
 
-def _generation(completion: Any, version: int) -> Generation:
-    token_ids = np.asarray(completion.token_ids, np.int32)
+def engine_arguments(model_folder: Path, config: Config, load_weights: bool) -> dict[str, Any]:
+    """vLLM's arguments for an engine of this configuration."""
+    rollout = config.rollout
+    max_model_len = rollout.max_prompt_tokens + rollout.max_response_tokens
+    return {
+        "model": str(model_folder),
+        "load_format": "auto" if load_weights else "dummy",
+        "dtype": config.model.dtype,
+        "max_model_len": max_model_len,
+        "max_num_seqs": rollout.max_concurrent_sequences,
+        "gpu_memory_utilization": rollout.gpu_memory_utilization,
+        "block_size": 32,
+        "enforce_eager": True,
+        "enable_prefix_caching": True,
+        # A prompt cut in two draws once too often from its random generator, which vLLM can't take back on a CPU.
+        "enable_chunked_prefill": False,
+        "max_num_batched_tokens": max(MIN_BATCHED_TOKENS, max_model_len),
+        "logprobs_mode": "processed_logprobs",  # after the temperature, as the trainer computes them
+        "disable_log_stats": True,
+        "seed": config.seed,
+        "tensor_parallel_size": rollout.tensor,
+        "pipeline_parallel_size": rollout.pipeline,
+        "enable_expert_parallel": rollout.expert_parallel,
+        "distributed_executor_backend": "mp" if rollout.tensor * rollout.pipeline > 1 else "uni",
+        "worker_extension_cls": "fipo_megatron.reshard.engine_worker.WorkerExtension",
+        "weight_transfer_config": {"backend": "fipo"},
+    }
+
+
+def sampling_parameters(request: GenerationRequest, sampling: SamplingSettings) -> dict[str, Any]:
+    """vLLM's for one response."""
+    return {
+        "temperature": sampling.temperature,
+        "top_p": sampling.top_p,
+        "max_tokens": sampling.max_response_tokens,
+        "seed": request.seed,
+        "logprobs": 0,
+        "detokenize": False,
+    }
+
+
+def raise_refusals(reports: Sequence[dict[str, Any]]) -> None:
+    """Raises the first refusal that a worker reports, as what it was there."""
+    for report in reports:
+        if "refusal" in report:
+            kind, message = report["refusal"]
+            raise REFUSALS[kind](message)
+
+
+def slowest(reports: Sequence[dict[str, Any]]) -> dict[str, float]:
+    """The seconds of the slowest worker."""
+    return {key: max(report[key] for report in reports) for key in reports[0]}
+
+
+def generation_of(
+    token_ids: np.ndarray,
+    logprobs: Sequence[float],
+    finish_reason: Literal["stop", "length"],
+    spans: Sequence[tuple[int, int, int]],
+) -> Generation:
+    """A response of `spans` of tokens, each sampled by one version: `(version, start, end)`."""
+    token_versions = None
+    if len(spans) > 1:
+        token_versions = np.concatenate([np.full(end - start, version, np.int32) for version, start, end in spans])
+    return Generation(token_ids, np.asarray(logprobs, np.float32), finish_reason, spans[0][0], token_versions)
+
+
+def _generation(completion: Any) -> Generation:
     logprobs = [
         position[token].logprob for token, position in zip(completion.token_ids, completion.logprobs, strict=True)
     ]
-    return Generation(token_ids, np.asarray(logprobs, np.float32), completion.finish_reason, version)
-
-
-def _initialize_without_listening() -> None:
-    """vLLM makes torch.distributed's default group over TCP, listening on every interface, unless there is one."""
-    import torch
-    import torch.distributed as dist
-
-    if not torch.cuda.is_available() and not dist.is_initialized():
-        dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    spans = [(int(span.version), span.start, span.end) for span in completion.weight_versions]
+    return generation_of(np.asarray(completion.token_ids, np.int32), logprobs, completion.finish_reason, spans)

@@ -13,7 +13,15 @@ from ray.exceptions import RayActorError, RayTaskError
 
 from fipo_megatron.config.schema import OptimizerConfig, TimeoutsConfig
 from fipo_megatron.parallel.packed import ResponseRows, merge_response_rows
-from fipo_megatron.types import FinishedResponse, GenerationRequest, PolicyUpdate, SamplingSettings, TrainingBatch
+from fipo_megatron.reshard.session import WeightSession
+from fipo_megatron.types import (
+    FinishedResponse,
+    GenerationRequest,
+    PolicyUpdate,
+    SamplingSettings,
+    TrainingBatch,
+    TransferCost,
+)
 
 MAX_CAUSE_CHARS = 400
 GRACE_S = 5.0  # after a first failure: how long the others may take to name theirs, which may be the cause
@@ -69,21 +77,17 @@ class PolicyClient:
         """Write a Hugging Face folder."""
         await self._call("export", source, target)
 
-    async def listen_for_engine(self) -> int:
-        """The port on which rank 0 will meet the engine's workers."""
-        return (await self._call("listen_for_engine", first_only=True))[0]
+    async def listen_for_engines(self) -> int:
+        """The port on which rank 0 will meet the engines' workers."""
+        return (await self._call("listen_for_engines", first_only=True))[0]
 
-    async def connect_engine(self, num_engine_workers: int) -> None:
-        """Form the weight group; run it while the engine connects."""
-        await self._call("connect_engine", num_engine_workers, first_only=True)
+    async def connect_engines(self, session: WeightSession) -> None:
+        """Meet the engines' workers; run it while the engines connect."""
+        await self._call("connect_engines", session)
 
-    async def weight_metadata(self) -> list[tuple[str, tuple[int, ...], str]]:
-        """`(name, shape, dtype)` of the tensors that `push_weights` sends."""
-        return (await self._call("weight_metadata", first_only=True))[0]
-
-    async def push_weights(self) -> None:
-        """Send the weights to the engine; run it while the engine receives."""
-        await self._call("push_weights")
+    async def push_weights(self, version: int) -> list[TransferCost]:
+        """Send the weights to the engines, as `version`; run it while they receive. What it took, a rank each."""
+        return await self._call("push_weights", version)
 
     async def offload(self) -> None:
         """Move the policy to host memory until a call needs it."""
@@ -104,9 +108,10 @@ class PolicyClient:
 class EngineClient:
     """An engine in an actor of its own: a RolloutClient."""
 
-    def __init__(self, actor: Any, timeouts: TimeoutsConfig) -> None:
+    def __init__(self, actor: Any, timeouts: TimeoutsConfig, name: str = "engine") -> None:
         self.actor = actor
         self.timeouts = timeouts
+        self.name = name
 
     async def ready(self) -> None:
         """Return when the engine is up."""
@@ -118,23 +123,31 @@ class EngineClient:
         """One response a request, in the order in which they are finished; `timeouts.call_s` is for each wait."""
         stream = self.actor.generate.options(num_returns="streaming").remote(requests, sampling)
         while True:
-            (finished,) = await _gather({"engine": _next_item(stream)}, "generate", self.timeouts.call_s)
+            (finished,) = await _gather({self.name: _next_item(stream)}, "generate", self.timeouts.call_s)
             if finished is None:
                 return
             for response in finished:
                 yield response
 
-    async def connect_weights(self, address: str, port: int) -> None:
-        """Join the weight group."""
-        await self._call("connect_weights", address, port)
+    async def check_session(self, init_info: dict[str, Any]) -> None:
+        """Return if the engine can take part in a `WeightSession`.
 
-    async def update_weights(self, tensors: Sequence[tuple[str, tuple[int, ...], str]], version: int) -> None:
-        """Receive the tensors that the trainer sends."""
-        await self._call("update_weights", tensors, version)
+        Raises:
+            ViewsRefusedError: it needs whole tensors.
+        """
+        await self._call("check_session", init_info)
+
+    async def connect_weights(self, init_info: dict[str, Any]) -> None:
+        """Meet the trainer's ranks."""
+        await self._call("connect_weights", init_info)
+
+    async def update_weights(self, update_info: dict[str, Any]) -> dict[str, float]:
+        """Receive the weights that the trainer sends, and verify them; what it took."""
+        return await self._call("update_weights", update_info)
 
     async def _call(self, method: str, *args: Any, timeout_s: float | None = None) -> Any:
         ref = getattr(self.actor, method).remote(*args)
-        return (await _gather({"engine": ref}, method, timeout_s or self.timeouts.call_s))[0]
+        return (await _gather({self.name: ref}, method, timeout_s or self.timeouts.call_s))[0]
 
 
 async def _gather(refs: dict[str, Awaitable[Any]], method: str, timeout_s: float) -> list[Any]:

@@ -30,10 +30,12 @@ from fipo_megatron.data.tasks.base import Task
 from fipo_megatron.model.platform import check_cpu_versions, resolve_platform
 from fipo_megatron.observability.progress import Progress
 from fipo_megatron.observability.trackers import Trackers, check_trackers
+from fipo_megatron.reshard.plan import make_plan
 from fipo_megatron.reward.judge import make_reward
 from fipo_megatron.trainer.loop import train
-from fipo_megatron.trainer.placement import Workers
+from fipo_megatron.trainer.placement import Workers, num_engine_workers
 from fipo_megatron.trainer.run import Run, check_run_folder
+from fipo_megatron.trainer.sync import engine_layout, trainer_layout
 from fipo_megatron.trainer.warm_start import TraceSource, base_policy_folder, make_base_policy, write_skeleton
 
 
@@ -65,16 +67,17 @@ def check_before_start(config: Config) -> ProblemFiles:
         shape = check_model_folder(Path(config.model.path), config.parallel)
         check_vocabulary(Path(config.model.path), shape)
         check_positions(shape, config.rollout)
+        make_plan(shape, trainer_layout(config.parallel), engine_layout(config.rollout))
     check_port(config.cluster.address, config.cluster.master_port)
     return files
 
 
 def check_num_gpus(config: Config, available: int) -> None:
     """Raises ValueError if ranks and engine need more devices than there are: they would wait for them in vain."""
-    needed = config.parallel.world_size + (config.rollout.engine == "vllm")
+    needed = config.parallel.world_size + (num_engine_workers(config.rollout) if config.rollout.engine != "hf" else 0)
     if needed > available:
         raise ValueError(
-            f"parallel: {config.parallel.world_size} ranks and the engine take {needed} GPUs, there are {available}; "
+            f"parallel: {config.parallel.world_size} ranks and the engines take {needed} GPUs, there are {available}; "
             "use smaller sizes in parallel"
         )
 
@@ -112,7 +115,7 @@ async def run_training(plan: TrainingPlan, folder: Path, progress: Progress) -> 
     """Train into the run folder, in processes that are gone when this returns or raises."""
     config, base, source, model_folder = plan.config, plan.base, plan.source, plan.model_folder
     with Trackers(config, folder) as trackers, Workers(config, folder) as workers:
-        workers.start_engine(model_folder)
+        workers.start_engines(model_folder)
 
         async def prepare_policy() -> None:
             with progress.status("starting the policy"):
@@ -122,7 +125,7 @@ async def run_training(plan: TrainingPlan, folder: Path, progress: Progress) -> 
             await workers.policy.load(base, config.optimizer)
             progress.note(f"kernels: {await workers.policy.describe_kernels()}")
 
-        await _together(prepare_policy(), workers.engine.ready())
+        await _together(prepare_policy(), workers.engines_ready())
         workers.model_folder = base
         with closing(Run(config, folder, workers, base, plan.prompts, progress, trackers)) as run:
             await train(run)

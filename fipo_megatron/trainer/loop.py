@@ -43,7 +43,7 @@ async def train(run: Run) -> None:
         metrics |= run.check_kl(batch, logprobs)
 
         with run.timers.phase("sync"):
-            await run.workers.sync_weights(version=step)
+            metrics |= await run.workers.sync_weights(version=step)
         if step % config.evaluation.every_steps == 0 or step == config.trainer.steps:
             metrics |= await run.evaluate(step)
         metrics |= run.record_samples(step, groups, batch, logprobs)

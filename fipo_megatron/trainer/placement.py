@@ -8,7 +8,6 @@ import os
 import shutil
 import signal
 import tempfile
-from collections.abc import Awaitable
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
@@ -18,11 +17,13 @@ import ray
 
 from fipo_megatron.config.schema import Config, RolloutConfig
 from fipo_megatron.model.platform import resolve_platform
-from fipo_megatron.rollout.client import EngineUpdateError
 from fipo_megatron.rollout.hf import HfEngine
-from fipo_megatron.rollout.vllm import NUM_WORKERS, VllmEngine, vllm_environment
+from fipo_megatron.rollout.replicas import Replicas
+from fipo_megatron.rollout.vllm import VllmEngine, vllm_environment
+from fipo_megatron.rollout.vllm_server import VllmServerEngine
 from fipo_megatron.trainer.actor import EngineClient, PolicyClient
 from fipo_megatron.trainer.policy import MegatronPolicy
+from fipo_megatron.trainer.sync import WeightSync, make_session
 
 logger = logging.getLogger(__name__)
 
@@ -35,10 +36,10 @@ SHUTDOWN_S = 10.0
 
 
 class Workers:
-    """The processes of a run: the policy's ranks and the engine. A context manager: leaving it ends them all."""
+    """The processes of a run: the policy's ranks and the engines. A context manager: leaving it ends them all."""
 
     policy: PolicyClient
-    engine: EngineClient
+    engine: Replicas
     model_folder: Path  # what the engine is started from, also when it is rebuilt
 
     def __init__(self, config: Config, log_folder: Path) -> None:
@@ -46,6 +47,7 @@ class Workers:
         self.log_folder = log_folder
         self.platform = resolve_platform(config.platform)
         self._processes: set[psutil.Process] = set()
+        self._sync: WeightSync | None = None
 
     def __enter__(self) -> Self:
         address = self.config.cluster.address
@@ -67,7 +69,7 @@ class Workers:
 
     def _init_ray(self, address: str) -> None:
         ray.init(
-            num_cpus=self.config.parallel.world_size + NUM_WORKERS,
+            num_cpus=self.config.parallel.world_size + num_engine_workers(self.config.rollout),
             include_dashboard=False,
             log_to_driver=False,
             logging_level="ERROR",
@@ -110,51 +112,51 @@ class Workers:
         await self.policy.connect()
         self._remember_processes()
 
-    def start_engine(self, model_folder: Path) -> None:
-        """Begin to start the engine; `sync_weights` waits for it."""
+    def start_engines(self, model_folder: Path) -> None:
+        """Begin to start the engines; `sync_weights` waits for them."""
         self.model_folder = model_folder
-        on_cpu = self.platform.name == "cpu"
-        if self.config.rollout.engine == "vllm":
-            options = self._options(num_gpus=0 if on_cpu else 1, environment=vllm_environment(self.config, on_cpu))
-            actor = ray.remote(VllmEngine).options(**options).remote(model_folder, self.config)
-        else:
-            actor = ray.remote(HfEngine).options(**self._options(0, {})).remote(model_folder, self.config)
-        self.engine = EngineClient(actor, self.config.timeouts)
-        self._engine_connected = False
+        self._engines = [self._start_engine(replica) for replica in range(self.config.rollout.replicas)]
+        self.engine = Replicas(self._engines)
 
-    async def sync_weights(self, version: int) -> None:
-        """Push the policy's weights to the engine, as `version`. An engine left half-updated is rebuilt, once.
+    async def engines_ready(self) -> None:
+        """Return when all engines are up."""
+        await asyncio.gather(*(engine.ready() for engine in self._engines))
+        self._remember_processes()
 
-        Raises:
-            EngineUpdateError: the rebuilt engine failed, too.
-            WorkerError: a rank of the policy died or stalled.
-        """
-        try:
-            await self._sync_weights(version)
-        except EngineUpdateError as error:
-            logger.warning("weight update %d failed (%s); the engine is rebuilt", version, error)
-            ray.kill(self.engine.actor)
-            self.start_engine(self.model_folder)
-            await self._sync_weights(version)
-
-    async def _sync_weights(self, version: int) -> None:
-        if not self._engine_connected:
-            await self._connect_engine()
-        metadata = await self.policy.weight_metadata()
-        await _transfer(self.policy.push_weights(), self.engine.update_weights(metadata, version))
+    async def sync_weights(self, version: int) -> dict[str, float]:
+        """Push the policy's weights to the engines, as `version`; what it took. See `WeightSync.sync`."""
+        if self._sync is None:
+            session = make_session(self.config, self.model_folder, self._on_cpu, Path(self._temp_dir), self.log_folder)
+            self._sync = WeightSync(self.config, session, self.policy, self._engines, self._restart_engine)
+        metrics = await self._sync.sync(version)
         if self.config.trainer.offload:
             await self.policy.offload()
+        return metrics
 
-    async def _connect_engine(self) -> None:
-        await self.engine.ready()
-        self._remember_processes()
-        port = await self.policy.listen_for_engine()
-        await _transfer(
-            self.policy.connect_engine(NUM_WORKERS), self.engine.connect_weights(self.config.cluster.address, port)
-        )
-        self._engine_connected = True
+    def _start_engine(self, replica: int) -> EngineClient:
+        config, engine = self.config, self.config.rollout.engine
+        num_workers = config.rollout.tensor * config.rollout.pipeline
+        if engine == "vllm":
+            environment = vllm_environment(config, self._on_cpu, replica)
+            options = self._options(0 if self._on_cpu else num_workers, environment, num_cpus=num_workers)
+            kind = VllmServerEngine if config.rollout.mode == "server" else VllmEngine
+            actor = ray.remote(kind).options(**options).remote(self.model_folder, config)
+        else:
+            actor = ray.remote(HfEngine).options(**self._options(0, {})).remote(self.model_folder, config)
+        name = "engine" if config.rollout.replicas == 1 else f"engine {replica}"
+        return EngineClient(actor, config.timeouts, name)
 
-    def _options(self, num_gpus: int, environment: dict[str, str]) -> dict[str, Any]:
+    def _restart_engine(self, replica: int) -> EngineClient:
+        ray.kill(self._engines[replica].actor)
+        client = self._start_engine(replica)
+        self.engine.engines[replica] = client
+        return client
+
+    @property
+    def _on_cpu(self) -> bool:
+        return self.platform.name == "cpu"
+
+    def _options(self, num_gpus: int, environment: dict[str, str], num_cpus: int = 1) -> dict[str, Any]:
         base = {
             "OMP_NUM_THREADS": "1",
             "HF_HUB_OFFLINE": "1",
@@ -163,7 +165,7 @@ class Workers:
         }
         if self.config.cluster.address.startswith("127."):
             base["GLOO_SOCKET_IFNAME"] = "lo"
-        return {"num_cpus": 1, "num_gpus": num_gpus, "runtime_env": {"env_vars": base | environment}}
+        return {"num_cpus": num_cpus, "num_gpus": num_gpus, "runtime_env": {"env_vars": base | environment}}
 
     def _remember_processes(self) -> None:
         self._processes.update(set(psutil.Process().children(recursive=True)) - self._foreign)
@@ -176,23 +178,13 @@ class Workers:
                 shutil.copy(log, self.log_folder / "worker_logs")
 
 
+def num_engine_workers(rollout: RolloutConfig) -> int:
+    """Workers of all engines."""
+    return rollout.replicas * rollout.tensor * rollout.pipeline
+
+
 def object_store_bytes(rollout: RolloutConfig) -> int:
     """The shared memory in which batches travel between the processes: room for the longest batch of a step."""
     longest = rollout.max_prompt_tokens + rollout.max_response_tokens
     batch_bytes = rollout.prompts_per_step * rollout.samples_per_prompt * longest * TOKEN_BYTES
     return max(MIN_OBJECT_STORE_BYTES, OBJECT_STORE_BATCHES * batch_bytes)
-
-
-async def _transfer(policy_side: Awaitable[None], engine_side: Awaitable[None]) -> None:
-    """Run both ends of a transfer to their end, well or not: neither may be left in the middle of it.
-
-    Raises:
-        EngineUpdateError: the engine failed, or is gone.
-        Exception: what a rank of the policy raised.
-    """
-    sent, received = await asyncio.gather(policy_side, engine_side, return_exceptions=True)
-    if isinstance(sent, BaseException) and not isinstance(sent, ConnectionError):
-        raise sent
-    failure = received if isinstance(received, BaseException) else sent
-    if isinstance(failure, BaseException):
-        raise EngineUpdateError(f"{type(failure).__name__}: {failure}") from failure

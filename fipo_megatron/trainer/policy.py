@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import time
 from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
@@ -27,8 +28,9 @@ from fipo_megatron.ops.token_logprob.implementations import pick_implementation
 from fipo_megatron.parallel.groups import initialize_groups, listening_socket, make_store
 from fipo_megatron.parallel.packed import PackedTokens, ResponseRows, make_packed_tokens
 from fipo_megatron.parallel.plan import PackingPlan, PackingUnits, forward_cost, microbatch_tokens, plan_packing
-from fipo_megatron.reshard.transport.broadcast import SENDER, BroadcastGroup
-from fipo_megatron.types import PolicyUpdate, TrainingBatch, UpdateCost
+from fipo_megatron.reshard.connect import WeightsOut, connect_sender
+from fipo_megatron.reshard.session import WeightSession
+from fipo_megatron.types import PolicyUpdate, TrainingBatch, TransferCost, UpdateCost
 
 FLOAT32_MAX = torch.finfo(torch.float32).max
 
@@ -46,7 +48,7 @@ class MegatronPolicy:
         self.platform = resolve_platform(config.platform)
         prepare_process(self.platform, config.parallel)
         self.listener = listening_socket(config.cluster.address, config.cluster.master_port) if rank == 0 else None
-        self.weight_group: BroadcastGroup | None = None
+        self.sender: WeightsOut | None = None
 
     def port(self) -> int:
         """The port of the rendezvous; rank 0 holds it open until `connect`."""
@@ -89,6 +91,7 @@ class MegatronPolicy:
         self.units = PackingUnits(parallel.context, parallel.tensor if parallel.sequence_parallel else 1)
         self.optimizer = build_optimizer(optimizer, self.config.parallel, self.chunks)
         self.optimizer_settings = optimizer
+        self.num_updates = 0  # since the weights were loaded: all ranks have the same, or one is stale
         self.host_offload = HostOffload(self.chunks, self.optimizer)
         self.step = PipelineStep(self.chunks, self.groups, shape.vocab_size, self.config.kernels)
         self.reference = None
@@ -225,6 +228,7 @@ class MegatronPolicy:
             group["lr"] = lr * group["lr_mult"]
             group["weight_decay"] = self.optimizer_settings.weight_decay * group["wd_mult"]
         succeeded, grad_norm, _ = self.optimizer.step()
+        self.num_updates += 1
         if not succeeded or not math.isfinite(grad_norm):
             raise PolicyDivergedError(f"the gradient's norm is {grad_norm}; lower optimizer.lr ({lr:g})")
         return float(grad_norm)
@@ -283,49 +287,34 @@ class MegatronPolicy:
 
     # ---------------------------------------------------------------- weights out
 
-    def listen_for_engine(self) -> int:
-        """The port on which rank 0 will meet the engine's workers; a group from before is given up."""
-        self.weight_group = None
+    def listen_for_engines(self) -> int:
+        """The port on which rank 0 will meet the engines' workers; a way to them from before is given up."""
         self.listener = listening_socket(self.config.cluster.address)
         return self.port()
 
-    def connect_engine(self, num_engine_workers: int) -> None:
-        """Form the weight group with the engine's workers; rank 0 only, while the engine connects.
+    def connect_engines(self, session: WeightSession) -> None:
+        """Meet the engines' workers; every rank, while the engines connect.
 
         Raises:
-            ConnectionError: the engine did not come.
+            ConnectionError: an engine did not come.
         """
-        # Shorter than the timeout of the trainer's own groups, whose other ranks wait for rank 0 at a stalled engine.
-        address, timeout_s = self.config.cluster.address, self.config.timeouts.collective_s / 2
-        try:
-            self.weight_group = BroadcastGroup(
-                address, self.port(), SENDER, 1 + num_engine_workers, timeout_s, self.listener
-            )
-        except RuntimeError as error:
-            raise ConnectionError(f"the engine did not join the weight group: {error}") from error
-
-    def weight_metadata(self) -> list[tuple[str, tuple[int, ...], str]]:
-        """`(name, shape, dtype)` of the tensors that `push_weights` sends, in order."""
-        return self.weights.metadata()
-
-    def push_weights(self) -> None:
-        """Send the full weights to the engine's workers. Collective.
-
-        Raises:
-            ConnectionError: (rank 0) the engine is gone; the trainer's own ranks have finished their part and go on.
-        """
+        if self.sender is not None:
+            self.sender.close()
+        self.sender = None
         self.host_offload.reload("parameters")
-        failure: RuntimeError | None = None
-        for name, tensor in self.weights.gather():
-            assert self.weight_group is not None, "connect_engine comes first"
-            if failure is None:
-                try:
-                    self.weight_group.send(tensor)
-                except RuntimeError as error:
-                    failure = RuntimeError(f"sending {name} to the engine failed: {error}")
-        if failure is not None:
-            self.weight_group = None
-            raise ConnectionError(str(failure))
+        self.sender = connect_sender(session, self.weights, self.rank, self.listener, self.platform.device)
+
+    def push_weights(self, version: int) -> TransferCost:
+        """Send this rank's part of the weights to the engines' workers, as `version`; what it took. Every rank.
+
+        Raises:
+            ConnectionError: an engine is gone. Ranks that send nothing to it have finished, all can go on.
+        """
+        assert self.sender is not None, "connect_engines comes first"
+        self.host_offload.reload("parameters")
+        start = time.perf_counter()
+        num_bytes = self.sender.send(version, self.num_updates)
+        return TransferCost(num_bytes, time.perf_counter() - start)
 
     def export(self, source: Path, target: Path) -> None:
         """Write the policy as a Hugging Face folder, config and tokenizer from `source`. Collective."""

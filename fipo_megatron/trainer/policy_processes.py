@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import multiprocessing as mp
-import queue
+import signal
 import traceback
 from collections.abc import Callable, Sequence
+from multiprocessing.connection import Connection, wait
 from typing import Any
 
 from fipo_megatron.config.schema import Config
@@ -23,29 +24,23 @@ def run_policy(config: Config, calls: Sequence[Call], timeout_s: float = 120) ->
     """Results `[call][rank]` of calls made on every rank of a policy.
 
     Raises:
-        RuntimeError: a rank failed, the message holds its traceback; or they were not done within `timeout_s`.
+        RuntimeError: a rank failed, the message holds its traceback; or died; or none answered for `timeout_s`.
     """
-    world_size = config.parallel.world_size
-    ports, results = CONTEXT.Queue(), CONTEXT.Queue()
-    ranks = [
-        CONTEXT.Process(target=_run_rank, args=(config, rank, list(calls), ports, results, timeout_s), daemon=True)
-        for rank in range(world_size)
-    ]
-    for process in ranks:
-        process.start()
+    ports = CONTEXT.Queue()
+    ranks: list[Any] = []
+    replies: dict[Connection, int] = {}  # where each rank's will come from
     try:
-        replies: dict[int, Any] = {}
-        while len(replies) < world_size:
-            try:
-                rank, values, error = results.get(timeout=timeout_s)
-            except queue.Empty:
-                raise RuntimeError(f"{world_size - len(replies)} ranks did not answer within {timeout_s:g} s") from None
-            if error:
-                raise RuntimeError(f"rank {rank}: {error}")
-            replies[rank] = values
+        for rank in range(config.parallel.world_size):
+            receiver, sender = CONTEXT.Pipe(duplex=False)
+            arguments = (config, rank, list(calls), ports, sender, timeout_s)
+            ranks.append(CONTEXT.Process(target=_run_rank, args=arguments, daemon=True))
+            ranks[-1].start()
+            sender.close()  # so that the rank's end is the only one: it closes when the rank dies
+            replies[receiver] = rank
+        values = _gather(replies, ranks, timeout_s)
         for process in ranks:
             process.join(timeout_s)
-        return [[replies[rank][i] for rank in range(world_size)] for i in range(len(calls))]
+        return [[of_rank[i] for of_rank in values] for i in range(len(calls))]
     finally:
         for process in ranks:
             if process.is_alive():
@@ -53,7 +48,29 @@ def run_policy(config: Config, calls: Sequence[Call], timeout_s: float = 120) ->
             process.join()
 
 
-def _run_rank(config: Config, rank: int, calls: list[Call], ports: Any, results: Any, timeout_s: float) -> None:
+def _gather(replies: dict[Connection, int], ranks: list[Any], timeout_s: float) -> list[list[Any]]:
+    """The values of every rank; a RuntimeError as soon as one has failed or died."""
+    values: list[list[Any]] = [[] for _ in ranks]
+    pending = dict(replies)
+    while pending:
+        ready = wait(list(pending), timeout_s)
+        if not ready:
+            raise RuntimeError(f"{len(pending)} ranks did not answer within {timeout_s:g} s")
+        for receiver in [receiver for receiver in pending if receiver in ready]:
+            rank = pending.pop(receiver)
+            try:
+                values[rank], error = receiver.recv()
+            except EOFError:
+                ranks[rank].join(timeout_s)
+                code = ranks[rank].exitcode
+                how = f"by {signal.Signals(-code).name}" if code is not None and code < 0 else f"with status {code}"
+                raise RuntimeError(f"rank {rank} died {how}") from None
+            if error:
+                raise RuntimeError(f"rank {rank}: {error}")
+    return values
+
+
+def _run_rank(config: Config, rank: int, calls: list[Call], ports: Any, results: Connection, timeout_s: float) -> None:
     import torch
     import torch.distributed as dist
 
@@ -69,9 +86,9 @@ def _run_rank(config: Config, rank: int, calls: list[Call], ports: Any, results:
         policy.connect(ports.get(timeout=timeout_s))
         values = [_make_call(policy, method, arguments) for method, arguments in calls]
         dist.destroy_process_group()
-        results.put((rank, values, None))
+        results.send((values, None))
     except BaseException:
-        results.put((rank, None, traceback.format_exc()))
+        results.send((None, traceback.format_exc()))
 
 
 def _make_call(policy: Any, method: str | Callable[..., Any], arguments: tuple[Any, ...]) -> Any:

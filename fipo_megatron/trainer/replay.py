@@ -90,15 +90,21 @@ def _read_batch(path: Path, config: Config) -> TrainingBatch:
     return make_training_batch(groups, advantages, mask_truncated=config.reward.mask_truncated)
 
 
+COPIED_KEYS = ("weight_version", "finish_reason", "text", "reward", "accuracy", "prediction")
+
+
 def _read_group(lines: Sequence[dict[str, Any]]) -> SampleGroup:
     prompt = Prompt(lines[0]["uid"], tuple(lines[0]["prompt_ids"]), lines[0]["ground_truth"], "")
     samples = [
         Sample(
             prompt,
-            np.array(line["response_ids"], np.int32),
-            np.array(line["rollout_logprobs"], np.float32),
-            *(line[key] for key in ("weight_version", "finish_reason", "text", "reward", "accuracy", "prediction")),
-            np.array(line["token_versions"], np.int32) if "token_versions" in line else None,
+            response_ids=np.array(line["response_ids"], np.int32),
+            rollout_logprobs=np.array(line["rollout_logprobs"], np.float32),
+            token_versions=np.array(line["token_versions"], np.int32) if "token_versions" in line else None,
+            **{
+                key: line[key]
+                for key in ("weight_version", "finish_reason", "text", "reward", "accuracy", "prediction")
+            },
         )
         for line in lines
     ]

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import importlib
 import os
 import traceback
 from collections.abc import Sequence
@@ -9,6 +11,8 @@ from itertools import chain
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
+
+import psutil
 
 from fipo_megatron.config.schema import Config
 from fipo_megatron.rollout.stream import in_request_order
@@ -20,11 +24,15 @@ START_S, CALL_S = 180, 120
 
 
 class EngineProcess:
-    """`with EngineProcess("vllm", folder, config) as engine: engine.generate(requests, sampling)`."""
+    """`with EngineProcess("vllm", folder, config) as engine: engine.generate(requests, sampling)`.
+
+    `engine` is "vllm", "hf", or a class as "module:name".
+    """
 
     def __init__(self, engine: str, folder: Path, config: Config) -> None:
         self._pipe, child = CONTEXT.Pipe()
-        self._process = CONTEXT.Process(target=_serve, args=(child, engine, folder, config), daemon=True)
+        # No daemon: an engine of several workers has processes of its own.
+        self._process = CONTEXT.Process(target=_serve, args=(child, engine, folder, config))
 
     def start(self, method: str, *arguments: Any) -> None:
         """Send a call; `result` fetches what it returns."""
@@ -57,17 +65,29 @@ class EngineProcess:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         self._pipe.close()
-        self._process.kill()
+        own = psutil.Process(self._process.pid)
+        for process in (*own.children(recursive=True), own):
+            with contextlib.suppress(psutil.NoSuchProcess):
+                process.kill()
         self._process.join()
+
+    @property
+    def processes(self) -> list[psutil.Process]:
+        """The engine's process and those that it has started."""
+        own = psutil.Process(self._process.pid)
+        return [own, *own.children(recursive=True)]
 
 
 def _serve(pipe: Any, engine: str, folder: Path, config: Config) -> None:
-    os.environ.update(vllm_environment(config, on_cpu=True) | {"OMP_NUM_THREADS": "1"})
+    os.environ.update(vllm_environment(config, on_cpu=True) | {"OMP_NUM_THREADS": "1", "GLOO_SOCKET_IFNAME": "lo"})
     try:
-        if engine == "vllm":
-            from fipo_megatron.rollout.vllm import VllmEngine as Engine
-        else:
-            from fipo_megatron.rollout.hf import HfEngine as Engine  # type: ignore[assignment]
+        if engine == "vllm" and config.rollout.mode == "server":
+            engine = "fipo_megatron.rollout.vllm_server:VllmServerEngine"
+        module, _, name = {
+            "vllm": "fipo_megatron.rollout.vllm:VllmEngine",
+            "hf": "fipo_megatron.rollout.hf:HfEngine",
+        }.get(engine, engine).partition(":")
+        Engine = getattr(importlib.import_module(module), name)
         served = Engine(folder, config)
         pipe.send((None, None))
     except BaseException:
@@ -83,5 +103,5 @@ def _serve(pipe: Any, engine: str, folder: Path, config: Config) -> None:
             if method == "generate":
                 value = list(chain.from_iterable(value))
             pipe.send((value, None))
-        except Exception:
-            pipe.send((None, traceback.format_exc()))
+        except Exception as error:
+            pipe.send((None, f"{traceback.format_exc()}{type(error).__name__}"))

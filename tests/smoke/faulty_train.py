@@ -20,15 +20,14 @@ def reward_is_nan(response: str, ground_truth: str) -> Verdict:
 update_weights = EngineClient.update_weights
 
 
-async def engine_dies_in_second_update(self: EngineClient, tensors: Any, version: int) -> None:
+async def engine_dies_in_second_update(self: EngineClient, update_info: dict[str, Any]) -> dict[str, float]:
     import ray
 
-    if version == 1 and not getattr(EngineClient, "has_died", False):
+    if update_info["version"] == 1 and not getattr(EngineClient, "has_died", False):
         EngineClient.has_died = True  # type: ignore[attr-defined]
-        pending = self.actor.update_weights.remote(tensors[:-1], version)  # stops half way: the last tensor is not read
-        await pending
+        self.actor.update_weights.remote(update_info)
         ray.kill(self.actor)
-    await update_weights(self, tensors, version)
+    return await update_weights(self, update_info)
 
 
 if __name__ == "__main__":
