@@ -44,6 +44,13 @@ def connect_broadcast(session: WeightSession, rank: int, listener: socket.socket
         raise ConnectionError(f"not all of trainer and engines joined the weight group: {error}") from error
 
 
+def check_updates_of_ranks(num_updates: int, version: int) -> None:
+    """StaleWeightsError where a rank of the trainer made fewer updates than others. Collective over the trainer."""
+    updates: list[int] = [0] * dist.get_world_size()
+    dist.all_gather_object(updates, num_updates)
+    check_updates(dict(enumerate(updates)), version)
+
+
 class WholeTensorsOut:
     """A trainer rank's end. Its calls are collective over the trainer's ranks; rank 0 alone has a group."""
 
@@ -58,9 +65,7 @@ class WholeTensorsOut:
             ConnectionError: (rank 0) the engine is gone; the trainer's own ranks have finished their part and go on.
             StaleWeightsError: ranks made different numbers of updates.
         """
-        updates: list[int] = [0] * dist.get_world_size()
-        dist.all_gather_object(updates, num_updates)
-        check_updates(dict(enumerate(updates)), version)
+        check_updates_of_ranks(num_updates, version)
         failure: RuntimeError | None = None
         trailer, num_bytes = [version], 0
         for name, tensor in self._weights.gather():  # to the end, for the other ranks' sake

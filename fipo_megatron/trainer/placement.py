@@ -97,6 +97,7 @@ class Workers:
             process.kill()
         psutil.wait_procs(alive, timeout=SHUTDOWN_S)
         shutil.rmtree(self._temp_dir, ignore_errors=True)
+        shutil.rmtree(self.log_folder / "weights", ignore_errors=True)  # of a disk transport
         for number, handler in handlers.items():  # None: not set from Python
             signal.signal(number, signal.SIG_DFL if handler is None else handler)
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from functools import partial
 from pathlib import Path
 
@@ -71,6 +71,7 @@ class MegatronPolicy:
         from fipo_megatron.model.weights import PolicyWeights
         from fipo_megatron.trainer.step import PipelineStep
 
+        self.folder = folder
         shape = read_model_shape(folder)
         self.chunks = build_model(self.config, shape, self.platform, self.groups, random_seed)
         self.weights = PolicyWeights(self.chunks, shape, self.groups)
@@ -302,7 +303,9 @@ class MegatronPolicy:
             self.sender.close()
         self.sender = None
         self.host_offload.reload("parameters")
-        self.sender = connect_sender(session, self.weights, self.rank, self.listener, self.platform.device)
+        self.sender = connect_sender(
+            session, self.weights, self.rank, self.listener, self.platform.device, self._write_folder
+        )
 
     def push_weights(self, version: int) -> TransferCost:
         """Send this rank's part of the weights to the engines' workers, as `version`; what it took. Every rank.
@@ -315,6 +318,9 @@ class MegatronPolicy:
         start = time.perf_counter()
         num_bytes = self.sender.send(version, self.num_updates)
         return TransferCost(num_bytes, time.perf_counter() - start)
+
+    def _write_folder(self, weights: Iterable[tuple[str, torch.Tensor]], target: Path) -> None:
+        write_hf_folder(weights, self.folder, target)
 
     def export(self, source: Path, target: Path) -> None:
         """Write the policy as a Hugging Face folder, config and tokenizer from `source`. Collective."""

@@ -62,6 +62,8 @@ SETTINGS = [
     ("hf", "shared_memory", "tied"),
     ("hf", "collective", "untied"),
     ("hf", "broadcast", "tied"),
+    ("hf", "disk", "tied"),
+    ("hf", "disk_delta", "untied"),
 ]
 
 

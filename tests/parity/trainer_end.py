@@ -10,6 +10,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
+from fipo_megatron.checkpoint.hf_folder import write_hf_folder
 from fipo_megatron.config.schema import Config
 from fipo_megatron.model.hf_config import read_model_shape
 from fipo_megatron.model.weight_map.entry import read_shard
@@ -55,7 +56,7 @@ class TrainerEnd:
     def __init__(
         self, folder: Path, policy: torch.nn.Module, config: Config, transport: TransportName, sockets: Path
     ) -> None:
-        self.weights = Weights(folder, policy)
+        self.weights, self._folder = Weights(folder, policy), folder
         if not dist.is_initialized():
             dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
         self._listener = listening_socket("127.0.0.1")
@@ -77,7 +78,14 @@ class TrainerEnd:
         """Both ends meet."""
 
         def meet() -> None:
-            self.out = connect_sender(self.session, self.weights, 0, self._listener, torch.device("cpu"))  # type: ignore[arg-type]
+            self.out = connect_sender(
+                self.session,
+                self.weights,  # type: ignore[arg-type]
+                0,
+                self._listener,
+                torch.device("cpu"),
+                lambda tensors, target: write_hf_folder(tensors, self._folder, target),
+            )
 
         self._beside(meet, lambda: engine.call("connect_weights", self.session.to_info(replica)))
 
