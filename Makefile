@@ -6,10 +6,10 @@ PARITY_ARGS ?=
 OTHER_MEGATRON = 0.19.2
 
 .DEFAULT_GOAL := help
-.PHONY: help install quickstart test parity lint format
+.PHONY: help install quickstart test sglang test-sglang parity lint format
 
 help: ## list the targets
-	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "make %-12s %s\n", $$1, $$2 }' Makefile
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-12s %s\n", $$1, $$2 }' Makefile
 
 install: ## build .venv with all that a run on CPU and the tests need
 	@$(PYTHON) tools/install.py
@@ -19,6 +19,12 @@ quickstart: install ## train a tiny policy with FIPO on CPU; overrides: make qui
 
 test: install lint ## lint and run all tests; a selection: make test ARGS="-k loss -m 'not slow'"
 	.venv/bin/python -m pytest $(ARGS)
+
+sglang: install ## build the second environment, with SGLang on a CPU
+	@$(PYTHON) tools/install.py --sglang
+
+test-sglang: sglang ## what a real SGLang server on a CPU does, against what the project asks of it
+	.venv/bin/python -m pytest -m sglang $(ARGS)
 
 parity: install ## long log-probs against float64; every layout and family against transformers, on both Megatron versions: PARITY_ARGS="--family qwen3"
 	.venv/bin/python -m pytest --wide -m wide

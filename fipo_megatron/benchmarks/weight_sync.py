@@ -13,6 +13,7 @@ import time
 import traceback
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass
+from multiprocessing import connection
 from pathlib import Path
 from typing import Any
 
@@ -32,6 +33,7 @@ TRANSPORTS = ("shared_memory", "collective")
 ENGINES = (1, 2)  # tensor-parallel sizes
 NUM_SOURCES = 2
 MEMORY_SYNCS = 100
+BUCKET_BYTES = 256 << 20  # of a process: the default of sync.bucket_mib
 REPLY_S = 600
 GROUP_VARIABLES = {"GLOO_SOCKET_IFNAME": "lo", "OMP_NUM_THREADS": "1"}
 
@@ -61,14 +63,14 @@ def targets() -> list[Target]:
     return found
 
 
-def run(workload: Workload, num_samples: int, bucket_bytes: int, with_memory: bool, note: Note) -> list[Row]:
+def run(workload: Workload, num_samples: int, with_memory: bool, note: Note) -> list[Row]:
     """A row a variant. Each is checked first: every worker must hold the trainer's weights.
 
     Raises:
         RuntimeError: a process failed, or a worker did not get the weights.
     """
     with tempfile.TemporaryDirectory(prefix="fipo-sync-") as folder:
-        processes = SyncProcesses(World(workload.shape, workload.dtype, folder, bucket_bytes))
+        processes = SyncProcesses(World(workload.shape, workload.dtype, folder, BUCKET_BYTES))
         try:
             times: dict[str, list[float]] = {}
             for name in variants():
@@ -114,7 +116,8 @@ class SyncProcesses:
         self._barrier = context.Barrier(num_processes)  # held: the processes open it by its name
         before = {name: os.environ.get(name) for name in GROUP_VARIABLES}
         os.environ.update(GROUP_VARIABLES)
-        self._pipes, self._processes = [], []
+        self._pipes: list[Any] = []
+        self._processes: list[Any] = []
         try:
             for number in range(num_processes):
                 ours, theirs = context.Pipe()
@@ -141,7 +144,7 @@ class SyncProcesses:
         """By how much the resident memory of any process grew over MEMORY_SYNCS verified syncs."""
         growth = {}
         for name in variants():
-            if "verify" in name:
+            if "verify" in name and name.endswith(f"tp{ENGINES[0]}"):
                 before = self._ask(name, False)
                 for _ in range(MEMORY_SYNCS):
                     after = self._ask(name, False)
@@ -162,18 +165,22 @@ class SyncProcesses:
     def _ask(self, variant: str, check: bool) -> list[Reply]:
         for pipe in self._pipes:
             pipe.send((variant, check))
-        replies = []
-        for number, pipe in enumerate(self._pipes):
-            try:
-                if not pipe.poll(REPLY_S):
-                    raise RuntimeError(f"{variant}: process {number} did not answer within {REPLY_S} s")
-                reply = pipe.recv()
-            except (EOFError, ConnectionError):
-                raise RuntimeError(f"{variant}: process {number} died") from None
-            if reply.error is not None:
-                raise RuntimeError(f"{variant}: process {number}: {reply.error}")
-            replies.append(reply)
-        return replies
+        replies: dict[int, Reply] = {}
+        deadline = time.monotonic() + REPLY_S
+        while waiting := [pipe for number, pipe in enumerate(self._pipes) if number not in replies]:
+            ready = connection.wait(waiting, max(0.0, deadline - time.monotonic()))
+            if not ready:
+                raise RuntimeError(f"{variant}: {len(waiting)} processes did not answer within {REPLY_S} s")
+            for number, pipe in enumerate(self._pipes):
+                if pipe not in ready:
+                    continue
+                try:
+                    replies[number] = pipe.recv()
+                except (EOFError, ConnectionError):
+                    raise RuntimeError(f"{variant}: process {number} died; is there enough memory?") from None
+                if (error := replies[number].error) is not None:
+                    raise RuntimeError(f"{variant}: process {number}: {error}")
+        return [replies[number] for number in range(len(self._pipes))]
 
 
 def _serve(world: World, number: int, ports: list[int], listeners: list[Any], barrier: Any, pipe: Any) -> None:

@@ -261,8 +261,11 @@ class AlgorithmConfig(Section):
 class RolloutConfig(Section):
     """Sampling from the policy."""
 
-    engine: Literal["vllm", "hf"] = Field(
+    engine: Literal["vllm", "sglang", "hf"] = Field(
         "vllm", description="hf: transformers in one process, slow, the oracle of the tests"
+    )
+    sglang_python: str | None = Field(
+        None, min_length=1, description="Python of the environment that has SGLang; null: the one that trains"
     )
     mode: Literal["in_process", "multi_process", "server"] = Field(
         "in_process", description="of vLLM: its core in the actor, in a process of its own, or behind its HTTP server"

@@ -61,6 +61,10 @@ class _End:
         self.trailers: dict[int, torch.Tensor] = {}
         self.trailer_bytes = 0  # of one sync
 
+    def close(self) -> None:
+        """Give the transport up; more than once does no harm."""
+        self.transport.close()
+
     def _prepare(self, views: Mapping[int, Sequence[torch.Tensor]], sends: bool, max_copy_bytes: int | None) -> None:
         """Make the trailers and the steps. Copies are cut to `max_copy_bytes` where it is given."""
         transport, rounds = self.transport, {}
@@ -247,6 +251,10 @@ class WeightReceiver(_End):
         self._dtype_code = _dtype_code(everything)
         self._is_complete = False
         self._prepare(self._views, sends=False, max_copy_bytes=None)
+
+    def close(self) -> None:
+        super().close()
+        self._threads.shutdown(wait=False)
 
     @torch.no_grad()
     def receive(self, version: int) -> None:

@@ -32,6 +32,7 @@ from fipo_megatron.observability.progress import Progress
 from fipo_megatron.observability.trackers import Trackers, check_trackers
 from fipo_megatron.reshard.plan import make_plan
 from fipo_megatron.reward.judge import make_reward
+from fipo_megatron.rollout.sglang import check_sglang
 from fipo_megatron.trainer.loop import train
 from fipo_megatron.trainer.placement import Workers, num_engine_workers
 from fipo_megatron.trainer.run import Run, check_run_folder
@@ -51,6 +52,8 @@ def check_before_start(config: Config) -> ProblemFiles:
     make_reward(config.reward, config.rollout.max_response_tokens)  # refuses a function that does not exist
     platform = resolve_platform(config.platform).name
     check_kernels(config.kernels, platform)
+    if config.rollout.engine == "sglang":
+        check_sglang(config.rollout.sglang_python)
     if platform == "cpu":
         check_cpu_versions()
     else:

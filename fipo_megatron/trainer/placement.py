@@ -19,6 +19,7 @@ from fipo_megatron.config.schema import Config, RolloutConfig
 from fipo_megatron.model.platform import resolve_platform
 from fipo_megatron.rollout.hf import HfEngine
 from fipo_megatron.rollout.replicas import Replicas
+from fipo_megatron.rollout.sglang import SglangEngine
 from fipo_megatron.rollout.vllm import VllmEngine, vllm_environment
 from fipo_megatron.rollout.vllm_server import VllmServerEngine
 from fipo_megatron.trainer.actor import EngineClient, PolicyClient
@@ -142,6 +143,9 @@ class Workers:
             options = self._options(0 if self._on_cpu else num_workers, environment, num_cpus=num_workers)
             kind = VllmServerEngine if config.rollout.mode == "server" else VllmEngine
             actor = ray.remote(kind).options(**options).remote(self.model_folder, config)
+        elif engine == "sglang":
+            options = self._options(0 if self._on_cpu else num_workers, {}, num_cpus=num_workers)
+            actor = ray.remote(SglangEngine).options(**options).remote(self.model_folder, config, on_cpu=self._on_cpu)
         else:
             actor = ray.remote(HfEngine).options(**self._options(0, {})).remote(self.model_folder, config)
         name = "engine" if config.rollout.replicas == 1 else f"engine {replica}"

@@ -26,7 +26,7 @@ def own_threads():
     torch.set_num_threads(threads)
 
 
-@pytest.mark.parametrize("operation", AXES)
+@pytest.mark.parametrize("operation", SMALL)
 def test_json(operation, capsys):
     assert main([operation, "--json", "--no-memory", "--shape", *SMALL[operation].split(), *QUICK]) == 0
     captured = capsys.readouterr()
@@ -37,6 +37,18 @@ def test_json(operation, capsys):
         assert row.median_ms is not None
     assert "3 of 3 rounds" in captured.err
     assert "skipped ours:triton" in captured.err
+
+
+@pytest.mark.multiproc
+def test_a_weight_sync(capsys):
+    """Every variant is checked before it is timed."""
+    arguments = ["weight_sync", "--shape", "300", "128", "1", "--samples", "2", "--no-memory"]
+    assert main([*arguments, "--json"]) == 0
+    rows = [Row(**json.loads(line)) for line in capsys.readouterr().out.splitlines()]
+    assert len(rows) == len({row.variant for row in rows}) == 14
+    assert all(row.median_ms > 0 and row.dtype == "bfloat16" for row in rows)
+    assert main(["weight_sync", "--device", "cuda"]) == 2
+    assert "between processes on a CPU" in capsys.readouterr().err
 
 
 def test_tables(capsys):
@@ -73,6 +85,7 @@ def test_memory_is_measured_unless_it_is_not_wanted(monkeypatch, capsys):
         (["future_kl_scan", "--samples", "0"], "--samples 0"),
         (["future_kl_scan", "--threads", "-1"], "--threads -1"),
         (["future_kl_scan", "--seconds", "0"], "--seconds 0"),
+        (["weight_sync", "--shape", "300", "100", "1"], "H a multiple of 128"),
     ],
 )
 def test_unusable_options(arguments, message, capsys):

@@ -29,9 +29,10 @@ THIRD_PARTY = {
     "ray": ("trainer/placement.py", "trainer/actor.py"),
     "megatron": ("parallel/groups.py", "model/*", "trainer/step.py", "checkpoint/*", "ops/*", "benchmarks/*"),
     "vllm": ("rollout/*", "reshard/engine_worker.py", "reshard/vllm_patches.py"),
-    "sglang": ("rollout/*", "reshard/engine_worker.py"),
+    "sglang": ("rollout/*", "reshard/sglang_worker.py"),
     "triton": ("*/triton_kernel.py",),
     "numba": ("*/numba_kernel.py",),
+    "xxhash": ("reshard/checksum.py",),
 }
 EXCEPT = {"megatron": "model/weight_map/*"}  # names and slices: plain data
 

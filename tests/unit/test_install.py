@@ -55,7 +55,7 @@ def checkout(install, tmp_path, monkeypatch):
     monkeypatch.setattr(install, "install_torch", lambda pin: steps.append(("torch", pin)))
     monkeypatch.setattr(install, "read_requirements", read_requirements)
     monkeypatch.setattr(install, "compile_bytecode", lambda *folders: steps.append(("bytecode", *folders)))
-    monkeypatch.setattr(install, "check_imports", lambda modules: steps.append(("check_imports",)))
+    monkeypatch.setattr(install, "check_imports", lambda *arguments: steps.append(("check_imports",)))
     return steps
 
 
@@ -221,6 +221,8 @@ def test_make_help_lists_every_target():
         "install",
         "quickstart",
         "test",
+        "sglang",
+        "test-sglang",
         "parity",
         "lint",
         "format",
@@ -239,3 +241,58 @@ def test_another_megatron_lies_beside_the_environment_and_is_fetched_once(instal
     assert "--no-deps" in steps[0]
     assert [path.name for path in install.VENV.glob("megatron*")] == ["megatron-core-0.19.2"]
     assert checkout == [("bytecode", install.VENV / "megatron-core-0.19.2.unfinished")]
+
+
+def test_sglang_gets_an_environment_of_its_own_beside_the_other_and_only_once(install, checkout, monkeypatch):
+    def make(*command):
+        assert command[1:] == ("-m", "venv", "--clear", "--without-pip", install.SGLANG_VENV)
+        (install.SGLANG_VENV / "lib/python3.11/site-packages").mkdir(parents=True, exist_ok=True)
+        return subprocess.CompletedProcess(command, 0, "", "")
+
+    monkeypatch.setattr(install, "SGLANG_VENV", install.VENV / "sglang")
+    monkeypatch.setattr(install, "SGLANG_STAMP", install.VENV / "sglang/stamp")
+    monkeypatch.setattr(install, "run_quietly", make)
+    monkeypatch.setattr(install, "run_pip", lambda step, *arguments, python: checkout.append((*arguments, python)))
+    assert install.main(["--sglang"]) == 0
+    python, own = install.SGLANG_VENV / "bin/python", install.SGLANG_VENV / "lib/python3.11/site-packages"
+    assert checkout == [
+        ("--no-deps", *install.SGLANG_PACKAGES, python),
+        ("bytecode", own),
+        ("check_imports",),
+    ]
+    assert all("==" in package and "torchvision" not in package for package in install.SGLANG_PACKAGES)
+    shared, stand_ins, line = (own / "shared.pth").read_text().splitlines()
+    assert shared == str(install.VENV / "lib/python3.11/site-packages")
+    assert (Path(stand_ins) / f"{line.removeprefix('import ')}.py").exists()
+    checkout.clear()
+    assert install.main(["--sglang"]) == 0
+    assert checkout == []
+
+
+def test_sglang_needs_the_environment_it_shares(install, checkout, monkeypatch, capsys):
+    monkeypatch.setattr(install, "SGLANG_STAMP", install.VENV / "sglang/stamp")
+    monkeypatch.setattr(install, "VENV_PYTHON", install.VENV / "bin/python")
+    assert install.main(["--sglang"]) == 1
+    assert "make install" in capsys.readouterr().err
+
+
+def test_what_stands_in_for_a_package_can_be_imported_but_not_called():
+    code = """
+import stand_ins
+from sgl_kernel.sub.module import kernel
+import sgl_kernel, torchvision.transforms as T
+assert sgl_kernel.__version__ == "0.4.10"
+assert not hasattr(kernel, "__len__")
+for call in (kernel, sgl_kernel.other, T.Compose.inner):
+    try:
+        call(1)
+    except NotImplementedError as error:
+        print(error)
+"""
+    folder = ROOT / "tools/sglang_cpu"
+    run = subprocess.run([sys.executable, "-c", code], cwd=folder, capture_output=True, text=True, check=True)
+    assert [line.split()[0] for line in run.stdout.splitlines()] == [
+        "sgl_kernel.sub.module.kernel",
+        "sgl_kernel.other",
+        "torchvision.transforms.Compose.inner",
+    ]

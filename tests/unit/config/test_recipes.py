@@ -192,7 +192,14 @@ def test_a_recipe_does_not_change_with_a_default() -> None:
     fixed = {f"{section}.{key}" for section in sections for key in type(getattr(Config(), section)).model_fields}
     free = {
         # how the work is done, and what is measured beside it
-        *("rollout.engine", "rollout.max_concurrent_sequences", "rollout.kv_cache_gib", "rollout.max_logprob_mismatch"),
+        *(f"rollout.{key}" for key in ("mode", "replicas", "tensor", "pipeline", "expert_parallel")),
+        *(
+            "rollout.engine",
+            "rollout.sglang_python",
+            "rollout.max_concurrent_sequences",
+            "rollout.kv_cache_gib",
+            "rollout.max_logprob_mismatch",
+        ),
         *(
             "rollout.gpu_memory_utilization",
             "trainer.microbatch_tokens",

@@ -17,7 +17,7 @@ from fipo_megatron.trainer.launch import check_before_start, check_num_gpus, pla
 def test_ranks_and_engine_need_a_device_each() -> None:
     config = Config.model_validate({"parallel": {"tensor": 2, "data": 2}})
     check_num_gpus(config, available=5)
-    with pytest.raises(ValueError, match="4 ranks and the engine take 5 GPUs, there are 4"):
+    with pytest.raises(ValueError, match="4 ranks and the engines take 5 GPUs, there are 4"):
         check_num_gpus(config, available=4)
 
 
