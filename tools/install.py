@@ -265,10 +265,12 @@ def install_sglang() -> None:
     if SGLANG_STAMP.exists() and SGLANG_STAMP.read_text() == fingerprint:
         report(f"{SGLANG_VENV.name} is up to date")
         return
+    if not STAMP.exists():
+        raise InstallError(SGLANG_VENV.name, ".venv, which it shares, is not complete", "make install")
     python = SGLANG_VENV / "bin/python"
     made = run_quietly(VENV_PYTHON, "-m", "venv", "--clear", "--without-pip", SGLANG_VENV)
     if made.returncode != 0:
-        raise InstallError("python -m venv", (made.stdout + made.stderr).strip(), "build .venv first: make install")
+        raise InstallError("python -m venv", (made.stdout + made.stderr).strip(), f"see {SGLANG_VENV}, then repeat")
     own = next(SGLANG_VENV.glob("lib/python*/site-packages"))
     shared = next(VENV.glob("lib/python*/site-packages"))
     run_pip(SGLANG_PACKAGES[0], "--no-deps", *SGLANG_PACKAGES, python=python)

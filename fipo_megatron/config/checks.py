@@ -312,8 +312,8 @@ def _find_idle_keys(config: Config) -> Iterator[str]:
     if rollout.engine != "sglang":
         yield from _idle_keys("rollout", rollout, ("sglang_python",), "but on rollout.engine = 'sglang'; remove it")
     else:
-        keys = ("mode", "pipeline", "kv_cache_gib")
-        yield from _idle_keys("rollout", rollout, keys, "on rollout.engine = 'sglang'; remove it")
+        idle = ("mode", "pipeline", "kv_cache_gib")
+        yield from _idle_keys("rollout", rollout, idle, "on rollout.engine = 'sglang'; remove it")
     if not config.sync.transport.startswith("disk"):
         yield from _idle_keys("sync", config.sync, ("folder",), "but for a disk transport; remove it")
     if config.kernels.logprob_from == "logits":

@@ -25,7 +25,7 @@ LOADER = "fipo_megatron.reshard.sglang_worker.load"
 
 
 def load(model: Any, named_tensors: Sequence[tuple[str, torch.Tensor]]) -> None:
-    """One order: the name of the first tensor is JSON of `order` (check, connect or update), `reports` and its values."""
+    """One order: the first tensor's name is JSON of `order` (check, connect or update), `reports` and its values."""
     order = json.loads(named_tensors[0][0])
     rank = _tensor_rank()
     report: dict[str, Any] = {}

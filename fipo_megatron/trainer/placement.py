@@ -141,8 +141,11 @@ class Workers:
         if engine == "vllm":
             environment = vllm_environment(config, self._on_cpu, replica)
             options = self._options(0 if self._on_cpu else num_workers, environment, num_cpus=num_workers)
-            kind = VllmServerEngine if config.rollout.mode == "server" else VllmEngine
-            actor = ray.remote(kind).options(**options).remote(self.model_folder, config)
+            if config.rollout.mode == "server":
+                server = ray.remote(VllmServerEngine).options(**options)
+                actor = server.remote(self.model_folder, config, on_cpu=self._on_cpu)
+            else:
+                actor = ray.remote(VllmEngine).options(**options).remote(self.model_folder, config)
         elif engine == "sglang":
             options = self._options(0 if self._on_cpu else num_workers, {}, num_cpus=num_workers)
             actor = ray.remote(SglangEngine).options(**options).remote(self.model_folder, config, on_cpu=self._on_cpu)

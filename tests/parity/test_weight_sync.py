@@ -307,7 +307,7 @@ def test_a_lost_peer_is_named_in_time(trainer_role, engine_role, lost, timeout_s
     assert all(failure.seconds - start < 20 for failure in failures.values())
     assert not any(process.is_alive() for process in processes.processes)
     assert list(tmp_path.iterdir()) == []
-    assert {name for name in set(os.listdir("/dev/shm")) - before if not name.startswith("sem.")} == set()
+    assert {name for name in set(os.listdir("/dev/shm")) - before if not name.startswith(("sem.", "psm_"))} == set()
 
 
 def sync_many_times(case, source, connect):

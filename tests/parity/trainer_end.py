@@ -110,8 +110,11 @@ class TrainerEnd:
         thread = threading.Thread(target=run)
         thread.start()
         try:
-            return theirs()
-        finally:
-            thread.join(60)
-            if failures:
-                raise failures[0]
+            result = theirs()
+        except BaseException as error:
+            error.add_note(f"the trainer's end: {failures or 'still waits, or is done'}")
+            raise  # the cause, most likely
+        thread.join(60)
+        if failures:
+            raise failures[0]
+        return result

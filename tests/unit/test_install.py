@@ -253,6 +253,7 @@ def test_sglang_gets_an_environment_of_its_own_beside_the_other_and_only_once(in
     monkeypatch.setattr(install, "SGLANG_STAMP", install.VENV / "sglang/stamp")
     monkeypatch.setattr(install, "run_quietly", make)
     monkeypatch.setattr(install, "run_pip", lambda step, *arguments, python: checkout.append((*arguments, python)))
+    install.STAMP.touch()
     assert install.main(["--sglang"]) == 0
     python, own = install.SGLANG_VENV / "bin/python", install.SGLANG_VENV / "lib/python3.11/site-packages"
     assert checkout == [
@@ -271,8 +272,8 @@ def test_sglang_gets_an_environment_of_its_own_beside_the_other_and_only_once(in
 
 def test_sglang_needs_the_environment_it_shares(install, checkout, monkeypatch, capsys):
     monkeypatch.setattr(install, "SGLANG_STAMP", install.VENV / "sglang/stamp")
-    monkeypatch.setattr(install, "VENV_PYTHON", install.VENV / "bin/python")
     assert install.main(["--sglang"]) == 1
+    assert checkout == []
     assert "make install" in capsys.readouterr().err
 
 

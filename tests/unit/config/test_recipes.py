@@ -192,7 +192,7 @@ def test_a_recipe_does_not_change_with_a_default() -> None:
     fixed = {f"{section}.{key}" for section in sections for key in type(getattr(Config(), section)).model_fields}
     free = {
         # how the work is done, and what is measured beside it
-        *(f"rollout.{key}" for key in ("mode", "replicas", "tensor", "pipeline", "expert_parallel")),
+        *(f"rollout.{key}" for key in ("mode", "replicas", "tensor", "pipeline", "expert_parallel", "sglang_python")),
         *(
             "rollout.engine",
             "rollout.sglang_python",
