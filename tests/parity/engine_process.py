@@ -65,10 +65,10 @@ class EngineProcess:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         self._pipe.close()
-        own = psutil.Process(self._process.pid)
-        for process in (*own.children(recursive=True), own):
-            with contextlib.suppress(psutil.NoSuchProcess):
-                process.kill()
+        with contextlib.suppress(psutil.NoSuchProcess):  # a test has ended it
+            for process in reversed(self.processes):
+                with contextlib.suppress(psutil.NoSuchProcess):
+                    process.kill()
         self._process.join()
 
     @property
