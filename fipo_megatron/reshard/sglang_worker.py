@@ -79,6 +79,6 @@ _END = _SchedulersEnd()
 
 
 def _tensor_rank() -> int:
-    from sglang.srt.distributed import get_tensor_model_parallel_rank
+    from sglang.srt.runtime_context import get_parallel
 
-    return int(get_tensor_model_parallel_rank())
+    return int(get_parallel().tp_rank)

@@ -131,11 +131,11 @@ class ServerClient:
         self._fail(f"the engine's server did not answer within {timeout_s:g} s")
 
     def get(self, path: str) -> Any:
-        """The JSON that a path answers with."""
+        """The JSON, or else the text, that a path answers with."""
         return self._result(self._submit("GET", path, None, None))
 
     def post(self, path: str, body: Any = None, params: Mapping[str, str] | None = None) -> Any:
-        """The JSON that a path answers a body with.
+        """The JSON, or else the text, that a path answers a body with.
 
         Raises:
             EngineServerError: the server refused it, or died.
@@ -185,7 +185,8 @@ class ServerClient:
             self._fail(
                 f"the engine's server answered {response.request.url.path} with {response.status_code}: {response.text}"
             )
-        return response.json() if response.content else None
+        is_json = response.headers.get("content-type", "").startswith("application/json")
+        return response.json() if is_json else response.text
 
     def _check(self) -> None:
         if self._server is not None:

@@ -24,11 +24,11 @@ from fipo_megatron.types import FinishedResponse, Generation, GenerationRequest,
 
 IMPORT_S = 120.0
 PAUSE_MODES = {"keep": "in_place", "abort": "abort"}
-MAX_SEED = 2**31  # of a request; SGLang keeps it with others in one tensor
 
 
 class SglangEngine:
-    """The same calls as `VllmServerEngine`.
+    """The same calls as `VllmServerEngine`, but that a request's seed has no effect: SGLang keeps to it in its
+    deterministic mode alone, which it refuses with the attention that it has on a CPU. No run is repeated bit for bit.
 
     It starts from dummy weights, for the trainer to push the policy's, or with `load_weights` from the folder's. With
     `url` and `token` it uses a server that runs already, on weights of its own.
@@ -52,7 +52,7 @@ class SglangEngine:
             server = ServerProcess(
                 [config.rollout.sglang_python or sys.executable, "-m", "fipo_megatron.rollout.sglang_launcher"],
                 {"arguments": server_options(model_folder, config, load_weights, on_cpu)},
-                sglang_environment(on_cpu),
+                sglang_environment(Path(self._folder.name), on_cpu),
                 Path(self._folder.name) / "server.log",
                 config.cluster.address,
             )
@@ -81,7 +81,6 @@ class SglangEngine:
                     "temperature": sampling.temperature,
                     "top_p": sampling.top_p,
                     "max_new_tokens": sampling.max_response_tokens,
-                    "sampling_seed": request.seed % MAX_SEED,
                 },
                 "return_logprob": True,
             }
@@ -118,7 +117,9 @@ class SglangEngine:
         """Load the weights of a Hugging Face folder, by SGLang's own loader."""
         self.version = -1
         self._post("/begin_weight_update", {})
-        self._post("/update_weights_from_disk", {"model_path": str(folder), "flush_cache": False})
+        self._post(
+            "/update_weights_from_disk", {"model_path": str(folder), "load_format": "auto", "flush_cache": False}
+        )
         self._post("/end_weight_update", {})
         self._finish(version)
 
@@ -192,9 +193,15 @@ class SglangEngine:
         )
 
 
-def sglang_environment(on_cpu: bool) -> dict[str, str]:
-    """Environment of the server's process."""
-    environment = {"PYTHONPATH": str(Path(fipo_megatron.__file__).parents[1])}
+def sglang_environment(folder: Path, on_cpu: bool) -> dict[str, str]:
+    """Environment of the server's process; its workers meet in a file of `folder`.
+
+    torch's server for that would listen on every interface, and ask nobody for a token.
+    """
+    environment = {
+        "PYTHONPATH": str(Path(fipo_megatron.__file__).parents[1]),
+        "SGLANG_DISTRIBUTED_INIT_METHOD_OVERRIDE": f"file://{folder}/workers",
+    }
     if on_cpu:
         environment |= {
             "SGLANG_USE_CPU_ENGINE": "1",

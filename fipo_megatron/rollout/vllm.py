@@ -33,6 +33,8 @@ def vllm_environment(config: Config, on_cpu: bool, replica: int = 0) -> dict[str
         "VLLM_NO_USAGE_STATS": "1",
         "VLLM_LOGGING_LEVEL": "ERROR",
     }
+    if config.cluster.address.startswith("127."):
+        environment["GLOO_SOCKET_IFNAME"] = "lo"  # where workers listen for each other
     if on_cpu:
         environment |= {
             "VLLM_CPU_KVCACHE_SPACE": str(rollout.kv_cache_gib),

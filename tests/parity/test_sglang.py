@@ -44,7 +44,7 @@ def test_engine_follows_the_pushed_weights(setting: dict, transport: str, tmp_pa
         check_greedy(engine.generate(REQUESTS, GREEDY), policies[which], version)
 
 
-def test_a_seed_repeats_a_response_and_logprobs_are_those_it_was_sampled_from(setting: dict, tmp_path: Path) -> None:
+def test_logprobs_are_those_that_a_response_was_sampled_from(setting: dict, tmp_path: Path) -> None:
     import torch
 
     engine, policy = setting["engine"], setting["policies"][1]
@@ -52,16 +52,12 @@ def test_a_seed_repeats_a_response_and_logprobs_are_those_it_was_sampled_from(se
     trainer.connect(engine)
     trainer.push(engine, policy, 7)
     warm = SamplingSettings(temperature=0.7, top_p=1.0, max_response_tokens=24)
-    first, again = (engine.generate(REQUESTS, warm) for _ in range(2))
-    reseeded = engine.generate([GenerationRequest(r.prompt_ids, r.seed + 100) for r in REQUESTS], warm)
-    for prompt, a, b in zip(prompts(), first, again, strict=True):
-        np.testing.assert_array_equal(a.token_ids, b.token_ids)
+    for prompt, a in zip(prompts(), engine.generate(REQUESTS, warm), strict=True):
         ids = torch.tensor([[*prompt, *a.token_ids.tolist()]])
         with torch.no_grad():
             logits = policy(ids).logits[0, len(prompt) - 1 : -1] / 0.7
         expected = logits.log_softmax(-1).gather(-1, torch.tensor(a.token_ids.tolist())[:, None])[:, 0]
         np.testing.assert_allclose(a.logprobs, expected.numpy(), atol=1e-4)
-    assert any(a.token_ids.tolist() != b.token_ids.tolist() for a, b in zip(first, reseeded, strict=True))
 
 
 def test_weights_of_a_folder_are_loaded_by_sglang_itself(setting: dict) -> None:
