@@ -3,6 +3,10 @@
 from __future__ import annotations
 
 import os
+import select
+import signal
+import threading
+from contextlib import suppress
 from typing import Any
 
 import torch
@@ -11,7 +15,9 @@ from vllm.model_executor.layers import utils as layer_utils
 from vllm.platforms import current_platform
 from vllm.v1.worker import gpu_worker
 
-RENDEZVOUS_FOLDER = "FIPO_RENDEZVOUS_FOLDER"  # in the environment: of one engine, that nobody else can enter
+# In the environment:
+RENDEZVOUS_FOLDER = "FIPO_RENDEZVOUS_FOLDER"  # of one engine, that nobody else can enter
+ENGINE_PROCESS = "FIPO_ENGINE_PROCESS"  # the number of the process that has started the engine
 
 
 def patch_vllm() -> None:
@@ -22,6 +28,28 @@ def patch_vllm() -> None:
         give_stages_their_input()
     if RENDEZVOUS_FOLDER in os.environ:
         meet_in_a_file(os.environ[RENDEZVOUS_FOLDER])
+    if ENGINE_PROCESS in os.environ:
+        end_with_engine(int(os.environ[ENGINE_PROCESS]))
+
+
+def end_with_engine(engine: int) -> None:
+    """Have this worker end with the process that has started the engine, and the core between them.
+
+    The core does not notice when that process is killed, and workers end with the core alone.
+    """
+    if engine == os.getpid():
+        return
+    parent = os.getppid()
+    core = parent if parent not in (1, engine) else None  # else this process is the core, or there is none
+
+    def watch() -> None:
+        with suppress(ProcessLookupError):  # gone already
+            select.select([os.pidfd_open(engine)], [], [])
+        if core is not None and os.getppid() == core:
+            os.kill(core, signal.SIGKILL)
+        os.kill(os.getpid(), signal.SIGKILL)
+
+    threading.Thread(target=watch, daemon=True).start()
 
 
 def use_weights_as_loaded() -> None:

@@ -58,6 +58,7 @@ class VllmEngine:
     def __init__(self, model_folder: Path, config: Config, load_weights: bool = False) -> None:
         rendezvous = tempfile.TemporaryDirectory(prefix="fipo-engine-")  # removed with this object
         os.environ["FIPO_RENDEZVOUS_FOLDER"] = rendezvous.name
+        os.environ["FIPO_ENGINE_PROCESS"] = str(os.getpid())
         from vllm import LLM
 
         self._rendezvous = rendezvous
