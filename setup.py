@@ -39,6 +39,9 @@ BASE = [
     "pyyaml>=6,<7",
     # Training problems as parquet, the layout in which DAPO's are published.
     "pyarrow>=17,<27",
+    # Requests to the HTTP servers of engines: many at once on a few connections, each ended when a server dies. vLLM and
+    # SGLang have it, too.
+    "httpx>=0.27,<1",
     # The live display of a run.
     "rich>=13,<16",
     # The figures of a finished run.

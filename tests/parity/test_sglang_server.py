@@ -22,6 +22,7 @@ import pytest
 import torch
 
 from fipo_megatron.parallel.groups import listening_socket
+from fipo_megatron.reshard.checksum import checksum
 from fipo_megatron.reshard.transport.sglang import SglangBroadcastGroup
 from fipo_megatron.rollout.hf import folder_weights
 from fipo_megatron.rollout.server_process import EngineServerError

@@ -1,4 +1,4 @@
-"""Where SGLang's group meets, and how tensors in shared memory are told to it; both against a server in tests/parity."""
+"""Where SGLang's group meets, and how it is told of tensors in shared memory; both against a server: tests/parity."""
 
 from __future__ import annotations
 
