@@ -39,8 +39,7 @@ BASE = [
     "pyyaml>=6,<7",
     # Training problems as parquet, the layout in which DAPO's are published.
     "pyarrow>=17,<27",
-    # Requests to the HTTP servers of engines: many at once on a few connections, each ended when a server dies. vLLM and
-    # SGLang have it, too.
+    # Requests to the HTTP servers of engines: many at once, each ended when a server dies. huggingface-hub has it, too.
     "httpx>=0.28,<0.29",
     # The live display of a run.
     "rich>=13,<16",
