@@ -314,6 +314,9 @@ def _find_idle_keys(config: Config) -> Iterator[str]:
     else:
         idle = ("mode", "pipeline", "kv_cache_gib")
         yield from _idle_keys("rollout", rollout, idle, "on rollout.engine = 'sglang'; remove it")
+    if config.sync.transport in ("disk", "disk_delta", "broadcast"):
+        why = f"on sync.transport = {config.sync.transport!r}, which has no buckets; remove it"
+        yield from _idle_keys("sync", config.sync, ("bucket_mib",), why)
     if not config.sync.transport.startswith("disk"):
         yield from _idle_keys("sync", config.sync, ("folder",), "but for a disk transport; remove it")
     if config.kernels.logprob_from == "logits":

@@ -55,6 +55,10 @@ class WeightsIn(Protocol):
         """Compare the engine's parameters with the trainer's. Raises WeightMismatchError."""
         ...
 
+    def close(self) -> None:
+        """Give connections and memory up."""
+        ...
+
 
 class _Sending(Protocol):
     """A sender of reshard/transport/disk.py."""

@@ -63,8 +63,8 @@ class FipoWeightTransferEngine(WeightTransferEngine[SessionInfo, UpdateInfo]):
             self._connect(init_info)
 
     def _connect(self, init_info: SessionInfo) -> None:
+        self.shutdown()
         self.session, replica = WeightSession.from_info(init_info.session)
-        self.weights = self.whole = None
         self.packed_experts = []
         destination = replica * self.session.engine.workers_per_replica + self.parallel_config.rank
         if self.session.transport == "broadcast":
@@ -75,6 +75,7 @@ class FipoWeightTransferEngine(WeightTransferEngine[SessionInfo, UpdateInfo]):
             return
         plan = self.session.make_plan()
         parameters = dict(self.model.named_parameters())
+        check_experts(self.model)
         self.packed_experts = find_packed_experts(self.model)
         for experts in self.packed_experts:
             parameters |= experts.unpacked
@@ -137,6 +138,9 @@ class FipoWeightTransferEngine(WeightTransferEngine[SessionInfo, UpdateInfo]):
         self.report["verify_s"] = time.perf_counter() - start
 
     def shutdown(self) -> None:
+        for receiver in (self.weights, self.whole):
+            if receiver is not None:
+                receiver.close()
         self.weights = self.whole = None
 
 
@@ -168,22 +172,23 @@ class PackedExperts:
 
 
 def find_packed_experts(model: torch.nn.Module) -> list[PackedExperts]:
-    """Of every layer whose experts vLLM has packed, on a CPU.
+    """Of every layer whose experts vLLM has packed, on a CPU."""
+    return [PackedExperts(name, layer) for name, layer, backend in _experts(model) if backend == "CPU"]
 
-    Raises:
-        ViewsRefusedError: another kernel's layout, which can't be written in place.
-    """
-    packed = []
-    for name, layer in model.named_modules():
-        if not hasattr(layer, "w13_weight"):
-            continue
-        method: Any = layer.quant_method
-        backend = getattr(getattr(method, "unquantized_backend", None), "name", "a quantised one")
-        if backend == "CPU":
-            packed.append(PackedExperts(name, layer))
-        elif backend not in PLAIN_EXPERT_BACKENDS:
+
+def check_experts(model: torch.nn.Module) -> None:
+    """ViewsRefusedError where a kernel has experts in a layout of its own, which can't be written in place."""
+    for name, _, backend in _experts(model):
+        if backend not in ("CPU", *PLAIN_EXPERT_BACKENDS):
             raise ViewsRefusedError(f"{name}: its kernel ({backend}) stores experts in a layout of its own")
-    return packed
+
+
+def _experts(model: torch.nn.Module) -> Iterator[tuple[str, Any, str]]:
+    """`(name, layer, name of its kernel)` of every layer's experts."""
+    for name, layer in model.named_modules():
+        if hasattr(layer, "w13_weight"):
+            method: Any = layer.quant_method
+            yield name, layer, getattr(getattr(method, "unquantized_backend", None), "name", "a quantised one")
 
 
 @torch.no_grad()
@@ -195,6 +200,8 @@ def check_head(model: Any) -> None:
     tied = getattr(model.config, "tie_word_embeddings", False)
     for head in (module for module in model.modules() if isinstance(module, ParallelLMHead)):
         weight = model.model.embed_tokens.weight if tied else head.weight
+        if weight.dtype not in HEAD_TOLERANCE:
+            continue  # quantised: its logits are not those of a product
         probe = torch.linspace(-1.0, 1.0, weight.shape[1], dtype=weight.dtype, device=weight.device)[None]
         logits = head.quant_method.apply(head, probe, bias=None).float()
         expected = torch.nn.functional.linear(probe, weight).float()

@@ -50,9 +50,12 @@ class _SchedulersEnd:
 
     session: WeightSession
     first_worker: int  # of the engine, over all replicas
-    receiver: WeightsIn | WholeTensorsIn
+    receiver: WeightsIn | WholeTensorsIn | None = None
 
     def begin(self, model: Any, info: dict[str, Any], rank: int, connect: bool) -> None:
+        if self.receiver is not None:
+            self.receiver.close()
+        self.receiver = None
         self.session, replica = WeightSession.from_info(info)
         self.first_worker = replica * self.session.engine.workers_per_replica
         destination = self.first_worker + rank
@@ -70,6 +73,7 @@ class _SchedulersEnd:
     def update(self, model: Any, version: int) -> dict[str, float]:
         """Seconds: receive_s, verify_s."""
         start = time.perf_counter()
+        assert self.receiver is not None, "connect comes first"
         if isinstance(self.receiver, WholeTensorsIn):
             model.load_weights(self.receiver.tensors(version))
         else:

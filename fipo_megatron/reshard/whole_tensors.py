@@ -38,8 +38,10 @@ def connect_broadcast(session: WeightSession, rank: int, listener: socket.socket
         ConnectionError: not all came.
     """
     size = 1 + session.engine.num_workers
+    # Half: the trainer's other ranks wait for rank 0, in groups of their own with the whole of it.
+    timeout_s = session.timeout_s / 2
     try:
-        return BroadcastGroup(session.address, session.port, rank, size, session.timeout_s, listener)
+        return BroadcastGroup(session.address, session.port, rank, size, timeout_s, listener)
     except RuntimeError as error:
         raise ConnectionError(f"not all of trainer and engines joined the weight group: {error}") from error
 
@@ -65,11 +67,16 @@ class WholeTensorsOut:
             ConnectionError: (rank 0) the engine is gone; the trainer's own ranks have finished their part and go on.
             StaleWeightsError: ranks made different numbers of updates.
         """
-        check_updates_of_ranks(num_updates, version)
+        try:
+            check_updates_of_ranks(num_updates, version)
+        except StaleWeightsError:
+            self.close()  # the engines wait for a first tensor
+            raise
         failure: RuntimeError | None = None
         trailer, num_bytes = [version], 0
         for name, tensor in self._weights.gather():  # to the end, for the other ranks' sake
             if failure is None:
+                tensor = tensor.cpu()  # as it arrives, and so that both ends hash alike
                 try:
                     self._broadcast(tensor)
                     num_bytes += tensor.nbytes * self._session.engine.num_workers
@@ -120,6 +127,10 @@ class WholeTensorsIn:
         self._trailer = trailer.tolist()
         if self._trailer[0] != version:
             raise StaleWeightsError(f"version {version} was to come, trainer rank 0 sent {self._trailer[0]}")
+
+    def close(self) -> None:
+        """Leave the group."""
+        del self._group
 
     def verify(self) -> None:
         """WeightMismatchError, which names the tensors, if what arrived is not what was sent."""

@@ -36,7 +36,7 @@ class HfEngine:
             self.version = -1
             self.model = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(model_folder), dtype=dtype)
         self.model.eval()
-        self.receiver: WeightsIn | WholeTensorsIn
+        self.receiver: WeightsIn | WholeTensorsIn | None = None
         stop = self.model.generation_config.eos_token_id
         self.stop_ids = set(stop if isinstance(stop, list) else [stop])
 
@@ -99,6 +99,8 @@ class HfEngine:
 
     def connect_weights(self, init_info: dict[str, Any]) -> None:
         """Meet the trainer's ranks, as a `WeightSession` says."""
+        if self.receiver is not None:
+            self.receiver.close()
         self.session, replica = WeightSession.from_info(init_info)
         views = folder_weights(self.model)
         if self.session.transport == "broadcast":
@@ -108,6 +110,7 @@ class HfEngine:
 
     def update_weights(self, update_info: dict[str, Any]) -> dict[str, float]:
         """Receive what the trainer sends, and verify it; what it took."""
+        assert self.receiver is not None, "connect_weights comes first"
         version, start = int(update_info["version"]), time.perf_counter()
         self.version = -1
         if isinstance(self.receiver, WholeTensorsIn):

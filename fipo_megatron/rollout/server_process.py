@@ -22,8 +22,10 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 import httpx
+import psutil
 
 POLL_S = 0.5
+HEALTH_S = 5.0
 END_S = 10.0
 LOG_CHARS = 6000  # of the end of a server's log, in errors: the cause is followed by those who lost it
 
@@ -75,6 +77,15 @@ class ServerProcess:
     def pid(self) -> int:
         return self._process.pid
 
+    def listens(self) -> bool:
+        """Whether the server, or a process that it has started, is the one that listens on its port."""
+        server = psutil.Process(self._process.pid)
+        return any(
+            connection.status == psutil.CONN_LISTEN and connection.laddr.port == self.port
+            for process in (server, *server.children(recursive=True))
+            for connection in process.net_connections("inet")
+        )
+
     def check(self) -> None:
         """Raises EngineServerError, with the end of its log, if the server is gone."""
         if self._process.poll() is not None:
@@ -99,16 +110,15 @@ class ServerProcess:
 class ServerClient:
     """Requests to an engine's server: one that was started here, or another's, by its URL and token."""
 
-    def __init__(self, url: str, token: str, server: ServerProcess | None = None) -> None:
+    def __init__(self, url: str, token: str, max_connections: int, server: ServerProcess | None = None) -> None:
         self.url, self.token = url, token
         self._server = server
         self._client = httpx.AsyncClient(
             base_url=url,
             headers={"Authorization": f"Bearer {token}"},
-            timeout=httpx.Timeout(
-                None, connect=30.0
-            ),  # a long response is no error; a server's death is seen otherwise
-            limits=httpx.Limits(max_connections=None),
+            # A response may take long, and wait for a connection: a server's death is seen otherwise.
+            timeout=httpx.Timeout(None, connect=30.0),
+            limits=httpx.Limits(max_connections=max_connections),
             trust_env=False,  # no proxy between processes of one machine or cluster
         )
         self._loop = asyncio.new_event_loop()
@@ -125,10 +135,14 @@ class ServerClient:
         while time.monotonic() < deadline:
             self._check()
             try:
-                self.get("/health")
-                return
-            except (httpx.TransportError, EngineServerError):
+                # Without the token: whoever has taken the port must not be told it.
+                httpx.get(f"{self.url}/health", timeout=HEALTH_S, trust_env=False).raise_for_status()
+            except httpx.HTTPError:
                 time.sleep(POLL_S)
+                continue
+            if self._server is not None and not self._server.listens():
+                self._fail(f"somebody else listens on port {self._server.port}, which the engine's server was to have")
+            return
         self._fail(f"the engine's server did not answer within {timeout_s:g} s")
 
     def get(self, path: str) -> Any:
@@ -159,13 +173,15 @@ class ServerClient:
 
     def close(self) -> None:
         """Give the connections up, and end the server if it was started here."""
-        if not self._loop.is_closed():
-            asyncio.run_coroutine_threadsafe(self._client.aclose(), self._loop).result(END_S)
-            self._loop.call_soon_threadsafe(self._loop.stop)
-            self._thread.join(END_S)
-            self._loop.close()
-        if self._server is not None:
-            self._server.stop()
+        try:
+            if not self._loop.is_closed():
+                asyncio.run_coroutine_threadsafe(self._client.aclose(), self._loop).result(END_S)
+                self._loop.call_soon_threadsafe(self._loop.stop)
+                self._thread.join(END_S)
+                self._loop.close()
+        finally:
+            if self._server is not None:
+                self._server.stop()
 
     def _submit(self, method: str, path: str, body: Any, params: Mapping[str, str] | None) -> Future[httpx.Response]:
         request = self._client.request(method, path, json=body, params=params)

@@ -52,8 +52,9 @@ class SglangEngine:
         self._num_workers = config.rollout.tensor
         self._folder = tempfile.TemporaryDirectory(prefix="fipo-engine-")  # removed with this object
         self.server_pid: int | None = None  # of one that was started here, and of its process group
+        connections = 2 * config.rollout.max_concurrent_sequences  # more would wait in the server
         if url is not None:
-            self._client = ServerClient(url, token)
+            self._client = ServerClient(url, token, connections)
         else:
             server = ServerProcess(
                 [config.rollout.sglang_python or sys.executable, "-m", "fipo_megatron.rollout.sglang_launcher"],
@@ -63,7 +64,7 @@ class SglangEngine:
                 config.cluster.address,
             )
             url, token = server.url, server.token
-            self._client = ServerClient(url, token, server)
+            self._client = ServerClient(url, token, connections, server)
             self.server_pid = server.pid
         self.url, self.token = url, token
         try:

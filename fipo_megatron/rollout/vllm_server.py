@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import sys
 import tempfile
 from collections.abc import Iterator, Mapping, Sequence
@@ -43,11 +44,14 @@ class VllmServerEngine:
     ) -> None:
         self.weights = HeldWeights(0 if load_weights else -1)
         self._is_paused = False
+        connections = 2 * config.rollout.max_concurrent_sequences  # more would wait in the server
         if url is not None:
-            self._client = ServerClient(url, token)
+            self._client = ServerClient(url, token, connections)
         else:
             self._folder = tempfile.TemporaryDirectory(prefix="fipo-engine-")  # removed with this object
-            environment = vllm_environment(config, on_cpu) | {
+            # What the caller has set already knows which replica this is.
+            own = {key: value for key, value in vllm_environment(config, on_cpu).items() if key not in os.environ}
+            environment = own | {
                 "VLLM_SERVER_DEV_MODE": "1",  # weight updates, pause, resume
                 "FIPO_RENDEZVOUS_FOLDER": self._folder.name,
             }
@@ -59,7 +63,7 @@ class VllmServerEngine:
                 config.cluster.address,
                 hands_socket_over=True,
             )
-            self._client = ServerClient(server.url, server.token, server)
+            self._client = ServerClient(server.url, server.token, connections, server)
         try:
             self._client.wait_until_healthy(config.timeouts.startup_s)
             self._client.post("/update_weight_version", {"new_version": str(self.weights.version)})

@@ -57,6 +57,8 @@ def check_before_start(config: Config) -> ProblemFiles:
     if platform == "cpu":
         check_cpu_versions()
     else:
+        if config.rollout.engine == "hf":
+            raise ValueError("rollout.engine = 'hf': the oracle of tests on a CPU; set rollout.engine=vllm on GPUs")
         check_num_gpus(config, torch.cuda.device_count())
     files = load_files(config.data)
     check_judging_keys(config.reward, {config.reward.rule, *evaluation_rules(config, files.evaluation).values()})

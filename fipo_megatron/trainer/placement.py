@@ -17,6 +17,7 @@ import ray
 
 from fipo_megatron.config.schema import Config, RolloutConfig
 from fipo_megatron.model.platform import resolve_platform
+from fipo_megatron.reshard.session import ON_DISK
 from fipo_megatron.rollout.hf import HfEngine
 from fipo_megatron.rollout.replicas import Replicas
 from fipo_megatron.rollout.sglang import SglangEngine
@@ -98,7 +99,8 @@ class Workers:
             process.kill()
         psutil.wait_procs(alive, timeout=SHUTDOWN_S)
         shutil.rmtree(self._temp_dir, ignore_errors=True)
-        shutil.rmtree(self.log_folder / "weights", ignore_errors=True)  # of a disk transport
+        if self._sync is not None and self._sync.session.transport in ON_DISK:
+            shutil.rmtree(self._sync.session.folder, ignore_errors=True)
         for number, handler in handlers.items():  # None: not set from Python
             signal.signal(number, signal.SIG_DFL if handler is None else handler)
 
@@ -167,6 +169,7 @@ class Workers:
     def _options(self, num_gpus: int, environment: dict[str, str], num_cpus: int = 1) -> dict[str, Any]:
         base = {
             "OMP_NUM_THREADS": "1",
+            "TMPDIR": self._temp_dir,  # what a killed process leaves goes with the run's
             "HF_HUB_OFFLINE": "1",
             "TOKENIZERS_PARALLELISM": "false",
             "CUDA_DEVICE_MAX_CONNECTIONS": "1",  # Megatron's tensor parallelism relies on the order of launches

@@ -289,7 +289,7 @@ class MegatronPolicy:
     # ---------------------------------------------------------------- weights out
 
     def listen_for_engines(self) -> int:
-        """The port on which rank 0 will meet the engines' workers; a way to them from before is given up."""
+        """The port on which rank 0 will meet the engines' workers."""
         self.listener = listening_socket(self.config.cluster.address)
         return self.port()
 
@@ -314,9 +314,13 @@ class MegatronPolicy:
             ConnectionError: an engine is gone. Ranks that send nothing to it have finished, all can go on.
         """
         assert self.sender is not None, "connect_engines comes first"
-        self.host_offload.reload("parameters")
         start = time.perf_counter()
-        num_bytes = self.sender.send(version, self.num_updates)
+        try:
+            self.host_offload.reload("parameters")
+            num_bytes = self.sender.send(version, self.num_updates)
+        except BaseException:
+            self.sender.close()  # so that no engine waits for what does not come
+            raise
         return TransferCost(num_bytes, time.perf_counter() - start)
 
     def _write_folder(self, weights: Iterable[tuple[str, torch.Tensor]], target: Path) -> None:

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import Awaitable, Callable, Sequence
+import secrets
+from collections.abc import Awaitable, Callable, Coroutine, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -45,7 +46,7 @@ class WeightSync:
         """Push the policy's weights to all engines, as `version`; what it took. Engines that failed are rebuilt, once.
 
         Raises:
-            EngineUpdateError: a rebuilt engine failed, too.
+            EngineUpdateError: a rebuilt engine failed, too; a WorkerError if it did not start.
             WeightMismatchError, StaleWeightsError: an engine does not hold what the policy is.
             WorkerError: a rank of the policy died or stalled.
         """
@@ -84,9 +85,13 @@ class WeightSync:
         self._is_connected = True
 
     async def _both(
-        self, policy_side: Awaitable[Any], engine_sides: Sequence[Awaitable[Any]], concurrently: bool | None = None
+        self,
+        policy_side: Awaitable[Any],
+        engine_sides: Sequence[Coroutine[Any, Any, Any]],
+        concurrently: bool | None = None,
     ) -> tuple[Any, list[Any]]:
-        """What both ends return. Both are run to their end, well or not: neither may be left in the middle of it.
+        """What both ends return. Both are run to their end, well or not: neither may be left in the middle of it. Where
+        weights are on disk, the engines begin when the policy has written them.
 
         Raises:
             EngineUpdateError: an engine failed, or is gone.
@@ -94,14 +99,17 @@ class WeightSync:
         """
         if concurrently is None:
             concurrently = self.session.transport not in ON_DISK
-        engine_side = asyncio.gather(*engine_sides, return_exceptions=True)
+        sent: Any
         if concurrently:
-            sent, received = await asyncio.gather(policy_side, engine_side, return_exceptions=True)
+            sent, *received = await asyncio.gather(policy_side, *engine_sides, return_exceptions=True)
         else:
-            sent = (await asyncio.gather(policy_side, return_exceptions=True))[0]
-            received = await engine_side
-        if isinstance(received, BaseException):
-            raise received
+            try:
+                sent = await policy_side
+            except BaseException:
+                for side in engine_sides:  # not begun: what they would read is not there
+                    side.close()
+                raise
+            received = await asyncio.gather(*engine_sides, return_exceptions=True)
         failures = {i: result for i, result in enumerate(received) if isinstance(result, BaseException)}
         for failure in failures.values():
             if isinstance(failure, REFUSALS):
@@ -134,7 +142,9 @@ def make_session(
     transport = pick_transport(config, on_cpu)
     folder = socket_folder
     if transport in ON_DISK:
-        folder = Path(config.sync.folder) if config.sync.folder else run_folder / "weights"
+        # Its own, also where runs share `sync.folder`: what is in it is the run's to remove.
+        parent = Path(config.sync.folder) if config.sync.folder else run_folder
+        folder = parent / f"weights-{run_folder.name}-{secrets.token_hex(4)}"
     return WeightSession(
         shape=read_model_shape(model_folder),
         trainer=trainer_layout(config.parallel),

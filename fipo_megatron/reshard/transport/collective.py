@@ -112,5 +112,5 @@ def _make_group(store: dist.Store, rank: int, size: int, timeout: timedelta, dev
     if device.type != "cuda":
         return dist.ProcessGroupGloo(store, rank, size, timeout)
     options = dist.ProcessGroupNCCL.Options()
-    options._timeout = timeout
+    options._timeout = 2 * timeout  # torch's watchdog ends the process; a wait of ours raises before
     return dist.ProcessGroupNCCL(store, rank, size, options)

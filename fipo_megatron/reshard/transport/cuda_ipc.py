@@ -213,6 +213,8 @@ class CudaMemory:
     def _call(self, name: str, *arguments: Any) -> None:
         status = getattr(self._runtime, name)(*arguments)
         if status:
+            if name != "cudaIpcOpenMemHandle":
+                raise RuntimeError(f"{name} failed with CUDA error {status}")
             raise ConnectionError(f"{name} failed with CUDA error {status}: can the processes see the same devices?")
 
 

@@ -60,6 +60,7 @@ class FolderSender:
     ) -> None:
         self._source, self._folder, self._gather, self._write, self._verify = source, folder, gather, write, verify
         self.sent_bytes = 0
+        self._last: Path | None = None
         self._boxes: dict[str, set[Box]] = {}
         for destination in range(plan.engine.num_workers if source == 0 else 0):
             for name, box in plan.stored(destination).items():
@@ -77,9 +78,9 @@ class FolderSender:
         self._write(self._noting(self._gather(), checksums), target)
         manifest = {"version": version, "num_updates": num_updates, "checksums": checksums}
         _write_whole(target / MANIFEST, lambda path: path.write_text(json.dumps(manifest)))
-        for path in self._folder.glob("weights-*"):
-            if path != target:
-                shutil.rmtree(path, ignore_errors=True)
+        if self._last not in (None, target):
+            shutil.rmtree(self._last, ignore_errors=True)
+        self._last = target
 
     def close(self) -> None:
         """Nothing is held."""

@@ -59,8 +59,12 @@ class PeerSockets:
                 except TimeoutError:
                     names = ", ".join(self.name(peer) for peer in sorted(missing))
                     raise ConnectionError(f"{names} did not connect within {self.timeout_s:g} s") from None
+                sock.settimeout(max(deadline - time.monotonic(), 1e-3))
+                try:
+                    message = sock.recv(_MESSAGE.size)
+                except OSError:  # it died, or was stopped, before it said which it is
+                    message = b""
                 sock.settimeout(self.timeout_s)
-                message = sock.recv(_MESSAGE.size)
                 if len(message) != _MESSAGE.size or (peer := _MESSAGE.unpack(message)[2]) not in missing:
                     sock.close()
                     continue

@@ -32,7 +32,7 @@ def start(folder: Path, **settings: object) -> ServerProcess:
 @pytest.fixture
 def client(tmp_path: Path) -> Iterator[ServerClient]:
     server = start(tmp_path, model="m")
-    client = ServerClient(server.url, server.token, server)
+    client = ServerClient(server.url, server.token, 8, server)
     client.wait_until_healthy(60)
     yield client
     client.close()
@@ -84,7 +84,7 @@ def test_a_server_that_dies_is_an_error_at_once_and_leaves_nobody(client: Server
 
 def test_a_server_that_does_not_start_says_why(tmp_path: Path) -> None:
     server = start(tmp_path, fails=True)
-    client = ServerClient(server.url, server.token, server)
+    client = ServerClient(server.url, server.token, 8, server)
     with pytest.raises(EngineServerError, match="(?s)ended with status 1.*no memory left"):
         client.wait_until_healthy(60)
     client.close()
@@ -98,7 +98,7 @@ sys.path.insert(0, {str(ROOT)!r})
 from tests.unit.rollout.test_server_process import start
 from fipo_megatron.rollout.server_process import ServerClient
 server = start(Path({str(tmp_path)!r}))
-client = ServerClient(server.url, server.token, server)
+client = ServerClient(server.url, server.token, 8, server)
 client.wait_until_healthy(60)
 print(server.pid, client.get("/")["settings"]["child"], flush=True)
 os.kill(os.getpid(), signal.SIGKILL)

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import asyncio
+import json
 import logging
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -15,9 +17,9 @@ from fipo_megatron.reshard.execute import StaleWeightsError, WeightMismatchError
 from fipo_megatron.reshard.layout import EngineLayout, TrainerLayout
 from fipo_megatron.reshard.session import WeightSession
 from fipo_megatron.rollout.client import EngineUpdateError
-from fipo_megatron.trainer.sync import WeightSync, engine_layout, pick_transport, trainer_layout
+from fipo_megatron.trainer.sync import WeightSync, engine_layout, make_session, pick_transport, trainer_layout
 from fipo_megatron.types import TransferCost
-from tests.unit.reshard.shapes import small_shape
+from tests.unit.reshard.shapes import QWEN2_32B, small_shape
 
 SHAPE = small_shape("Qwen3ForCausalLM")
 
@@ -151,6 +153,34 @@ def test_an_engine_that_takes_no_shards_is_sent_whole_tensors_and_this_is_said(
         asyncio.run(asked_for.sync(0))
 
 
+@pytest.mark.parametrize("transport", ["disk", "disk_delta"])
+def test_engines_read_what_is_on_disk_when_the_policy_has_written_it(transport: str) -> None:
+    engine = Engine()
+    sync, policy, restarted = make_sync([engine])
+    sync.session = replace(sync.session, transport=transport)
+    order: list[str] = []
+
+    async def push(version: int) -> list[TransferCost]:
+        order.append("begins to write")
+        await asyncio.sleep(0.02)
+        order.append("has written")
+        if version == 2:
+            raise OSError("No space left on device")
+        return [TransferCost(1, 0.0)]
+
+    async def update(info: dict[str, Any]) -> dict[str, float]:
+        order.append("reads")
+        return {"receive_s": 0.0, "verify_s": 0.0}
+
+    policy.push_weights, engine.update_weights = push, update  # type: ignore[method-assign]
+    asyncio.run(sync.sync(1))
+    assert order == ["begins to write", "has written", "reads"]
+    with pytest.raises(OSError, match="No space left"):
+        asyncio.run(sync.sync(2))
+    assert order[3:] == ["begins to write", "has written"]
+    assert restarted == []
+
+
 def test_layouts_and_transport_of_a_configuration(tmp_path: Path) -> None:
     config = Config.model_validate(
         {
@@ -166,5 +196,12 @@ def test_layouts_and_transport_of_a_configuration(tmp_path: Path) -> None:
     assert pick_transport(config, on_cpu=False) == "collective"
     elsewhere = Config.model_validate({"cluster": {"address": "10.0.0.1"}})
     assert pick_transport(elsewhere, on_cpu=True) == "collective"
-    asked_for = Config.model_validate({"sync": {"transport": "disk"}})
+    asked_for = Config.model_validate({"sync": {"transport": "disk", "folder": str(tmp_path)}})
     assert pick_transport(asked_for, on_cpu=True) == "disk"
+
+    (tmp_path / "config.json").write_text(json.dumps(QWEN2_32B))
+    on_disk = make_session(asked_for, tmp_path, True, Path("/sockets"), Path("/runs/a"))
+    assert Path(on_disk.folder).parent == tmp_path
+    assert Path(on_disk.folder).name.startswith("weights-a-")
+    assert on_disk.folder != make_session(asked_for, tmp_path, True, Path("/sockets"), Path("/runs/a")).folder
+    assert make_session(config, tmp_path, True, Path("/sockets"), Path("/runs/a")).folder == "/sockets"
