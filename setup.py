@@ -35,13 +35,12 @@ BASE = [
     "pydantic>=2.12,<3",
     # Judges whether two answers are the same mathematics. Its LaTeX parser needs the runtime its grammar was built for.
     "math-verify[antlr4_13_2]>=0.9,<0.10",
+    # Requests to engines' servers, many at once. The range is that of huggingface-hub, which brings it along.
+    "httpx>=0.28,<0.29",
     # Configuration files.
     "pyyaml>=6,<7",
     # Training problems as parquet, the layout in which DAPO's are published.
     "pyarrow>=17,<27",
-    # Requests to the HTTP servers of engines: many at once on a few connections, each ended when a server dies. vLLM and
-    # SGLang have it, too.
-    "httpx>=0.27,<1",
     # The live display of a run.
     "rich>=13,<16",
     # The figures of a finished run.

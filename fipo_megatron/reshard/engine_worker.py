@@ -6,7 +6,6 @@ its weights as they are: without packed copies an update in place is an update, 
 
 from __future__ import annotations
 
-import os
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -14,23 +13,19 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-import vllm._custom_ops as custom_ops
 from vllm.distributed.weight_transfer import WeightTransferEngine, WeightTransferEngineFactory
 from vllm.distributed.weight_transfer.base import WeightTransferInitInfo, WeightTransferUpdateInfo
-from vllm.model_executor.layers import utils as layer_utils
 from vllm.model_executor.layers.vocab_parallel_embedding import ParallelLMHead
 from vllm.model_executor.model_loader.reload import finalize_layerwise_reload, initialize_layerwise_reload
-from vllm.platforms import current_platform
-from vllm.v1.worker import gpu_worker
 
 from fipo_megatron.reshard.connect import WeightsIn, connect_receiver
 from fipo_megatron.reshard.engine_views import ViewsRefusedError, engine_views
 from fipo_megatron.reshard.execute import StaleWeightsError, WeightMismatchError
 from fipo_megatron.reshard.session import WeightSession
+from fipo_megatron.reshard.vllm_patches import patch_vllm
 from fipo_megatron.reshard.whole_tensors import WholeTensorsIn, connect_broadcast
 
 BACKEND = "fipo"
-RENDEZVOUS_FOLDER = "FIPO_RENDEZVOUS_FOLDER"  # in the environment: of one engine, that nobody else can enter
 HEAD_TOLERANCE = {torch.float32: 1e-4, torch.float16: 1e-2, torch.bfloat16: 5e-2}  # of logits, relative to the largest
 # Whose kernels read expert weights as the checkpoint has them. Others shuffle them when the model is loaded.
 PLAIN_EXPERT_BACKENDS = ("TRITON", "BATCHED_TRITON")
@@ -211,12 +206,6 @@ def check_head(model: Any) -> None:
             )
 
 
-def use_weights_as_loaded() -> None:
-    """Have vLLM's CPU build multiply by the weights themselves; effective for models that are loaded after it."""
-    custom_ops._supports_onednn = False
-    layer_utils.check_cpu_sgl_kernel = lambda n, k, dtype: False
-
-
 class WorkerExtension:
     """Mixed into vLLM's worker."""
 
@@ -225,23 +214,6 @@ class WorkerExtension:
         return self.weight_transfer_engine.report  # type: ignore[attr-defined]
 
 
-def meet_in_a_file(folder: str) -> None:
-    """Have the workers of an engine find each other through a file: torch's server for it listens on every interface,
-    and asks nobody for a token. For the workers of one machine."""
-    original = gpu_worker.init_distributed_environment
-
-    def init_distributed_environment(
-        world_size: int, rank: int, distributed_init_method: str, *arguments: Any, **options: Any
-    ) -> None:
-        name = distributed_init_method.rsplit(":", 1)[-1].replace("/", "-")  # the port, of which no two have the same
-        original(world_size, rank, f"file://{folder}/workers-{name}", *arguments, **options)
-
-    gpu_worker.init_distributed_environment = init_distributed_environment
-
-
 if BACKEND not in WeightTransferEngineFactory._registry:
     WeightTransferEngineFactory.register_engine(BACKEND, FipoWeightTransferEngine)
-if current_platform.is_cpu():
-    use_weights_as_loaded()
-if RENDEZVOUS_FOLDER in os.environ:
-    meet_in_a_file(os.environ[RENDEZVOUS_FOLDER])
+patch_vllm()

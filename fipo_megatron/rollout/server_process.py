@@ -35,7 +35,9 @@ class EngineServerError(RuntimeError):
 class ServerProcess:
     """A server on `address` that is asked for health at `/health`; its output goes to `log`.
 
-    `command` runs a launcher that calls `read_settings` first and `end_with_parent` next.
+    `command` runs a launcher that calls `read_settings` first and `end_with_parent` next. With `hands_socket_over` it
+    finds the number of a socket that is bound to its port among the settings, as `socket`: without, somebody may take
+    the port until it listens.
     """
 
     def __init__(
@@ -45,9 +47,11 @@ class ServerProcess:
         environment: Mapping[str, str],
         log: Path,
         address: str,
+        hands_socket_over: bool = False,
     ) -> None:
         self.token = secrets.token_urlsafe(32)
-        self.port = free_port(address)
+        bound = _bound_socket(address)
+        self.port = int(bound.getsockname()[1])
         self.url = f"http://{address}:{self.port}"
         self._log = log
         with log.open("wb") as output:
@@ -58,11 +62,14 @@ class ServerProcess:
                 stderr=subprocess.STDOUT,
                 env={**os.environ, **environment},
                 start_new_session=True,  # its own group, which is ended as a whole
+                pass_fds=(bound.fileno(),) if hands_socket_over else (),
             )
         assert self._process.stdin is not None
-        line = json.dumps({**settings, "token": self.token, "address": address, "port": self.port})
+        meeting = {"token": self.token, "address": address, "port": self.port, "socket": bound.fileno()}
+        line = json.dumps({**settings, **meeting})
         self._process.stdin.write(line.encode() + b"\n")
         self._process.stdin.flush()
+        bound.close()
 
     @property
     def pid(self) -> int:
@@ -192,11 +199,11 @@ class ServerClient:
         raise EngineServerError(message)
 
 
-def free_port(address: str) -> int:
-    """A port of the address that nobody has now."""
-    with socket.socket(socket.AF_INET6 if ":" in address else socket.AF_INET, socket.SOCK_STREAM) as sock:
-        sock.bind((address, 0))
-        return int(sock.getsockname()[1])
+def _bound_socket(address: str) -> socket.socket:
+    """A socket that has a port of the address, and does not listen yet."""
+    sock = socket.socket(socket.AF_INET6 if ":" in address else socket.AF_INET, socket.SOCK_STREAM)
+    sock.bind((address, 0))
+    return sock
 
 
 def read_settings() -> dict[str, Any]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import tempfile
 from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Literal
 
@@ -13,6 +14,7 @@ import numpy as np
 from fipo_megatron.config.schema import Config
 from fipo_megatron.reshard.engine_views import ViewsRefusedError
 from fipo_megatron.reshard.execute import StaleWeightsError, WeightMismatchError
+from fipo_megatron.rollout.held_weights import HeldWeights
 from fipo_megatron.types import FinishedResponse, Generation, GenerationRequest, SamplingSettings
 
 MIN_BATCHED_TOKENS = 4096  # per forward pass
@@ -56,27 +58,28 @@ class VllmEngine:
     def __init__(self, model_folder: Path, config: Config, load_weights: bool = False) -> None:
         rendezvous = tempfile.TemporaryDirectory(prefix="fipo-engine-")  # removed with this object
         os.environ["FIPO_RENDEZVOUS_FOLDER"] = rendezvous.name
+        os.environ["FIPO_ENGINE_PROCESS"] = str(os.getpid())
         from vllm import LLM
 
         self._rendezvous = rendezvous
-        self.version = 0 if load_weights else -1
+        self.weights = HeldWeights(0 if load_weights else -1)
+        self._is_paused = False
         self.llm = LLM(**engine_arguments(model_folder, config, load_weights))
-        self.llm.update_weight_version(str(self.version))
+        self.llm.update_weight_version(str(self.weights.version))
 
     def generate(
         self, requests: Sequence[GenerationRequest], sampling: SamplingSettings
     ) -> Iterator[list[FinishedResponse]]:
         """One response a request, by the weights of the last update or the folder's; an item holds those that one
-        decoding step ended.
+        decoding step ended. Between two items it may be paused, updated and resumed; what is not read is aborted.
 
         Raises:
-            RuntimeError: the engine holds dummy weights.
+            RuntimeError: the engine holds dummy weights, is half-updated or paused, or a process of it died.
         """
         from vllm import SamplingParams
         from vllm.sampling_params import RequestOutputKind
 
-        if self.version < 0:
-            raise RuntimeError("the engine holds dummy weights: push the policy's before generating")
+        self.weights.check()
         engine = self.llm.llm_engine
         assert not engine.has_unfinished_requests(), "an earlier stream was not read to its end"
         for index, request in enumerate(requests):
@@ -85,10 +88,26 @@ class VllmEngine:
                 {"type": "token", "prompt_token_ids": list(request.prompt_ids)},
                 SamplingParams(**sampling_parameters(request, sampling), output_kind=RequestOutputKind.FINAL_ONLY),
             )
-        while engine.has_unfinished_requests():
-            finished = [output for output in engine.step() if output.finished]
-            if finished:
-                yield [(int(output.request_id), _generation(output.outputs[0])) for output in finished]
+        try:
+            while engine.has_unfinished_requests():
+                self.weights.check()
+                if self._is_paused:
+                    raise RuntimeError("the engine is paused: resume it before the next response is asked for")
+                finished = [output for output in self._step() if output.finished]
+                if finished:
+                    yield [(int(output.request_id), _generation(output.outputs[0])) for output in finished]
+        finally:
+            self.abort()
+
+    def _step(self) -> list[Any]:
+        engine = self.llm.llm_engine
+        try:
+            return engine.step()
+        except Exception as error:
+            executor = getattr(engine.engine_core, "model_executor", None) or getattr(engine, "model_executor", None)
+            if getattr(executor, "is_failed", False):
+                raise RuntimeError("a worker of the engine died") from error
+            raise
 
     def check_session(self, init_info: dict[str, Any]) -> None:
         """Return if the engine can take part in a `WeightSession`; nobody is met.
@@ -113,16 +132,53 @@ class VllmEngine:
         Raises:
             WeightMismatchError, StaleWeightsError: the weights are not what they should be.
         """
-        self.version = -1
-        self.llm.start_weight_update()
-        self.llm.update_weights({"update_info": update_info})
-        self.llm.finish_weight_update()
-        reports = self._reports()
-        if not self.llm.reset_prefix_cache():
-            raise RuntimeError("vLLM kept cached prefixes of the old weights")
-        self.version = int(update_info["version"])
-        self.llm.update_weight_version(str(self.version))
+        version = int(update_info["version"])
+        with self.weights.updating(version), self._pausing():
+            self.llm.start_weight_update()
+            self.llm.update_weights({"update_info": update_info})
+            self.llm.finish_weight_update()
+            reports = self._reports()
+            # Paused requests begin anew from their tokens: what they remember was computed by the old weights.
+            if not self.llm.reset_prefix_cache(reset_running_requests=True):
+                raise RuntimeError("vLLM kept cached prefixes of the old weights")
+            self.llm.update_weight_version(str(version))
         return slowest(reports)
+
+    @contextmanager
+    def _pausing(self) -> Iterator[None]:
+        """No decoding step in between, whether the caller has seen to that or not."""
+        is_ours = not self._is_paused
+        if is_ours:
+            self.pause("keep")
+        yield
+        if is_ours:
+            self.resume()
+
+    def pause(self, mode: Literal["keep", "abort"]) -> None:
+        """Stop sampling. `keep`: requests go on where they were after `resume`; `abort`: they end."""
+        if mode == "abort":
+            self.abort()
+        self.llm.sleep(level=0, mode="keep")
+        self._is_paused = True
+
+    def resume(self) -> None:
+        """Go on sampling."""
+        self.llm.wake_up(tags=["scheduling"])
+        self._is_paused = False
+
+    def abort(self) -> None:
+        """End all requests; `generate` then ends without their responses."""
+        engine = self.llm.llm_engine
+        engine.abort_request(list(engine.output_processor.request_states), internal=True)
+
+    def release_memory(self) -> None:
+        """Give the device's memory back, weights included; a CPU build of vLLM only notes it."""
+        self.weights.version = -1
+        self.llm.sleep(level=2, mode="abort")
+
+    def resume_memory(self) -> None:
+        """Take the memory again. The weights must be pushed next."""
+        self.llm.wake_up()
 
     def shutdown(self) -> None:
         """End the engine's processes."""

@@ -6,12 +6,14 @@ import json
 import sys
 import tempfile
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
 
 from fipo_megatron.config.schema import Config
+from fipo_megatron.rollout.held_weights import HeldWeights
 from fipo_megatron.rollout.server_process import ServerClient, ServerProcess
 from fipo_megatron.rollout.vllm import (
     engine_arguments,
@@ -39,7 +41,8 @@ class VllmServerEngine:
         url: str | None = None,
         token: str = "",
     ) -> None:
-        self.version = 0 if load_weights else -1
+        self.weights = HeldWeights(0 if load_weights else -1)
+        self._is_paused = False
         if url is not None:
             self._client = ServerClient(url, token)
         else:
@@ -54,11 +57,12 @@ class VllmServerEngine:
                 environment,
                 Path(self._folder.name) / "server.log",
                 config.cluster.address,
+                hands_socket_over=True,
             )
             self._client = ServerClient(server.url, server.token, server)
         try:
             self._client.wait_until_healthy(config.timeouts.startup_s)
-            self._client.post("/update_weight_version", {"new_version": str(self.version)})
+            self._client.post("/update_weight_version", {"new_version": str(self.weights.version)})
         except BaseException:
             self.shutdown()
             raise
@@ -69,11 +73,10 @@ class VllmServerEngine:
         """One response a request; an item holds those that are finished at one time.
 
         Raises:
-            RuntimeError: the engine holds dummy weights, or a request was aborted.
+            RuntimeError: the engine holds dummy weights or is half-updated, or a request was aborted.
             EngineServerError: the server died.
         """
-        if self.version < 0:
-            raise RuntimeError("the engine holds dummy weights: push the policy's before generating")
+        self.weights.check()
         bodies = [
             {"token_ids": list(request.prompt_ids), "sampling_params": sampling_parameters(request, sampling)}
             for request in requests
@@ -96,27 +99,44 @@ class VllmServerEngine:
 
     def update_weights(self, update_info: dict[str, Any]) -> dict[str, float]:
         """Receive and verify what the trainer sends; see `VllmEngine.update_weights`. Requests may be paused."""
-        self.version, version = -1, int(update_info["version"])
-        self._client.post("/start_weight_update")
-        self._client.post("/update_weights", {"update_info": update_info})
-        self._client.post("/finish_weight_update", {})
-        reports = self._reports()
-        raise_refusals(reports)
-        # Paused requests begin anew from their tokens: what they remember was computed by the old weights.
-        reset = self._client.post("/reset_prefix_cache", params={"reset_running_requests": "true"})
-        if not reset["success"]:
-            raise RuntimeError("vLLM kept cached prefixes of the old weights")
-        self._client.post("/update_weight_version", {"new_version": str(version)})
-        self.version = version
+        version = int(update_info["version"])
+        with self.weights.updating(version), self._pausing():
+            self._client.post("/start_weight_update")
+            self._client.post("/update_weights", {"update_info": update_info})
+            self._client.post("/finish_weight_update", {})
+            reports = self._reports()
+            raise_refusals(reports)
+            # Paused requests begin anew from their tokens: what they remember was computed by the old weights.
+            reset = self._client.post("/reset_prefix_cache", params={"reset_running_requests": "true"})
+            if not reset["success"]:
+                raise RuntimeError("vLLM kept cached prefixes of the old weights")
+            self._client.post("/update_weight_version", {"new_version": str(version)})
         return slowest(reports)
+
+    @contextmanager
+    def _pausing(self) -> Iterator[None]:
+        """No decoding step in between, whether the caller has seen to that or not."""
+        is_ours = not self._is_paused
+        if is_ours:
+            self.pause("keep")
+        try:
+            yield
+        except BaseException:
+            with suppress(Exception):
+                self.abort()  # they would wait for ever, or go on with torn weights
+            raise
+        if is_ours:
+            self.resume()
 
     def pause(self, mode: Literal["keep", "abort"]) -> None:
         """Stop sampling. `keep`: requests go on where they were after `resume`; `abort`: they end."""
         self._client.post("/pause", params={"mode": mode})
+        self._is_paused = True
 
     def resume(self) -> None:
         """Go on sampling."""
         self._client.post("/resume")
+        self._is_paused = False
 
     def abort(self) -> None:
         """End all requests."""
@@ -124,11 +144,11 @@ class VllmServerEngine:
 
     def release_memory(self) -> None:
         """Give the device's memory back, weights included; a CPU build of vLLM only notes it."""
+        self.weights.version = -1
         self._client.post("/sleep", params={"level": "2"})
 
     def resume_memory(self) -> None:
         """Take the memory again. The weights must be pushed next."""
-        self.version = -1
         self._client.post("/wake_up")
 
     def address(self) -> tuple[str, str]:

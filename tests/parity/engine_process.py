@@ -29,10 +29,10 @@ class EngineProcess:
     `engine` is "vllm", "hf", or a class as "module:name".
     """
 
-    def __init__(self, engine: str, folder: Path, config: Config) -> None:
+    def __init__(self, engine: str, folder: Path, config: Config, load_weights: bool = False) -> None:
         self._pipe, child = CONTEXT.Pipe()
         # No daemon: an engine of several workers has processes of its own.
-        self._process = CONTEXT.Process(target=_serve, args=(child, engine, folder, config))
+        self._process = CONTEXT.Process(target=_serve, args=(child, engine, folder, config, load_weights))
 
     def start(self, method: str, *arguments: Any) -> None:
         """Send a call; `result` fetches what it returns."""
@@ -65,10 +65,10 @@ class EngineProcess:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         self._pipe.close()
-        own = psutil.Process(self._process.pid)
-        for process in (*own.children(recursive=True), own):
-            with contextlib.suppress(psutil.NoSuchProcess):
-                process.kill()
+        with contextlib.suppress(psutil.NoSuchProcess):  # a test has ended it
+            for process in reversed(self.processes):
+                with contextlib.suppress(psutil.NoSuchProcess):
+                    process.kill()
         self._process.join()
 
     @property
@@ -78,7 +78,7 @@ class EngineProcess:
         return [own, *own.children(recursive=True)]
 
 
-def _serve(pipe: Any, engine: str, folder: Path, config: Config) -> None:
+def _serve(pipe: Any, engine: str, folder: Path, config: Config, load_weights: bool) -> None:
     os.environ.update(vllm_environment(config, on_cpu=True) | {"OMP_NUM_THREADS": "1", "GLOO_SOCKET_IFNAME": "lo"})
     try:
         if engine == "vllm" and config.rollout.mode == "server":
@@ -88,7 +88,7 @@ def _serve(pipe: Any, engine: str, folder: Path, config: Config) -> None:
             "hf": "fipo_megatron.rollout.hf:HfEngine",
         }.get(engine, engine).partition(":")
         Engine = getattr(importlib.import_module(module), name)
-        served = Engine(folder, config)
+        served = Engine(folder, config, load_weights)
         pipe.send((None, None))
     except BaseException:
         pipe.send((None, traceback.format_exc()))

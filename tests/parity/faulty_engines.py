@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 from pathlib import Path
 from typing import Any
 
@@ -32,11 +33,10 @@ class FlippingEngine(VllmEngine):
 class PackedEngine(VllmEngine):
     """Multiplies by packed copies of its weights, as vLLM's CPU build does by itself."""
 
-    def __init__(self, model_folder: Path, config: Config) -> None:
+    def __init__(self, model_folder: Path, config: Config, load_weights: bool = False) -> None:
         import vllm._custom_ops as custom_ops
 
-        from fipo_megatron.reshard.engine_worker import use_weights_as_loaded
-
-        use_weights_as_loaded()  # not when the engine loads its workers' module, below
+        # Now, not when the engine loads it below: what it mends is broken again.
+        importlib.import_module("fipo_megatron.reshard.engine_worker")
         custom_ops._supports_onednn = True
-        super().__init__(model_folder, config)
+        super().__init__(model_folder, config, load_weights)

@@ -28,7 +28,7 @@ ONLY = {"benchmarks": ("reshard", "model", "parallel", "ops", "types", "config.s
 THIRD_PARTY = {
     "ray": ("trainer/placement.py", "trainer/actor.py"),
     "megatron": ("parallel/groups.py", "model/*", "trainer/step.py", "checkpoint/*", "ops/*", "benchmarks/*"),
-    "vllm": ("rollout/*", "reshard/engine_worker.py"),
+    "vllm": ("rollout/*", "reshard/engine_worker.py", "reshard/vllm_patches.py"),
     "sglang": ("rollout/*", "reshard/sglang_worker.py"),
     "triton": ("*/triton_kernel.py",),
     "numba": ("*/numba_kernel.py",),
