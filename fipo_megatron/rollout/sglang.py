@@ -25,6 +25,7 @@ from fipo_megatron.rollout.vllm import generation_of, raise_refusals, slowest
 from fipo_megatron.types import FinishedResponse, Generation, GenerationRequest, SamplingSettings
 
 IMPORT_S = 120.0
+IDLE_S = 30.0  # that a scheduler may take to put its last batch away
 # Kept requests begin anew from their tokens: what they remember was computed by the old weights.
 PAUSE_MODES = {"keep": "retract", "abort": "abort"}
 MAX_SEED = 2**31  # of a request; SGLang keeps it with others in one tensor
@@ -173,7 +174,8 @@ class SglangEngine:
         self._client.post("/abort_request", {"abort_all": True})
 
     def release_memory(self) -> None:
-        """Give the device's memory back, weights included."""
+        """Give the device's memory back, weights included; nothing is being sampled."""
+        self._forget()
         self._client.post("/release_memory_occupation", {"tags": ["weights", "kv_cache"]})
 
     def resume_memory(self) -> None:
@@ -218,9 +220,14 @@ class SglangEngine:
         self._post("/end_weight_update", {})
 
     def _finish(self, version: int) -> None:
-        self._client.post("/flush_cache", {})
+        self._forget()
         self._post("/update_weight_version", {"new_version": str(version), "abort_all_requests": False})
         self.version = version
+
+    def _forget(self) -> None:
+        """Drop cached prefixes, once the scheduler has put its last batch away: that comes after the last answer, and
+        what it is told before, to release memory for one, ends it."""
+        self._client.post("/flush_cache", {}, params={"timeout": f"{IDLE_S:g}"})
 
     def _post(self, path: str, body: dict[str, Any]) -> Any:
         answer = self._client.post(path, body)

@@ -181,7 +181,7 @@ def make_handler(server: ProtocolServer, token: str) -> type[BaseHTTPRequestHand
             if self.headers["Authorization"] != f"Bearer {token}":
                 self._reply(401, {"error": "Unauthorized"})
                 return
-            self._reply(*server.answer(self.path, body))
+            self._reply(*server.answer(self.path.partition("?")[0], body))
 
         def _reply(self, status: int, content: Any) -> None:
             is_text = isinstance(content, str)
