@@ -9,6 +9,7 @@ import pickle
 import subprocess
 import sys
 import tempfile
+import time
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
@@ -25,7 +26,7 @@ from fipo_megatron.rollout.vllm import generation_of, raise_refusals, slowest
 from fipo_megatron.types import FinishedResponse, Generation, GenerationRequest, SamplingSettings
 
 IMPORT_S = 120.0
-IDLE_S = 30.0  # that a scheduler may take to put its last batch away
+IDLE_S, POLL_S = 10.0, 0.02  # a scheduler may take to put its last batch away; between two looks
 # Kept requests begin anew from their tokens: what they remember was computed by the old weights.
 PAUSE_MODES = {"keep": "retract", "abort": "abort"}
 MAX_SEED = 2**31  # of a request; SGLang keeps it with others in one tensor
@@ -226,8 +227,19 @@ class SglangEngine:
 
     def _forget(self) -> None:
         """Drop cached prefixes, once the scheduler has put its last batch away: that comes after the last answer, and
-        what it is told before, to release memory for one, ends it."""
-        self._client.post("/flush_cache", {}, params={"timeout": f"{IDLE_S:g}"})
+        what it is told before, to release memory for one, ends it.
+
+        SGLang 0.5.23 can wait by itself, but not while kept requests do, too.
+        """
+        deadline = time.monotonic() + IDLE_S
+        while True:
+            try:
+                self._client.post("/flush_cache", {})
+                return
+            except EngineServerError as error:
+                if "/flush_cache with 400" not in str(error) or time.monotonic() > deadline:
+                    raise
+            time.sleep(POLL_S)
 
     def _post(self, path: str, body: dict[str, Any]) -> Any:
         answer = self._client.post(path, body)

@@ -18,6 +18,7 @@ from fipo_megatron.rollout.server_process import end_with_parent, read_settings
 from tests.parity.sglang_structs import RefusedError, Structs
 
 TOKEN_S = 0.01
+LAST_BATCH_S = 0.2  # after the last answer the scheduler is not idle yet
 REFUSED_VERSION, DEADLY_VERSION = 666, 667  # versions of updates that the loader refuses, and dies of
 GUARDED_BY_SESSION = ("/update_weights_from_tensor", "/update_weights_from_distributed")
 Answer = tuple[int, Any]
@@ -34,6 +35,7 @@ class ProtocolServer:
         self.loaders = [options[options.index("--custom-weight-loader") + 1]]
         self.groups: set[str] = set()
         self.running = self.aborts = 0
+        self.last_batch_until = 0.0
 
     def answer(self, path: str, body: dict[str, Any]) -> Answer:
         try:
@@ -62,6 +64,7 @@ class ProtocolServer:
             tokens.append(10 * self.version)
             spans[-1]["end"] = len(tokens)
         self.running -= 1
+        self.last_batch_until = time.monotonic() + LAST_BATCH_S
         meta = {
             "finish_reason": {"type": reason, "message": "Aborted"},
             "weight_version": str(self.version),
@@ -141,12 +144,15 @@ class ProtocolServer:
         return 200, ""
 
     def flush_cache(self, values: dict[str, Any]) -> Answer:
+        if self.last_batch_until > time.monotonic():
+            return 400, "Flush cache failed.\n"
         if self.running and not (self.is_paused and not self.keeps_memories):
             return 400, "Flush cache failed.\n"
         return 200, "Cache flushed.\n"
 
     def release_memory_occupation(self, values: dict[str, Any]) -> Answer:
-        assert not self.running, "release_memory_occupation should be called only when server is idle."
+        is_idle = not self.running and self.last_batch_until <= time.monotonic()
+        assert is_idle, "release_memory_occupation should be called only when server is idle."
         self.is_released = True
         return 200, None
 

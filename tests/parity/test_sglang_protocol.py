@@ -132,6 +132,7 @@ def test_aborted_requests_end(engine: SglangEngine, how: str) -> None:
 
 def test_memory_is_released_and_weights_are_pushed_next(engine: SglangEngine) -> None:
     engine.update_weights({"version": 1})
+    generate(engine, 2)
     engine.release_memory()
     engine.resume_memory()
     with pytest.raises(RuntimeError, match="push the policy's"):
