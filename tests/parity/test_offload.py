@@ -109,7 +109,4 @@ def test_offload_changes_no_bit_of_the_other_calls(tmp_path: Path) -> None:
 
     weights = {name: load_file(tmp_path / name / "model.safetensors") for name in ("stayed", "moved")}
     assert found[3] == expected[3]
-    assert {name: (shape, dtype) for name, shape, dtype in found[3][0]} == {
-        name: (tuple(tensor.shape), "bfloat16") for name, tensor in weights["moved"].items()
-    }
     assert all(torch.equal(weights["moved"][name], tensor) for name, tensor in weights["stayed"].items())
