@@ -108,18 +108,25 @@ class ServerProcess:
 
 
 class ServerClient:
-    """Requests to an engine's server: one that was started here, or another's, by its URL and token."""
+    """Requests to an engine's server: one that was started here, or another's, by its URL and token.
+
+    `post_all` uses up to `max_connections`: more requests wait here instead of in the server.
+    """
 
     def __init__(self, url: str, token: str, max_connections: int, server: ServerProcess | None = None) -> None:
         self.url, self.token = url, token
         self._server = server
-        self._client = httpx.AsyncClient(
-            base_url=url,
-            headers={"Authorization": f"Bearer {token}"},
-            # A response may take long, and wait for a connection: a server's death is seen otherwise.
-            timeout=httpx.Timeout(None, connect=30.0),
-            limits=httpx.Limits(max_connections=max_connections),
-            trust_env=False,  # no proxy between processes of one machine or cluster
+        # Orders don't wait for a connection behind responses, which they may have to end.
+        self._responses, self._orders = (
+            httpx.AsyncClient(
+                base_url=url,
+                headers={"Authorization": f"Bearer {token}"},
+                # A response may take long, and wait for a connection: a server's death is seen otherwise.
+                timeout=httpx.Timeout(None, connect=30.0),
+                limits=httpx.Limits(max_connections=limit),
+                trust_env=False,  # no proxy between processes of one machine or cluster
+            )
+            for limit in (max_connections, None)
         )
         self._loop = asyncio.new_event_loop()
         self._thread = threading.Thread(target=self._loop.run_forever, daemon=True)
@@ -147,7 +154,7 @@ class ServerClient:
 
     def get(self, path: str) -> Any:
         """The JSON, or else the text, that a path answers with."""
-        return self._result(self._submit("GET", path, None, None))
+        return self._result(self._submit(self._orders, "GET", path))
 
     def post(self, path: str, body: Any = None, params: Mapping[str, str] | None = None) -> Any:
         """The JSON, or else the text, that a path answers a body with.
@@ -155,11 +162,11 @@ class ServerClient:
         Raises:
             EngineServerError: the server refused it, or died.
         """
-        return self._result(self._submit("POST", path, body, params))
+        return self._result(self._submit(self._orders, "POST", path, body, params))
 
     def post_all(self, path: str, bodies: Sequence[Any]) -> Iterator[list[tuple[int, Any]]]:
         """`(index, JSON)` of many requests made at once, as they are answered; an item holds those at hand."""
-        futures = {self._submit("POST", path, body, None): index for index, body in enumerate(bodies)}
+        futures = {self._submit(self._responses, "POST", path, body): index for index, body in enumerate(bodies)}
         try:
             while futures:
                 done, _ = wait(futures, timeout=POLL_S, return_when=FIRST_COMPLETED)
@@ -175,7 +182,8 @@ class ServerClient:
         """Give the connections up, and end the server if it was started here."""
         try:
             if not self._loop.is_closed():
-                asyncio.run_coroutine_threadsafe(self._client.aclose(), self._loop).result(END_S)
+                for client in (self._responses, self._orders):
+                    asyncio.run_coroutine_threadsafe(client.aclose(), self._loop).result(END_S)
                 self._loop.call_soon_threadsafe(self._loop.stop)
                 self._thread.join(END_S)
                 self._loop.close()
@@ -183,8 +191,15 @@ class ServerClient:
             if self._server is not None:
                 self._server.stop()
 
-    def _submit(self, method: str, path: str, body: Any, params: Mapping[str, str] | None) -> Future[httpx.Response]:
-        request = self._client.request(method, path, json=body, params=params)
+    def _submit(
+        self,
+        client: httpx.AsyncClient,
+        method: str,
+        path: str,
+        body: Any = None,
+        params: Mapping[str, str] | None = None,
+    ) -> Future[httpx.Response]:
+        request = client.request(method, path, json=body, params=params)
         return asyncio.run_coroutine_threadsafe(request, self._loop)
 
     def _result(self, future: Future[httpx.Response]) -> Any:

@@ -71,6 +71,19 @@ def test_answers_come_as_they_are_ready(client: ServerClient) -> None:
     assert all(answer["body"] == bodies[index] for index, answer in answers)
 
 
+def test_an_order_does_not_wait_behind_responses(client: ServerClient) -> None:
+    """More of them than connections, all at work: one that ends them must get through."""
+    stream = client.post_all("/generate", [{"sleep_s": 1.5}] * 20)
+    waiting = threading.Thread(target=lambda: next(stream))
+    waiting.start()
+    time.sleep(0.3)
+    start = time.monotonic()
+    client.post("/pause", {})
+    assert time.monotonic() - start < 1.0
+    waiting.join()
+    stream.close()
+
+
 def test_a_server_that_dies_is_an_error_at_once_and_leaves_nobody(client: ServerClient) -> None:
     info = client.get("/")
     begin = time.monotonic()
