@@ -20,7 +20,7 @@ pytestmark = pytest.mark.multiproc
 
 
 Addresses = list[str]
-MEASURED = ("time/", "cost/peak_memory")  # what no two runs have alike
+MEASURED = ("time/", "cost/peak_memory", "sync/receive_s", "sync/verify_s")  # what no two runs have alike
 
 
 def run_once(folder: Path, cache: Path, *overrides: str) -> tuple[Path, Addresses]:
