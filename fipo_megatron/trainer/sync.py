@@ -24,7 +24,7 @@ from fipo_megatron.types import TransferCost
 
 logger = logging.getLogger(__name__)
 
-REFUSALS = (WeightMismatchError, StaleWeightsError)  # the weights are wrong: another engine would have them no better
+WRONG_WEIGHTS = (WeightMismatchError, StaleWeightsError)  # no other engine would have them any better
 
 
 class WeightSync:
@@ -112,7 +112,7 @@ class WeightSync:
             received = await asyncio.gather(*engine_sides, return_exceptions=True)
         failures = {i: result for i, result in enumerate(received) if isinstance(result, BaseException)}
         for failure in failures.values():
-            if isinstance(failure, REFUSALS):
+            if isinstance(failure, WRONG_WEIGHTS):
                 raise failure
         if isinstance(sent, BaseException) and not isinstance(sent, ConnectionError):
             raise sent
