@@ -117,6 +117,20 @@ def test_layout_equals_transformers(
     layout: str, aggregation: str, folder: Path, batch: TrainingBatch, tmp_path: Path
 ) -> None:
     config = make_config(folder, parallel=LAYOUTS[layout], algorithm={"loss_aggregation": aggregation})
+    check_updates(config, folder, batch, tmp_path)
+
+
+@pytest.mark.gpu
+@pytest.mark.multiproc
+@pytest.mark.parametrize("folder", ["qwen2", "qwen2_tied", "qwen3_moe"], indirect=True)
+def test_one_gpu_equals_transformers(folder: Path, batch: TrainingBatch, tmp_path: Path) -> None:
+    """NCCL refuses several ranks on one device, so a layout of several needs as many GPUs."""
+    config = make_config(folder, algorithm={"loss_aggregation": "token-mean"})
+    check_updates(config.model_copy(update={"platform": "cuda"}), folder, batch, tmp_path)
+
+
+def check_updates(config: Config, folder: Path, batch: TrainingBatch, tmp_path: Path) -> None:
+    """Three updates of the policy against transformers': log-probs, metrics and weights."""
     mini_batches = [range(0, 4), range(4, 8), range(0, 8)]
     old, updates, weights = oracle_update(folder, batch, mini_batches, config)
     with_old = replace(batch, old_logprobs=torch.cat(old).float().numpy())

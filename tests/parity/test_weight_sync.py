@@ -36,7 +36,7 @@ QWEN2, TIED, MOE = (
     small_shape("Qwen2ForCausalLM", True),
     small_shape("Qwen3MoeForCausalLM"),
 )
-TRANSPORTS = ("shared_memory", "collective")
+TRANSPORTS = ("shared_memory", "collective", pytest.param("cuda_ipc", marks=pytest.mark.gpu))
 SEEDS = (3, 4, 5)
 
 
@@ -60,7 +60,7 @@ def receive_models(case, destination, connect):
         receiver.receive(version)
         receiver.verify()
         expected = expected_views(case, destination, seed)
-        wrong += [name for name, view in views.items() if not torch.equal(view, expected[name].view(view.shape))]
+        wrong += [name for name, view in views.items() if not torch.equal(view.cpu(), expected[name].view(view.shape))]
         assert expected.keys() == views.keys()
     transport.close()
     return wrong, transport.received_bytes, len(SEEDS) * receiver.trailer_bytes
@@ -139,6 +139,7 @@ def send_other_dtype(case, source, connect):
     transport = connect()
     whole = random_model(case.shape, 0, torch.float16)
     parameters = cut_for_trainer(whole, case.shape, case.trainer)[source]
+    parameters = {name: tensor.to(case.device) for name, tensor in parameters.items()}
     WeightSender(case.make_plan(), source, parameters, transport, case.verify).send(7, 4)
     transport.close()
 

@@ -24,6 +24,7 @@ from fipo_megatron.reshard.layout import EngineLayout, TrainerLayout
 from fipo_megatron.reshard.plan import ReshardPlan, make_plan
 from fipo_megatron.reshard.transport.base import Transport, bucket_size
 from fipo_megatron.reshard.transport.collective import CollectiveTransport
+from fipo_megatron.reshard.transport.cuda_ipc import CudaIpcReceiver, CudaIpcSender
 from fipo_megatron.reshard.transport.shared_memory import SharedMemoryReceiver, SharedMemorySender
 from fipo_megatron.trainer.policy_processes import CONTEXT
 from tests.unit.reshard.test_plan import cut_for_engine, cut_for_trainer
@@ -38,7 +39,7 @@ class Case:
     shape: ModelShape
     trainer: TrainerLayout
     engine: EngineLayout
-    transport: str  # "shared_memory" or "collective"
+    transport: str  # "shared_memory", "collective", or on one GPU "cuda_ipc"
     folder: Path
     dtype: torch.dtype = torch.bfloat16
     bucket_bytes: int = 1 << 12  # of a process
@@ -49,6 +50,10 @@ class Case:
     @property
     def num_processes(self) -> int:
         return self.trainer.world_size + self.engine.num_workers
+
+    @property
+    def device(self) -> torch.device:
+        return torch.device("cuda" if self.transport == "cuda_ipc" else "cpu")
 
     def make_plan(self) -> ReshardPlan:
         return make_plan(self.shape, self.trainer, self.engine)
@@ -72,7 +77,7 @@ def make_sender(case: Case, source: int, transport: Transport, seed: int) -> tup
     """A sender of the rank's part of the model `seed`, and that part."""
     whole = random_model(case.shape, seed, case.dtype)
     parameters = cut_for_trainer(whole, case.shape, case.trainer)[source]
-    parameters = {name: tensor.contiguous().clone() for name, tensor in parameters.items()}
+    parameters = {name: tensor.contiguous().clone().to(case.device) for name, tensor in parameters.items()}
     return WeightSender(case.make_plan(), source, parameters, transport, case.verify), parameters
 
 
@@ -89,9 +94,9 @@ def make_views(case: Case, destination: int, plan: ReshardPlan) -> dict[str, tor
     for i, (name, box) in enumerate(plan.stored(destination).items()):
         dims = hf_tensor_shape(name, case.shape)
         if len(dims) == 1:
-            views[name] = torch.full((box.rows,), 777.0, dtype=case.dtype)
+            views[name] = torch.full((box.rows,), 777.0, dtype=case.dtype, device=case.device)
         else:
-            wide = torch.full((box.rows, box.columns + i % 2), 777.0, dtype=case.dtype)
+            wide = torch.full((box.rows, box.columns + i % 2), 777.0, dtype=case.dtype, device=case.device)
             views[name] = wide[:, : box.columns]
     return views
 
@@ -121,6 +126,9 @@ def make_transport(case: Case, sends: bool, number: int, port: int, listener: so
     if case.transport == "shared_memory":
         kind = SharedMemorySender if sends else SharedMemoryReceiver
         return kind(case.folder, number, peers, size, case.timeout_s)
+    if case.transport == "cuda_ipc":
+        on_device = CudaIpcSender if sends else CudaIpcReceiver
+        return on_device(case.folder, number, peers, size, case.timeout_s, case.device)
     transport = CollectiveTransport(
         ADDRESS,
         port,
