@@ -8,15 +8,18 @@ device.
 from __future__ import annotations
 
 import ctypes
+import importlib
 from collections.abc import Sequence
 from functools import cache
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 import xxhash
 
 CHUNK_BYTES = 1 << 20  # hashed at a time on a CPU: right after it was copied it is still in a cache
 CHUNK_WORDS = 1 << 20  # summed at a time on CUDA
+WORD_BYTES = 8
+KERNEL_MODULE = "fipo_megatron.reshard.triton_kernel"
 _MASK = (1 << 64) - 1
 _CHUNK_FACTOR = 0x9E3779B97F4A7C15 - (1 << 64)  # odd: chunks that change places change the sum
 
@@ -43,7 +46,7 @@ def make_checksums(views: Sequence[torch.Tensor]) -> list[BoxChecksum]:
         return []
     if views[0].device.type == "cuda":
         sums = _WordSums(views[0].device)
-        return [_WordSumBox(view, sums) for view in views]
+        return [_KernelSumBox(view) if has_whole_words(view) else _WordSumBox(view, sums) for view in views]
     strided = [view for view in views if not view.is_contiguous()]
     row_bytes = max((view.shape[1] * view.element_size() for view in strided), default=0)
     scratch = torch.empty(max(CHUNK_BYTES, row_bytes) if strided else 0, dtype=torch.uint8)
@@ -55,6 +58,13 @@ def checksum(tensor: torch.Tensor) -> int:
     (box,) = make_checksums([tensor.detach() if tensor.dim() == 2 else tensor.detach()[:, None]])
     out = torch.empty(1, dtype=torch.int64, device=tensor.device)
     box.write_to(out)
+    return int(out) & _MASK
+
+
+def kernel_word_sum(tensor: torch.Tensor) -> int:
+    """`word_sum` by the kernel, of a tensor that has whole words; on a CPU in Triton's interpreter."""
+    out = torch.empty(1, dtype=torch.int64, device=tensor.device)
+    _KernelSumBox(tensor).write_to(out)
     return int(out) & _MASK
 
 
@@ -96,7 +106,7 @@ class _HashedBox:
     def write_to(self, out: torch.Tensor) -> None:
         self.advance(len(self._view))
         value = self._hash.intdigest()
-        out.fill_(value - (1 << 64) if value >> 63 else value)
+        out.fill_(_signed(value))
 
 
 def _memory(tensor: torch.Tensor) -> memoryview:
@@ -146,7 +156,7 @@ class _WordSumBox:
     def __init__(self, view: torch.Tensor, sums: _WordSums) -> None:
         row_bytes = view.shape[1] * view.element_size()
         if row_bytes > 8 * CHUNK_WORDS:
-            raise ValueError(f"a row of {row_bytes} bytes is longer than the {8 * CHUNK_WORDS} that are summed at once")
+            raise ValueError(_long_row(row_bytes))
         self._sums, self._parts = sums, view.split(8 * CHUNK_WORDS // row_bytes)
         self._result = torch.empty(1, dtype=torch.int64, device=view.device)
         self._is_known = False
@@ -166,6 +176,56 @@ class _WordSumBox:
     def write_to(self, out: torch.Tensor) -> None:
         self.advance(0)
         out.copy_(self._result)
+
+
+def has_whole_words(view: torch.Tensor) -> bool:
+    """Whether every row of a view [rows, columns] begins and ends with a whole 64-bit word in memory."""
+    itemsize = view.element_size()
+    sizes = (view.data_ptr(), view.stride(0) * itemsize, view.shape[1] * itemsize)
+    return (view.shape[1] == 1 or view.stride(1) == 1) and all(size % WORD_BYTES == 0 for size in sizes)
+
+
+class _KernelSumBox:
+    """Word sums of a view that has whole words, by one kernel that reads it once."""
+
+    def __init__(self, view: torch.Tensor) -> None:
+        itemsize = view.element_size()
+        row_words = view.shape[1] * itemsize // WORD_BYTES
+        if row_words > CHUNK_WORDS:
+            raise ValueError(_long_row(row_words * WORD_BYTES))
+        self._view, self._part_rows = view, CHUNK_WORDS // row_words
+        self._kernel: Any = None
+        num_parts = -(-len(view) // self._part_rows)
+        self._sums = torch.empty(2, num_parts, dtype=torch.int64, device=view.device)
+        # Of the first part the factor's highest power, as if each was multiplied when the next one came.
+        powers = [pow(_CHUNK_FACTOR, num_parts - 1 - part, 1 << 64) for part in range(num_parts)]
+        self._powers = torch.tensor([_signed(power) for power in powers], device=view.device)
+        self._totals = torch.empty(2, dtype=torch.int64, device=view.device)
+
+    def restart(self) -> None:
+        """Its memory may have moved since the last time, to the host and back."""
+        if self._kernel is None or self._kernel.address != self._view.data_ptr():
+            words = self._view.view(torch.int64)
+            self._kernel = importlib.import_module(KERNEL_MODULE).WordSumKernel(words, self._part_rows, CHUNK_WORDS)
+
+    def advance(self, end_row: int) -> None:
+        """Nothing: the kernel reads all rows at once."""
+
+    def write_to(self, out: torch.Tensor) -> None:
+        if self._kernel is None:
+            self.restart()
+        self._kernel.run(self._sums)
+        self._sums.mul_(self._powers)
+        torch.sum(self._sums, 1, out=self._totals)
+        torch.bitwise_xor(self._totals[0:1], self._totals[1:2], out=out)
+
+
+def _signed(value: int) -> int:
+    return value - (1 << 64) if value >> 63 else value
+
+
+def _long_row(row_bytes: int) -> str:
+    return f"a row of {row_bytes} bytes is longer than the {WORD_BYTES * CHUNK_WORDS} that are summed at once"
 
 
 @cache

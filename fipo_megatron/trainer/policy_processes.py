@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import multiprocessing as mp
+import os
 import signal
 import traceback
 from collections.abc import Callable, Sequence
@@ -12,6 +13,8 @@ from typing import Any
 from fipo_megatron.config.schema import Config
 
 CONTEXT = mp.get_context("forkserver")
+# To look for devices by CUDA itself, as torch does at import, would forbid processes forked afterwards to use them.
+os.environ.setdefault("PYTORCH_NVML_BASED_CUDA_CHECK", "1")
 # What Megatron imports of torch, but not Megatron itself: it has to come after the patches of model/platform.py.
 PRELOADED = ("fipo_megatron.trainer.policy", "torch.distributed.tensor", "torch._dynamo")
 CONTEXT.set_forkserver_preload(list(PRELOADED))

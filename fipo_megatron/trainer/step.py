@@ -47,7 +47,8 @@ class PipelineStep:
             packed: PackedTokens, model: torch.nn.Module, output: torch.Tensor
         ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
             logprobs, _ = self._logprobs(packed, model, output, temperature, entropy="none")
-            return torch.zeros(()), torch.zeros((), dtype=torch.int), logprobs
+            no_loss = logprobs.new_zeros(())  # on its device, where Megatron scales the loss of experts
+            return no_loss, no_loss.int(), logprobs
 
         with torch.no_grad():
             return self._run(microbatches, collect, forward_only=True)

@@ -38,6 +38,7 @@ QWEN2, TIED, MOE = (
 )
 TRANSPORTS = ("shared_memory", "collective", pytest.param("cuda_ipc", marks=pytest.mark.gpu))
 SEEDS = (3, 4, 5)
+NOT_OURS = ("sem.", "psm_", "cuda.shm.")  # in /dev/shm: multiprocessing's, and the CUDA driver's
 
 
 def send_models(case, source, connect):
@@ -308,7 +309,7 @@ def test_a_lost_peer_is_named_in_time(trainer_role, engine_role, lost, timeout_s
     assert all(failure.seconds - start < 20 for failure in failures.values())
     assert not any(process.is_alive() for process in processes.processes)
     assert list(tmp_path.iterdir()) == []
-    assert {name for name in set(os.listdir("/dev/shm")) - before if not name.startswith(("sem.", "psm_"))} == set()
+    assert {name for name in set(os.listdir("/dev/shm")) - before if not name.startswith(NOT_OURS)} == set()
 
 
 def sync_many_times(case, source, connect):

@@ -159,8 +159,9 @@ def _add_gradients(
         weights = workspace.load("weight", weight[chunk])
         grad_weights = None if grad_weight is None else grad_weight[chunk]
         total = grad_weights
-        if grad_weights is not None and grad_weights.dtype != workspace.dtype:
-            # The sum over the rows is rounded once, at its end.
+        is_one_product = workspace.is_mixed and head.blocking.rows >= len(hidden)
+        if grad_weights is not None and grad_weights.dtype != workspace.dtype and not is_one_product:
+            # The sum over the rows is rounded once, at its end; one product does that by itself.
             total = workspace.get_buffer("total", *grad_weights.shape).zero_()
         for rows in _cut(len(hidden), head.blocking.rows):
             states, row = workspace.load("hidden", hidden[rows]), rows_gradients[rows]

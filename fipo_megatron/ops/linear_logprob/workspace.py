@@ -28,12 +28,12 @@ def choose_blocking(
     """The blocks of a head with inputs of `dtype`; ValueError where not even a small one fits `workspace_bytes`."""
 
     def fits(rows: int, columns: int) -> bool:
-        return count_bytes(Blocking(rows, columns), hidden_size, dtype, device) <= workspace_bytes
+        return count_bytes(Blocking(rows, columns), num_rows, hidden_size, dtype, device) <= workspace_bytes
 
     num_rows, num_columns = max(num_rows, 1), max(num_columns, 1)
     smallest = Blocking(min(MIN_ROWS, num_rows), min(MIN_COLUMNS, num_columns))
     if not fits(smallest.rows, smallest.columns):
-        needed = count_bytes(smallest, hidden_size, dtype, device)
+        needed = count_bytes(smallest, num_rows, hidden_size, dtype, device)
         raise ValueError(
             f"workspace_bytes={workspace_bytes} holds no block of {smallest.rows} rows and {smallest.columns} "
             f"columns at hidden size {hidden_size}: pass at least {needed}"
@@ -41,7 +41,7 @@ def choose_blocking(
     rows = min(CUDA_ROWS if device.type == "cuda" else CPU_ROWS, num_rows)
     columns = num_columns if device.type == "cuda" else min(CPU_COLUMNS, num_columns)
     if device.type == "cuda":
-        per_column = count_bytes(Blocking(rows, 1), hidden_size, dtype, device)
+        per_column = count_bytes(Blocking(rows, 1), num_rows, hidden_size, dtype, device)
         fitting = workspace_bytes // per_column // COLUMN_MULTIPLE * COLUMN_MULTIPLE
         columns = min(columns, max(fitting, smallest.columns))
     while not fits(rows, columns):
@@ -54,16 +54,20 @@ def choose_blocking(
     return Blocking(rows, min(columns, -(-even // COLUMN_MULTIPLE) * COLUMN_MULTIPLE))
 
 
-def count_bytes(blocking: Blocking, hidden_size: int, dtype: torch.dtype, device: torch.device) -> int:
+def count_bytes(
+    blocking: Blocking, num_rows: int, hidden_size: int, dtype: torch.dtype, device: torch.device
+) -> int:
     """Bytes of a Workspace, and of the gradient of a chunk's weights where it has to be rounded at its end."""
     wide = torch.promote_types(dtype, torch.float32)
     elements = blocking.rows * blocking.columns
     total = elements * wide.itemsize
     if dtype != wide:
-        total += blocking.columns * hidden_size * wide.itemsize
         if device.type == "cuda":
             total += elements * dtype.itemsize
+            if blocking.rows < num_rows:
+                total += blocking.columns * hidden_size * wide.itemsize
         else:
+            total += blocking.columns * hidden_size * wide.itemsize
             total += (blocking.rows + blocking.columns) * hidden_size * wide.itemsize
     return total
 
@@ -113,8 +117,8 @@ class Workspace:
         return self.get_buffer("gradient", rows, columns, self.input_dtype)
 
     def add_product(self, total: torch.Tensor, left: torch.Tensor, right: torch.Tensor) -> None:
-        """total += left @ right, in float32 (float64)."""
-        if self.is_mixed:
+        """total += left @ right, summed in float32 (float64) and rounded to the dtype of `total`."""
+        if self.is_mixed and total.dtype != self.input_dtype:
             torch.addmm(total, left, right, out_dtype=self.dtype, out=total)
         else:
             total.addmm_(left, right)
