@@ -250,9 +250,10 @@ CPU_PATCHES = (
     Patch("random_state", _every_layout, _patch_random_state),
     Patch("tensor_type", _every_layout, _patch_tensor_type),
     Patch("current_stream", _newer_than_0_16, _patch_current_stream),  # asked for before gradients are reduced
-    Patch("synchronize", lambda parallel: parallel.pipeline > 1, _patch_synchronize),
-    # The slice of rotary embeddings under context parallelism, the copy of tied embeddings in a pipeline.
-    Patch("cuda_moves", lambda parallel: parallel.context > 1 or parallel.pipeline > 1, _patch_cuda_moves),
+    # Pipelines, and saves of the policy's state.
+    Patch("synchronize", _every_layout, _patch_synchronize),
+    # Rotary embeddings under context parallelism, tied embeddings in a pipeline, saves of the optimizer's state.
+    Patch("cuda_moves", _every_layout, _patch_cuda_moves),
 )
 
 

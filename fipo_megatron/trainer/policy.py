@@ -7,6 +7,7 @@ import time
 from collections.abc import Iterable, Sequence
 from functools import partial
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
@@ -32,6 +33,9 @@ from fipo_megatron.reshard.connect import WeightsOut, connect_sender
 from fipo_megatron.reshard.session import WeightSession
 from fipo_megatron.types import PolicyUpdate, TrainingBatch, TransferCost, UpdateCost
 
+if TYPE_CHECKING:  # Megatron-Core must not be imported before `prepare_process`
+    from fipo_megatron.checkpoint.policy_state import PolicySave, RankState
+
 FLOAT32_MAX = torch.finfo(torch.float32).max
 
 
@@ -49,6 +53,7 @@ class MegatronPolicy:
         prepare_process(self.platform, config.parallel)
         self.listener = listening_socket(config.cluster.address, config.cluster.master_port) if rank == 0 else None
         self.sender: WeightsOut | None = None
+        self.pending_save: PolicySave | None = None
 
     def port(self) -> int:
         """The port of the rendezvous; rank 0 holds it open until `connect`."""
@@ -335,6 +340,47 @@ class MegatronPolicy:
         else:
             for _ in weights:
                 pass
+
+    # ---------------------------------------------------------------- state on disk
+
+    def begin_save(self, folder: Path) -> None:
+        """Copy weights, optimizer and random generators to host memory, and write them to an empty folder meanwhile.
+        Collective; the next update may follow at once. `finish_save` ends it."""
+        from fipo_megatron.checkpoint.policy_state import PolicySave
+
+        if self.pending_save is not None:
+            raise RuntimeError(f"{folder}: another save has begun; finish_save comes first")
+        self.pending_save = PolicySave(self._rank_state(), folder)
+
+    def finish_save(self) -> list[str]:
+        """Wait until all ranks have written; the files of this rank, relative to the folder. Collective.
+
+        Raises:
+            RuntimeError: a rank could not write, or no save has begun.
+        """
+        if self.pending_save is None:
+            raise RuntimeError("no save has begun: begin_save comes first")
+        pending, self.pending_save = self.pending_save, None
+        return pending.finish()
+
+    def load_state(self, folder: Path) -> None:
+        """Go on from a saved state, of this or another layout, after `load` of the model's folder. Collective.
+
+        The reference policy stays what `load` read. In another layout random generators start from the run's seed.
+
+        Raises:
+            ValueError: the folder has no such state, or one of another model.
+        """
+        from fipo_megatron.checkpoint.policy_state import load_policy_state
+
+        self.num_updates = load_policy_state(self._rank_state(), folder, self.config.seed)
+
+    def _rank_state(self) -> RankState:
+        from fipo_megatron.checkpoint.policy_state import RankState
+
+        self.host_offload.reload("parameters", "optimizer")
+        layout = self.config.parallel.model_dump(mode="json")
+        return RankState(self.chunks, self.optimizer, self.num_updates, layout)
 
     def offload(self) -> None:
         """Move the policy to host memory; each call above brings back the parts that it needs."""

@@ -36,6 +36,7 @@ TESTED_ELSEWHERE = {
     "trainer/policy_processes.py": PROCESSES,
     "trainer/tiny_models.py": PROCESSES,
     "trainer/step.py": PROCESSES,
+    "checkpoint/policy_state.py": "parity/test_policy_state.py",
     "reshard/connect.py": ENGINES,
     "reshard/engine_worker.py": ENGINES,
     "reshard/sglang_worker.py": "parity/test_sglang.py",

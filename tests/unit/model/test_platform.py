@@ -15,20 +15,11 @@ from fipo_megatron.model.platform import (
     resolve_platform,
 )
 
-EVERY = {"current_device", "factories", "random_state", "tensor_type"}
+EVERY = {"current_device", "factories", "random_state", "tensor_type", "synchronize", "cuda_moves"}
 
 
-@pytest.mark.parametrize(
-    ("parallel", "more"),
-    [
-        (ParallelConfig(tensor=2), set()),
-        (ParallelConfig(data=2), set()),
-        (ParallelConfig(pipeline=2), {"synchronize", "cuda_moves"}),
-        (ParallelConfig(context=2), {"cuda_moves"}),
-    ],
-)
-def test_a_layout_gets_the_patches_it_needs_and_no_more(parallel: ParallelConfig, more: set[str]) -> None:
-    assert {patch.name for patch in CPU_PATCHES if patch.needed_by(parallel)} == EVERY | more
+def test_patches_of_the_oldest_megatron() -> None:
+    assert {patch.name for patch in CPU_PATCHES if patch.needed_by(ParallelConfig())} == EVERY
 
 
 def test_a_newer_megatron_asks_for_the_current_stream(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -1,0 +1,145 @@
+"""A policy that was saved goes on as if it had not been: in its own layout bit for bit, in another within rounding."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+import torch.distributed as dist
+from safetensors.torch import load_file
+
+from fipo_megatron.config.schema import OptimizerConfig
+from fipo_megatron.trainer.policy_processes import Call, run_policy
+from fipo_megatron.trainer.tiny_models import VOCAB, write_model
+from fipo_megatron.types import TrainingBatch
+from tests.parity.policy_config import make_config
+
+LR = 0.01
+OPTIMIZER = OptimizerConfig(lr=LR, weight_decay=0.1, adam_eps=1e-3)
+FIRST, SECOND = range(0, 4), range(4, 8)
+
+
+def make_batch() -> TrainingBatch:
+    rng = np.random.default_rng(0)
+    prompt_lens, response_lens = rng.integers(1, 9, 8), np.array([1, 30, 17, 5, 22, 9, 13, 28])
+    lens = prompt_lens + response_lens
+    return TrainingBatch(
+        token_ids=rng.integers(2, VOCAB, lens.sum()),
+        cu_seqlens=np.concatenate([[0], np.cumsum(lens)]),
+        prompt_lens=prompt_lens,
+        advantages=rng.normal(size=8).astype(np.float32),
+        old_logprobs=np.full(response_lens.sum(), -4.0, np.float32),
+    )
+
+
+BATCH = make_batch()
+
+
+# ---------------------------------------------------------------- functions of a rank
+
+
+def optimizer_tensors(policy: Any) -> dict[str, dict[str, torch.Tensor]]:
+    """Moments and main parameters under the names of the weight map, each of the parameter's local shape.
+
+    Read from the optimizer itself, and summed over those that share a parameter out.
+    """
+    names = {parameter: name for name, parameter in policy.weights.parameters.items()}
+    found: dict[str, dict[str, torch.Tensor]] = {"main": {}, "exp_avg": {}, "exp_avg_sq": {}}
+    for each in getattr(policy.optimizer, "chained_optimizers", [policy.optimizer]):
+        if each.is_stub_optimizer:
+            continue
+        for buffer in each.buffers:
+            for parameter in buffer.param_index_map:
+                held = parameter in each.model_param_gbuf_map
+                if held:
+                    group, place = each.model_param_group_index_map[parameter]
+                    main = each.optimizer.param_groups[group]["params"][place]
+                    tensors = {"main": main, **each.optimizer.state[main]}
+                    part = each._get_model_param_range_map(parameter)["param"]
+                for kind, of_kind in found.items():
+                    whole = torch.zeros(parameter.numel())
+                    if held:
+                        whole[part.start : part.end] = tensors[kind].detach()
+                    dist.all_reduce(whole.view(torch.int32), group=each.data_parallel_group)
+                    of_kind[names[parameter]] = whole.view(parameter.shape)
+    return found
+
+
+def whole_optimizer(policy: Any) -> dict[str, dict[str, torch.Tensor]]:
+    """The same of the whole model, under Hugging Face's names: they travel as float32 weights would."""
+    weights = {name: p.detach().clone() for name, p in policy.weights.parameters.items()}
+    whole = {}
+    for kind, tensors in optimizer_tensors(policy).items():
+        policy._set_parameters(tensors)
+        whole[kind] = {name: tensor.clone() for name, tensor in policy.weights.gather()}
+    policy._set_parameters(weights)
+    return whole
+
+
+def step_tensors(policy: Any) -> tuple[list[float], int]:
+    """Each parameter's count of steps, and how many tensors they are."""
+    steps = [
+        state["step"]
+        for each in getattr(policy.optimizer, "chained_optimizers", [policy.optimizer])
+        if not each.is_stub_optimizer
+        for state in each.optimizer.state.values()
+    ]
+    return [float(step) for step in steps], len({step.data_ptr() for step in steps})
+
+
+# ---------------------------------------------------------------- same layout
+
+
+@pytest.fixture(scope="module")
+def folder(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp(request.param)
+    write_model(request.param, path)
+    return path
+
+
+def update(samples: range) -> Call:
+    return ("update", (BATCH, samples, LR))
+
+
+@pytest.mark.multiproc
+@pytest.mark.parametrize(
+    ("folder", "parallel", "dtype"),
+    [("qwen2_tied", {}, "float32"), ("llama3", {"tensor": 2}, "float32")],
+    indirect=["folder"],
+)
+def test_same_layout_goes_on_bit_for_bit(folder: Path, parallel: dict[str, Any], dtype: str, tmp_path: Path) -> None:
+    config = make_config(folder, parallel=parallel, model={"dtype": dtype})
+    saved = tmp_path / "saved"
+    saved.mkdir()
+    calls: list[Call] = [
+        ("load", (folder, OPTIMIZER)),
+        update(FIRST),
+        update(SECOND),
+        ("begin_save", (saved,)),
+        update(FIRST),  # while files are written
+        ("finish_save", ()),
+        update(SECOND),
+        ("export", (folder, tmp_path / "undisturbed")),
+        ("load", (folder, OPTIMIZER)),
+        ("load_state", (saved,)),
+        (step_tensors, ()),
+        update(FIRST),
+        update(SECOND),
+        (step_tensors, ()),
+        ("export", (folder, tmp_path / "resumed")),
+    ]
+    replies = run_policy(config, calls)
+    names = sorted(name for of_rank in replies[5] for name in of_rank)
+    assert names == sorted(path.name for path in saved.iterdir())
+    for before, after in ((4, 11), (6, 12)):
+        np.testing.assert_array_equal(replies[before][0].statistics, replies[after][0].statistics)
+        assert replies[before][0].grad_norm == replies[after][0].grad_norm > 0
+    for steps, num_tensors in replies[10]:
+        assert set(steps) == {2.0}
+        assert num_tensors == len(steps) > 1
+    assert all(set(steps) == {4.0} for steps, _ in replies[13])
+    undisturbed, resumed = (load_file(tmp_path / name / "model.safetensors") for name in ("undisturbed", "resumed"))
+    assert all(torch.equal(resumed[name], tensor) for name, tensor in undisturbed.items())
