@@ -57,7 +57,8 @@ class PolicySave:
         self._names: list[str] = []
         self._failure: BaseException | None = None
         # Where Megatron's writer leaves its results; its own queue needs a process to manage it.
-        filesystem_async._results_queue = self._results = queue.Queue()
+        self._results: queue.Queue[Any] = queue.Queue()
+        filesystem_async._results_queue = self._results
         self._request = _plan_save(_saved_tensors(state), folder)
         buckets = self._request.async_fn_args[1] if self._request.async_fn is not None else []
         self._buckets = [_copy_to_host(bucket) for bucket in buckets]
