@@ -91,6 +91,15 @@ def step_tensors(policy: Any) -> tuple[list[float], int]:
     return [float(step) for step in steps], len({step.data_ptr() for step in steps})
 
 
+def draw(policy: Any) -> list[float]:
+    """Random numbers of torch's generator and of the one that Megatron keeps for tensor-parallel ranks."""
+    from megatron.core.tensor_parallel.random import get_cuda_rng_tracker
+
+    with get_cuda_rng_tracker().fork():
+        forked = torch.rand(3).tolist()
+    return [*forked, *torch.rand(3).tolist()]
+
+
 # ---------------------------------------------------------------- same layout
 
 
@@ -108,7 +117,12 @@ def update(samples: range) -> Call:
 @pytest.mark.multiproc
 @pytest.mark.parametrize(
     ("folder", "parallel", "dtype"),
-    [("qwen2_tied", {}, "float32"), ("llama3", {"tensor": 2}, "float32")],
+    [
+        ("qwen2_tied", {}, "float32"),
+        ("llama3", {"tensor": 2}, "bfloat16"),
+        ("qwen2", {"data": 2, "distributed_optimizer": False}, "bfloat16"),
+        ("qwen2_tied", {"distributed_optimizer": False}, "float32"),
+    ],
     indirect=["folder"],
 )
 def test_same_layout_goes_on_bit_for_bit(folder: Path, parallel: dict[str, Any], dtype: str, tmp_path: Path) -> None:
@@ -119,13 +133,17 @@ def test_same_layout_goes_on_bit_for_bit(folder: Path, parallel: dict[str, Any],
         ("load", (folder, OPTIMIZER)),
         update(FIRST),
         update(SECOND),
+        ("offload", ()),
         ("begin_save", (saved,)),
+        (draw, ()),
         update(FIRST),  # while files are written
         ("finish_save", ()),
         update(SECOND),
         ("export", (folder, tmp_path / "undisturbed")),
         ("load", (folder, OPTIMIZER)),
+        ("offload", ()),
         ("load_state", (saved,)),
+        (draw, ()),
         (step_tensors, ()),
         update(FIRST),
         update(SECOND),
@@ -133,15 +151,16 @@ def test_same_layout_goes_on_bit_for_bit(folder: Path, parallel: dict[str, Any],
         ("export", (folder, tmp_path / "resumed")),
     ]
     replies = run_policy(config, calls)
-    names = sorted(name for of_rank in replies[5] for name in of_rank)
+    names = sorted(name for of_rank in replies[7] for name in of_rank)
     assert names == sorted(path.name for path in saved.iterdir())
-    for before, after in ((4, 11), (6, 12)):
+    for before, after in ((6, 15), (8, 16)):
         np.testing.assert_array_equal(replies[before][0].statistics, replies[after][0].statistics)
         assert replies[before][0].grad_norm == replies[after][0].grad_norm > 0
-    for steps, num_tensors in replies[10]:
+    for steps, num_tensors in replies[14]:
         assert set(steps) == {2.0}
         assert num_tensors == len(steps) > 1
-    assert all(set(steps) == {4.0} for steps, _ in replies[13])
+    assert all(set(steps) == {4.0} for steps, _ in replies[17])
+    assert replies[5] == replies[13]
     undisturbed, resumed = (load_file(tmp_path / name / "model.safetensors") for name in ("undisturbed", "resumed"))
     assert all(torch.equal(resumed[name], tensor) for name, tensor in undisturbed.items())
 
