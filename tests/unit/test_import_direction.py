@@ -32,7 +32,7 @@ THIRD_PARTY = {
     "sglang": ("rollout/*", "reshard/sglang_worker.py"),
     "triton": ("*/triton_kernel.py",),
     "numba": ("*/numba_kernel.py",),
-    "xxhash": ("reshard/checksum.py",),
+    "xxhash": ("reshard/checksum.py", "checkpoint/manifest.py"),
 }
 EXCEPT = {"megatron": "model/weight_map/*"}  # names and slices: plain data
 
