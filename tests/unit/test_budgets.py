@@ -25,6 +25,11 @@ PROCESSES = "parity/test_policy_layouts.py"  # Megatron in several gloo processe
 ENGINES = "parity/test_engines.py"  # real engines and weight updates
 RUNS = "smoke/test_train.py"  # whole runs
 TESTED_ELSEWHERE = {
+    "checkpoint/distcp.py": "unit/checkpoint/test_conversion.py",
+    "checkpoint/hf_to_megatron.py": "unit/checkpoint/test_conversion.py",
+    "checkpoint/megatron_format.py": "unit/checkpoint/test_conversion.py",
+    "checkpoint/megatron_to_hf.py": "unit/checkpoint/test_conversion.py",
+    "checkpoint/tensor_files.py": "unit/checkpoint/test_conversion.py",
     "types.py": "unit/parallel/test_packed.py",  # records
     "model/build.py": PROCESSES,
     "model/local_layers.py": PROCESSES,

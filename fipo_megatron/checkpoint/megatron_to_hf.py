@@ -1,0 +1,256 @@
+"""Hugging Face weights out of a Megatron-Core distributed checkpoint, streamed: never a model in memory."""
+
+from __future__ import annotations
+
+import json
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import torch
+
+from fipo_megatron.checkpoint.conversion import (
+    CARRIED,
+    MemoryBudget,
+    Progress,
+    TensorHash,
+    check_records,
+    copy_carried,
+    ignore_progress,
+    run_tasks,
+    written_whole,
+)
+from fipo_megatron.checkpoint.distcp import METADATA, CheckpointFiles
+from fipo_megatron.checkpoint.manifest import (
+    MANIFEST,
+    ContentHash,
+    DamagedError,
+    check_folder,
+    hash_file,
+    read_manifest,
+    write_manifest,
+)
+from fipo_megatron.checkpoint.megatron_format import GlobalTensor, find_global_tensors, rows_of_tensor
+from fipo_megatron.checkpoint.tensor_files import (
+    DTYPE_NAMES,
+    HashedFile,
+    OpenFiles,
+    bytes_of,
+    read_records,
+    write_header,
+)
+from fipo_megatron.model.hf_config import ModelShape, read_model_shape
+from fipo_megatron.model.weight_map.entry import WeightMapEntry, hf_tensor_shape
+from fipo_megatron.model.weight_map.families import make_entries
+
+HF_FILE_BYTES = 1 << 30
+
+
+@dataclass(frozen=True)
+class MegatronSource:
+    """A checkpoint that may be opened, and what is known of it."""
+
+    folder: Path  # of Megatron's files
+    hf_folder: Path  # config and tokenizer
+    hashes: dict[str, str]  # of the tensors, by Hugging Face name; empty where no manifest has them
+
+
+def find_megatron_source(model: Path, hf_folder: Path | None, allow_foreign: bool, jobs: int) -> MegatronSource:
+    """The checkpoint in a folder: converted weights, a training checkpoint or its `policy`, or with `allow_foreign`
+    one of another program. `hf_folder` has its config.json, where the checkpoint has none.
+
+    Raises:
+        ValueError: no manifest covers it, it is damaged, or config.json is missing.
+    """
+    folder, hashes = model, {}
+    if (model / MANIFEST).exists():
+        manifest = read_manifest(model)
+        folder = model if (model / METADATA).exists() else model / "policy"
+        if manifest["kind"] == "weights":  # each tensor is compared with its hash when it is read
+            check_folder(model, contents=False)
+            known = {file["name"]: file["xxh3"] for file in manifest["files"]}
+            for name in (METADATA, *(name for name in known if name.startswith(f"{CARRIED}/"))):
+                if hash_file(model / name) != known.get(name):
+                    raise DamagedError(f"{model}: {name} is not what its manifest says; copy the checkpoint again")
+            hashes = {tensor["name"]: tensor["xxh3"] for tensor in manifest["tensors"]}
+        else:
+            check_folder(model, jobs=jobs)
+    elif (model.parent / MANIFEST).exists():
+        names = {file["name"] for file in check_folder(model.parent, jobs=jobs)["files"]}
+        if f"{model.name}/{METADATA}" not in names:
+            raise DamagedError(f"{model} is not in the manifest of {model.parent}; use another checkpoint")
+    elif not allow_foreign:
+        raise ValueError(
+            f"{model} has no {MANIFEST}, so another program wrote it, and its files are pickles; if you trust them, "
+            "add --allow-foreign"
+        )
+    carried = hf_folder or folder / CARRIED
+    if not (carried / "config.json").is_file():
+        raise ValueError(f"{carried} has no config.json; name the model's Hugging Face folder with --hf-folder")
+    return MegatronSource(folder, carried, hashes)
+
+
+@dataclass
+class _MegatronTensors:
+    """The tensors of a checkpoint under their Hugging Face names, in the order of the forward pass."""
+
+    source: MegatronSource
+    shape: ModelShape
+    files: OpenFiles
+
+    def __post_init__(self) -> None:
+        self.checkpoint = CheckpointFiles(self.source.folder, self.files)
+        keys = self.checkpoint.keys()
+        self.places: dict[str, tuple[WeightMapEntry, int, GlobalTensor]] = {}
+        used = set()
+        for entry in make_entries(self.shape):
+            places = find_global_tensors(entry, self.shape, self.shape.vocab_size)
+            present = [place for place in places if place.key in keys]
+            if not present:
+                raise ValueError(f"{self.source.folder} lacks {places[0].key}, of which {entry.hf_names[0]!r} is made")
+            used |= {place.key for place in present}
+            self._check_shape(entry, present[0])
+            for i, name in enumerate(entry.hf_names):
+                self.places[name] = (entry, i, present[0])
+        extra = sorted(key for key in keys - used if not key.startswith("optimizer."))
+        if extra:
+            raise ValueError(
+                f"{self.source.folder} has {extra[0]!r}, which no {self.shape.architecture} of config.json has "
+                "and which would be lost; is this the config.json of the model?"
+            )
+
+    def _check_shape(self, entry: WeightMapEntry, place: GlobalTensor) -> None:
+        found = self.checkpoint.describe(place.key)[1]
+        rows = len(place.prefix)
+        fits = found == place.shape
+        if entry.rule == "vocab" and len(found) == len(place.shape):  # may be padded
+            fits = found[rows] >= place.shape[rows] and found[rows + 1 :] == place.shape[rows + 1 :]
+        if not fits:
+            raise ValueError(
+                f"{self.source.folder}: {place.key} has shape {list(found)}, config.json makes it {list(place.shape)}; "
+                "is this the config.json of the model?"
+            )
+
+    def record(self, name: str) -> tuple[str, torch.dtype, tuple[int, ...]]:
+        """Name, dtype and shape."""
+        dtype = self.checkpoint.describe(self.places[name][2].key)[0]
+        if dtype not in DTYPE_NAMES:
+            raise ValueError(f"{self.source.folder}: {self.places[name][2].key} is of {dtype}; save it in bfloat16")
+        return name, dtype, hf_tensor_shape(name, self.shape)
+
+    def num_bytes(self, name: str) -> int:
+        """Of one tensor."""
+        _, dtype, shape = self.record(name)
+        return torch.Size(shape).numel() * dtype.itemsize
+
+    def read(self, name: str) -> tuple[torch.Tensor, TensorHash]:
+        """A tensor and its hash; refused where the manifest has another."""
+        entry, i, place = self.places[name]
+        _, dtype, shape = self.record(name)
+        out = torch.empty(shape, dtype=dtype)
+        done = 0
+        for start, count in rows_of_tensor(entry, i, self.shape):
+            self.checkpoint.read_rows(place, start, out[done : done + count])
+            done += count
+        content = ContentHash()
+        content.update(bytes_of(out))
+        found, expected = content.hexdigest(), self.source.hashes.get(name)
+        if self.source.hashes and found != expected:
+            raise DamagedError(
+                f"{self.source.folder}: {name!r} has hash {found}, its manifest says {expected}; copy the checkpoint "
+                "again"
+            )
+        return out, TensorHash(name, shape, DTYPE_NAMES[dtype], found)
+
+
+def megatron_to_hf(source: MegatronSource, out: Path, jobs: int, progress: Progress = ignore_progress) -> None:
+    """Write the weights of a checkpoint as a Hugging Face folder, with config and tokenizer.
+
+    Files hold up to `HF_FILE_BYTES`; `jobs` are written at a time. Memory: twice the largest tensor.
+
+    Raises:
+        ValueError: a tensor is missing, unknown, damaged or of another shape; `out` exists. There is no `out` then.
+    """
+    shape = read_model_shape(source.hf_folder)
+    with written_whole(out, source.folder) as partial, OpenFiles() as files:
+        tensors = _MegatronTensors(source, shape, files)
+        sizes = {name: tensors.num_bytes(name) for name in tensors.places}
+        memory = MemoryBudget(2 * max(sizes.values()))
+        shares = _split_files(sizes)
+        names = [f"model-{i + 1:05d}-of-{len(shares):05d}.safetensors" for i in range(len(shares))]
+        names = names if len(names) > 1 else ["model.safetensors"]
+
+        def write(share: tuple[str, list[str]]) -> tuple[str, list[TensorHash]]:
+            found = []
+            with HashedFile(partial / share[0]) as file:
+                write_header(file, [tensors.record(name) for name in share[1]])
+                for name in share[1]:
+                    with memory.held(sizes[name]):
+                        tensor, of_tensor = tensors.read(name)
+                        file.write(bytes_of(tensor))
+                        del tensor
+                    found.append(of_tensor)
+                    progress(sizes[name])
+            return file.hexdigest(), found
+
+        with ThreadPoolExecutor(jobs) as pool:
+            results = run_tasks(pool, write, list(zip(names, shares, strict=True)))
+        if len(names) > 1:
+            file_of = {name: file for file, share in zip(names, shares, strict=True) for name in share}
+            write_index(partial, file_of, sum(sizes.values()))
+        copy_carried(source.hf_folder, partial)
+        details = {"source": source.folder.name, "tensors": [asdict(t) for _, found in results for t in found]}
+        hashes = {name: content for name, (content, _) in zip(names, results, strict=True)}
+        write_manifest(partial, "huggingface", details, hashes)
+
+
+def write_index(folder: Path, file_of: dict[str, str], total_size: int) -> None:
+    """The index of a Hugging Face folder of several weight files."""
+    index = {"metadata": {"total_size": total_size}, "weight_map": file_of}
+    (folder / "model.safetensors.index.json").write_text(json.dumps(index, indent=2, sort_keys=True))
+
+
+def _split_files(sizes: dict[str, int]) -> list[list[str]]:
+    """Names in order, in files of up to `HF_FILE_BYTES` or one tensor."""
+    shares: list[list[str]] = [[]]
+    filled = 0
+    for name, size in sizes.items():
+        if shares[-1] and filled + size > HF_FILE_BYTES:
+            shares.append([])
+            filled = 0
+        shares[-1].append(name)
+        filled += size
+    return shares
+
+
+def compare(source: MegatronSource, hf_folder: Path, jobs: int, progress: Progress = ignore_progress) -> int:
+    """Compare every tensor of a checkpoint and of a Hugging Face folder, both read anew; their number.
+
+    Raises:
+        ValueError: names the first tensor that differs, is missing or is too many.
+    """
+    shape = read_model_shape(hf_folder)
+    records = read_records(hf_folder)
+    check_records(hf_folder, shape, records)
+    with OpenFiles() as files:
+        tensors = _MegatronTensors(source, shape, files)
+        memory = MemoryBudget(2 * max(record.num_bytes for record in records.values()))
+        for record in records.values():
+            files.open(record.file)
+
+        def same(name: str) -> bool:
+            record = records[name]
+            with memory.held(2 * record.num_bytes):
+                found, _ = tensors.read(name)
+                expected = torch.empty(record.shape, dtype=record.dtype)
+                files.read(record.file, record.offset, bytes_of(expected))
+                progress(record.num_bytes)
+                return found.dtype == expected.dtype and torch.equal(
+                    found.view(torch.uint8), expected.view(torch.uint8)
+                )
+
+        with ThreadPoolExecutor(jobs) as pool:
+            for name, equal in zip(records, pool.map(same, records), strict=True):
+                if not equal:
+                    raise ValueError(f"{name!r} differs between {source.folder} and {hf_folder}")
+    return len(records)
