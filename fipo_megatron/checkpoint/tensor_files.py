@@ -141,6 +141,7 @@ class HashedFile:
     def __init__(self, path: Path) -> None:
         self.path = path
         self.size = 0
+        self.failure: OSError | None = None  # torch.save raises another error in its place
         self._hash = ContentHash()
         self._file = path.open("xb", buffering=0)
 
@@ -152,7 +153,8 @@ class HashedFile:
             while done < len(view):
                 done += self._file.write(view[done:]) or 0
         except OSError as error:
-            raise OSError(error.errno, error.strerror, str(self.path)) from error
+            self.failure = OSError(error.errno, error.strerror, str(self.path))
+            raise self.failure from error
         self._hash.update(view)
         self.size += len(view)
         return len(view)

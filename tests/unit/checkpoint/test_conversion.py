@@ -223,7 +223,8 @@ def test_output_is_never_half_written(tmp_path: Path, monkeypatch: pytest.Monkey
 
     def full(self: HashedFile, piece: Any) -> int:
         if self.size > 20_000:
-            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(self.path))
+            self.failure = OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(self.path))
+            raise self.failure
         return write(self, piece)
 
     monkeypatch.setattr(HashedFile, "write", full)
