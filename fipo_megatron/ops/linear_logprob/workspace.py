@@ -54,9 +54,7 @@ def choose_blocking(
     return Blocking(rows, min(columns, -(-even // COLUMN_MULTIPLE) * COLUMN_MULTIPLE))
 
 
-def count_bytes(
-    blocking: Blocking, num_rows: int, hidden_size: int, dtype: torch.dtype, device: torch.device
-) -> int:
+def count_bytes(blocking: Blocking, num_rows: int, hidden_size: int, dtype: torch.dtype, device: torch.device) -> int:
     """Bytes of a Workspace, and of the gradient of a chunk's weights where it has to be rounded at its end."""
     wide = torch.promote_types(dtype, torch.float32)
     elements = blocking.rows * blocking.columns
