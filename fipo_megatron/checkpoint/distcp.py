@@ -253,7 +253,10 @@ class MetadataWriter:
 
     def _append(self, index: MetadataIndex, value: Any, file: HashedFile) -> None:
         start = file.size
-        torch.save(value, file)  # type: ignore[arg-type]  # it wants no more than write and flush
+        try:
+            torch.save(value, file)  # type: ignore[arg-type]  # it wants no more than write and flush
+        except RuntimeError as error:
+            raise file.failure or error from error
         self.places[index] = _StorageInfo(file.path.name, start, file.size - start)
 
     def merge(self, other: MetadataWriter) -> None:
