@@ -21,6 +21,8 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from megatron.core import dist_checkpointing, parallel_state
+from megatron.core.dist_checkpointing.dict_utils import nested_values
+from megatron.core.dist_checkpointing.mapping import ShardedBase
 from megatron.core.dist_checkpointing.strategies import filesystem_async
 from megatron.core.dist_checkpointing.strategies.torch import TorchDistSaveShardedStrategy
 from megatron.core.distributed import DistributedDataParallel
@@ -131,6 +133,7 @@ def load_policy_state(state: RankState, folder: Path, seed: int) -> int:
             f"{folder}: no policy state, metadata.json is missing: the save did not end, or the path is wrong"
         )
     requested = _sharded_state(state, is_loading=True)
+    _check_all_is_asked_for(requested, folder)
     try:
         # One level deeper than what was saved: what the file has beside tensors (param_groups, whose number depends on
         # the layout) is not merged into what is asked for.
@@ -149,6 +152,18 @@ def load_policy_state(state: RankState, folder: Path, seed: int) -> int:
 
 
 # ---------------------------------------------------------------- tensors
+
+
+def _check_all_is_asked_for(requested: dict[str, Any], folder: Path) -> None:
+    """Raises ValueError where the folder has tensors that no rank asks for, which Megatron leaves out. Collective."""
+    own = {value.key for value in nested_values(requested) if isinstance(value, ShardedBase)}
+    of_ranks: list[set[str]] = [set() for _ in range(dist.get_world_size())]
+    dist.all_gather_object(of_ranks, own)
+    if unread := dist_checkpointing.load_tensors_metadata(str(folder)).keys() - set().union(*of_ranks):
+        raise ValueError(
+            f"{folder}: can't be loaded into this model; is it of another one? It has {min(unread)} and "
+            f"{len(unread) - 1} more tensors that this model has not"
+        )
 
 
 def _metadata(state: RankState) -> dict[str, Any]:

@@ -215,3 +215,31 @@ def test_another_layout_goes_on(folder: Path, before: dict[str, Any], after: dic
     )
     assert found == pytest.approx(expected, rel=0, abs=1e-6)
     assert resumed[0].grad_norm == pytest.approx(next_update[0].grad_norm, rel=1e-5)
+
+
+@pytest.mark.multiproc
+@pytest.mark.parametrize(
+    ("calls", "message"),
+    [
+        ([("load_state", "empty")], "empty: no policy state, metadata.json is missing"),
+        ([("finish_save",)], "no save has begun"),
+        ([("begin_save", "state"), ("begin_save", "empty")], "another save has begun"),
+        (
+            [("begin_save", "state"), ("finish_save",), ("load", "other"), ("load_state", "state")],
+            "is it of another one",
+        ),
+    ],
+    ids=["no-state", "no-save", "two-saves", "another-model"],
+)
+def test_refusals(calls: list[tuple[str, ...]], message: str, tmp_path: Path) -> None:
+    for name, family in (("model", "qwen2"), ("other", "llama3")):
+        (tmp_path / name).mkdir()
+        write_model(family, tmp_path / name)
+    for name in ("empty", "state"):
+        (tmp_path / name).mkdir()
+    arguments = [("load", (tmp_path / "model", OPTIMIZER))] + [
+        (method, tuple([tmp_path / folder for folder in folders] + [OPTIMIZER] * (method == "load")))
+        for method, *folders in calls
+    ]
+    with pytest.raises(RuntimeError, match=message):
+        run_policy(make_config(tmp_path / "model"), arguments)
