@@ -260,11 +260,7 @@ class MetadataWriter:
         self.places[index] = _StorageInfo(file.path.name, start, file.size - start)
 
     def merge(self, other: MetadataWriter) -> None:
-        """Add what another one has collected.
-
-        Raises:
-            ValueError: a stacked tensor would hold layers of several dtypes.
-        """
+        """Add what another one has collected, of tensors of the same dtypes."""
         for key, entry in other.tensors.items():
             own = self.tensors.setdefault(key, entry)
             if isinstance(own, TensorStorageMetadata) and isinstance(entry, TensorStorageMetadata) and own is not entry:

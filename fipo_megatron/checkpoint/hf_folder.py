@@ -28,12 +28,11 @@ def write_hf_folder(weights: Iterable[tuple[str, torch.Tensor]], source: Path, t
         for path in source.iterdir():
             if path.is_file() and ".safetensors" not in path.name and path.suffix not in OTHER_WEIGHTS:
                 shutil.copy(path, partial / path.name)
-        file_of = _write_files(weights, partial)
+        file_of, total_size = _write_files(weights, partial)
         if len(set(file_of.values())) == 1:
             os.rename(partial / next(iter(file_of.values())), partial / "model.safetensors")
         else:
-            index = {"metadata": {}, "weight_map": file_of}
-            (partial / "model.safetensors.index.json").write_text(json.dumps(index, indent=2, sort_keys=True))
+            write_index(partial, file_of, total_size)
         if target.exists():
             os.rename(target, replaced)
         os.rename(partial, target)
@@ -42,11 +41,17 @@ def write_hf_folder(weights: Iterable[tuple[str, torch.Tensor]], source: Path, t
         shutil.rmtree(replaced, ignore_errors=True)
 
 
-def _write_files(weights: Iterable[tuple[str, torch.Tensor]], folder: Path) -> dict[str, str]:
-    """The file that holds each tensor."""
+def write_index(folder: Path, file_of: dict[str, str], total_size: int) -> None:
+    """The index of a Hugging Face folder of several weight files."""
+    index = {"metadata": {"total_size": total_size}, "weight_map": file_of}
+    (folder / "model.safetensors.index.json").write_text(json.dumps(index, indent=2, sort_keys=True))
+
+
+def _write_files(weights: Iterable[tuple[str, torch.Tensor]], folder: Path) -> tuple[dict[str, str], int]:
+    """The file that holds each tensor, and the bytes of all tensors."""
     file_of: dict[str, str] = {}
     pending: dict[str, torch.Tensor] = {}
-    pending_bytes = num_files = 0
+    pending_bytes = num_files = total_size = 0
 
     def flush() -> None:
         nonlocal pending, pending_bytes, num_files
@@ -61,5 +66,6 @@ def _write_files(weights: Iterable[tuple[str, torch.Tensor]], folder: Path) -> d
             flush()
         pending[name] = tensor.cpu().contiguous()
         pending_bytes += tensor.nbytes
+        total_size += tensor.nbytes
     flush()
-    return file_of
+    return file_of, total_size

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -21,6 +20,7 @@ from fipo_megatron.checkpoint.conversion import (
     written_whole,
 )
 from fipo_megatron.checkpoint.distcp import METADATA, CheckpointFiles
+from fipo_megatron.checkpoint.hf_folder import write_index
 from fipo_megatron.checkpoint.manifest import (
     MANIFEST,
     ContentHash,
@@ -202,12 +202,6 @@ def megatron_to_hf(source: MegatronSource, out: Path, jobs: int, progress: Progr
         details = {"source": source.folder.name, "tensors": [asdict(t) for _, found in results for t in found]}
         hashes = {name: content for name, (content, _) in zip(names, results, strict=True)}
         write_manifest(partial, "huggingface", details, hashes)
-
-
-def write_index(folder: Path, file_of: dict[str, str], total_size: int) -> None:
-    """The index of a Hugging Face folder of several weight files."""
-    index = {"metadata": {"total_size": total_size}, "weight_map": file_of}
-    (folder / "model.safetensors.index.json").write_text(json.dumps(index, indent=2, sort_keys=True))
 
 
 def _split_files(sizes: dict[str, int]) -> list[list[str]]:

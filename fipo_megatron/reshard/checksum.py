@@ -155,9 +155,9 @@ class _WordSumBox:
 
     def __init__(self, view: torch.Tensor, sums: _WordSums) -> None:
         row_bytes = view.shape[1] * view.element_size()
-        if row_bytes > 8 * CHUNK_WORDS:
+        if row_bytes > WORD_BYTES * CHUNK_WORDS:
             raise ValueError(_long_row(row_bytes))
-        self._sums, self._parts = sums, view.split(8 * CHUNK_WORDS // row_bytes)
+        self._sums, self._parts = sums, view.split(WORD_BYTES * CHUNK_WORDS // row_bytes)
         self._result = torch.empty(1, dtype=torch.int64, device=view.device)
         self._is_known = False
 
