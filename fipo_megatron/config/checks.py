@@ -11,19 +11,19 @@ from pathlib import Path
 
 import numpy as np
 
+from fipo_megatron.config.problems import ArithmeticTaskConfig
 from fipo_megatron.config.schema import (
     PRESETS,
     AlgorithmConfig,
-    ArithmeticTaskConfig,
     Config,
     KernelsConfig,
     ParallelConfig,
     RewardConfig,
     RolloutConfig,
     RuleName,
-    Section,
     WarmStartConfig,
 )
+from fipo_megatron.config.section import Section
 from fipo_megatron.model.hf_config import ModelShape, make_model_shape
 from fipo_megatron.parallel.plan import PackingUnits, check_budget, microbatch_tokens
 

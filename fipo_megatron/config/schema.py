@@ -3,9 +3,12 @@ other values is judged in checks.py. Defaults of loss, optimizer and rollouts ar
 
 from __future__ import annotations
 
-from typing import Annotated, Any, Literal
+from typing import Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
+from pydantic import Field, model_validator
+
+from fipo_megatron.config.problems import ArithmeticTaskConfig, DataConfig, TaskConfig
+from fipo_megatron.config.section import Section
 
 LossAggregation = Literal["token-mean", "seq-mean-token-mean", "seq-mean-token-sum", "seq-mean-token-sum-norm"]
 Objective = Literal["fipo", "dapo", "grpo"]
@@ -27,12 +30,6 @@ PRESETS: dict[str, dict[str, Any]] = {
         "loss_aggregation": "seq-mean-token-mean",
     },
 }
-
-
-class Section(BaseModel):
-    """Base of all sections: unknown keys are errors, values are immutable and never converted (but int to float)."""
-
-    model_config = ConfigDict(extra="forbid", frozen=True, strict=True, validate_default=True, allow_inf_nan=False)
 
 
 class RunConfig(Section):
@@ -60,111 +57,6 @@ class ModelConfig(Section):
 
     path: str | None = Field(None, description="Hugging Face folder with weights and tokenizer; null: see warm_start")
     dtype: Literal["float32", "bfloat16"] = Field("bfloat16", description="type of weights and activations")
-
-
-class ArithmeticTaskConfig(Section):
-    """Multi-digit addition with worked traces (data/tasks/arithmetic.py)."""
-
-    name: Literal["arithmetic"] = "arithmetic"
-    num_digits: int = Field(4, ge=2, le=12, description="digits of both operands: the difficulty")
-    held_out_frac: float = Field(0.1, gt=0, lt=0.5, description="share of operand values that only evaluation uses")
-    carry_error_prob: float = Field(
-        0.6, ge=0, le=1, description="warm-start traces: chance that a column forgets to carry"
-    )
-    digit_error_prob: float = Field(0.02, ge=0, le=1, description="warm-start traces: chance of a random column sum")
-
-
-class CheckedSumsTaskConfig(Section):
-    """Sums with a check that raises accuracy and length, and is the policy's choice (data/tasks/checked_sums.py)."""
-
-    name: Literal["checked_sums"] = "checked_sums"
-    num_digits: int = Field(4, ge=2, le=12, description="digits of both operands: the difficulty")
-    held_out_frac: float = Field(0.1, gt=0, lt=0.5, description="share of operand values that only evaluation uses")
-    check_prob: float = Field(0.15, ge=0, le=1, description="warm-start traces: chance of a check")
-    digit_error_prob: float = Field(0.02, ge=0, le=1, description="warm-start traces: chance of a random column sum")
-
-
-class KnightsTaskConfig(Section):
-    """Knights and knaves, a logic puzzle (data/tasks/knights.py)."""
-
-    name: Literal["knights"] = "knights"
-    num_people: int = Field(5, ge=3, le=5, description="3 have 14 puzzles that differ by more than names, 4 have 314")
-    held_out_frac: float = Field(0.1, gt=0, lt=0.5, description="share of puzzles that only evaluation uses")
-    slip_prob: float = Field(0.15, ge=0, le=1, description="warm-start traces: chance to overlook a contradiction")
-
-
-TaskConfig = Annotated[ArithmeticTaskConfig | CheckedSumsTaskConfig | KnightsTaskConfig, Field(discriminator="name")]
-
-
-# In our own words what DAPO's instruction says: the `dapo` rule reads the last `Answer:` line.
-ANSWER_TEMPLATE = (
-    "Work through this problem step by step. The last line of your response must be of the form `Answer: $Answer`, "
-    "with the final answer in the place of $Answer.\n\n{question}"
-)
-
-
-class DataFileConfig(Section):
-    """One file of problems (data/load.py); its path alone stands for it."""
-
-    path: str = Field(min_length=1, description="relative to the working directory")
-    format: Literal["auto", "gsm8k", "aime", "jsonl", "parquet"] = Field(
-        "auto", description="parquet: DAPO's layout, or prepared; auto: by suffix and by the fields of the first line"
-    )
-    question: str | None = Field(None, min_length=1, description="jsonl: name of the field with the question")
-    answer: str | None = Field(None, min_length=1, description="jsonl: name of the field with the answer")
-    uid: str | None = Field(None, min_length=1, description="jsonl: name of a field unique in the file; null: the line")
-    data_source: str | None = Field(None, min_length=1, description="name; null: the format's or rows' own, or stem")
-    weight: float = Field(1.0, gt=0, description="share in the mixture of training files")
-
-    @model_validator(mode="before")
-    @classmethod
-    def _from_path(cls, values: Any) -> Any:
-        return {"path": values} if isinstance(values, str) else values
-
-    @model_validator(mode="after")
-    def _check_fields(self) -> DataFileConfig:
-        for key, field in (("question", self.question), ("answer", self.answer), ("uid", self.uid)):
-            if self.format != "jsonl" and field is not None:
-                raise ValueError(f"{key} = {field!r}: read with format = 'jsonl' only; set that, or remove {key}")
-            if self.format == "jsonl" and field is None and key != "uid":
-                raise ValueError(f"{key} = null: format = 'jsonl' needs the name of the field with the {key}")
-        return self
-
-
-class DataConfig(Section):
-    """Problems from files, and how they are put to the policy."""
-
-    train: tuple[DataFileConfig, ...] = Field((), description="a path, a file, or a list; null: prompts of the task")
-    eval: dict[Annotated[str, Field(pattern=r"^[A-Za-z0-9][\w-]*$")], DataFileConfig] = Field(
-        {}, description="held-out sets by name, of each the first evaluation.num_problems; empty: the task's"
-    )
-    prompt: Literal["auto", "chat", "plain"] = Field(
-        "auto", description="chat: the tokenizer's chat template; plain: the text alone; auto: chat where there is one"
-    )
-    template: str = Field(ANSWER_TEMPLATE, description="around {question}; rows in DAPO's layout have their own")
-    max_corrupt_frac: float = Field(0.5, ge=0, lt=1, description="share of bad rows that refuses a training file")
-
-    @field_validator("train", mode="before")
-    @classmethod
-    def _as_files(cls, value: Any) -> Any:
-        if value is None:
-            return ()
-        return (value,) if isinstance(value, str | dict) else tuple(value) if isinstance(value, list) else value
-
-    @field_validator("eval")
-    @classmethod
-    def _check_weights(cls, files: dict[str, DataFileConfig]) -> dict[str, DataFileConfig]:
-        weighted = [name for name, file in files.items() if file.weight != 1]
-        if weighted:
-            raise ValueError(f"{weighted[0]}.weight: has no effect on an evaluation set; remove it")
-        return files
-
-    @field_validator("template")
-    @classmethod
-    def _check_template(cls, template: str) -> str:
-        if template.count("{question}") != 1:
-            raise ValueError("must hold {question} once")
-        return template
 
 
 class WarmStartConfig(Section):
@@ -424,6 +316,28 @@ class SyncConfig(Section):
     folder: str | None = Field(None, description="of the disk transports, seen by all machines; null: the run's")
 
 
+class CheckpointConfig(Section):
+    """What a run leaves on disk to go on from, after `--resume` (trainer/checkpoints.py)."""
+
+    every_steps: int = Field(10, ge=0, description="also after the last step; 0: never")
+    keep_last: int = Field(2, gt=0, description="newest checkpoints that are kept")
+    keep_best: int = Field(
+        1, ge=0, description="kept beside them: those with the highest held-out accuracy, of steps that were evaluated"
+    )
+    asynchronous: bool = Field(
+        True, description="go on while the files are written, from a copy in host memory; false: wait for them"
+    )
+    folder: str | None = Field(
+        None, min_length=1, description="where checkpoints go, below it in a folder of the run's name; null: the run's"
+    )
+    export_hf_every_steps: int = Field(
+        0, ge=0, description="write the policy to hf-step-N/ as a Hugging Face folder; 0: only after the last step"
+    )
+    replay_every_steps: int = Field(
+        0, ge=0, description="write all inputs of a step's updates to replay/, for tools/replay_step.py; 0: never"
+    )
+
+
 class TimeoutsConfig(Section):
     """Seconds after which a silent peer is taken for dead."""
 
@@ -459,6 +373,7 @@ class Config(Section):
     parallel: ParallelConfig = ParallelConfig()
     evaluation: EvaluationConfig = EvaluationConfig()
     sync: SyncConfig = SyncConfig()
+    checkpoint: CheckpointConfig = CheckpointConfig()
     timeouts: TimeoutsConfig = TimeoutsConfig()
     cluster: ClusterConfig = ClusterConfig()
 

@@ -6,7 +6,7 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any, Literal, Protocol
 
-from fipo_megatron.config.schema import DataConfig
+from fipo_megatron.config.problems import DataConfig
 from fipo_megatron.data.readers import Message, Problem
 from fipo_megatron.types import Prompt
 

@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from fipo_megatron.config.schema import ANSWER_TEMPLATE, DataConfig, DataFileConfig
+from fipo_megatron.config.problems import ANSWER_TEMPLATE, DataConfig, DataFileConfig
 from fipo_megatron.data.prepare import bare_questions
 from fipo_megatron.data.readers import (
     QuestionFields,

@@ -17,7 +17,8 @@ from types import TracebackType
 from typing import Any, Literal, Self
 
 from fipo_megatron.config.load import load_config
-from fipo_megatron.config.schema import Config, DataConfig, DataFileConfig, RuleName
+from fipo_megatron.config.problems import DataConfig, DataFileConfig
+from fipo_megatron.config.schema import Config, RuleName
 from fipo_megatron.data.encoding import PromptEncoder, load_prompt_encoder
 from fipo_megatron.data.load import load_evaluation_set, load_evaluation_sets
 from fipo_megatron.data.readers import ReadResult

@@ -60,6 +60,12 @@ class MegatronPolicy:
         assert self.listener is not None
         return int(self.listener.getsockname()[1])
 
+    def close(self) -> None:
+        """Say goodbye to the engines' workers, which would take this rank for dead, and leave the process groups."""
+        if self.sender is not None:
+            self.sender.close()
+        dist.destroy_process_group()
+
     def connect(self, port: int) -> None:
         """Join the trainer's process groups. Collective."""
         config = self.config

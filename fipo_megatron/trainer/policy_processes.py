@@ -75,7 +75,6 @@ def _gather(replies: dict[Connection, int], ranks: list[Any], timeout_s: float) 
 
 def _run_rank(config: Config, rank: int, calls: list[Call], ports: Any, results: Connection, timeout_s: float) -> None:
     import torch
-    import torch.distributed as dist
 
     from fipo_megatron.trainer.policy import MegatronPolicy
 
@@ -88,7 +87,7 @@ def _run_rank(config: Config, rank: int, calls: list[Call], ports: Any, results:
                 ports.put(policy.port())
         policy.connect(ports.get(timeout=timeout_s))
         values = [_make_call(policy, method, arguments) for method, arguments in calls]
-        dist.destroy_process_group()
+        policy.close()
         results.send((values, None))
     except BaseException:
         results.send((None, traceback.format_exc()))

@@ -25,8 +25,17 @@ def test_the_two_commands_are_targets_of_the_makefile() -> None:
 def test_every_link_leads_somewhere() -> None:
     links = re.findall(r"\]\(([^)]+)\)", (REPO / "README.md").read_text())
     assert len(links) > 5
-    missing = [link for link in links if not link.startswith("https://") and not (REPO / link).exists()]
+    missing = [link for link in links if not link.startswith("https://") and not leads_somewhere(link)]
     assert not missing
+
+
+def leads_somewhere(link: str) -> bool:
+    """Whether the repository has the file, and the file the heading that stands behind `#`."""
+    name, _, anchor = link.partition("#")
+    if not anchor:
+        return (REPO / name).exists()
+    headings = re.findall(r"^#+ (.+)$", (REPO / name).read_text(), re.MULTILINE)
+    return anchor in {re.sub(r"[^\w\- ]", "", heading).lower().replace(" ", "-") for heading in headings}
 
 
 @pytest.mark.multiproc

@@ -12,6 +12,8 @@ PACKAGE = "fipo_megatron"
 
 # A package imports from rows above its own, never from its row or below; within itself it is free.
 LAYERS = (
+    ("config.section",),
+    ("config.problems",),
     ("types", "config.schema", "observability.timers"),
     ("ops",),
     ("algorithm", "parallel"),
@@ -22,7 +24,18 @@ LAYERS = (
 )
 LEVELS = {package: level for level, packages in enumerate(LAYERS) for package in packages}
 # Packages that import less than the rows above their own.
-ONLY = {"benchmarks": ("reshard", "model", "parallel", "ops", "types", "config.schema", "observability.timers")}
+ONLY = {
+    "benchmarks": (
+        "reshard",
+        "model",
+        "parallel",
+        "ops",
+        "types",
+        "config.schema",
+        "config.problems",
+        "observability.timers",
+    )
+}
 
 # The only files that may import an engine, the training library or the scheduler.
 THIRD_PARTY = {

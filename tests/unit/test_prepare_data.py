@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from fipo_megatron.config.schema import DataConfig, DataFileConfig
+from fipo_megatron.config.problems import DataConfig, DataFileConfig
 from fipo_megatron.data.encoding import instructed, plain_text
 from fipo_megatron.data.load import load_files, load_problems
 from fipo_megatron.data.sources import SOURCES

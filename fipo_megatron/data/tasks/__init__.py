@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from fipo_megatron.config.schema import ArithmeticTaskConfig, CheckedSumsTaskConfig, KnightsTaskConfig
+from fipo_megatron.config.problems import ArithmeticTaskConfig, CheckedSumsTaskConfig, KnightsTaskConfig
 from fipo_megatron.data.tasks.arithmetic import ArithmeticTask
 from fipo_megatron.data.tasks.base import Task
 from fipo_megatron.data.tasks.checked_sums import CheckedSumsTask

@@ -15,7 +15,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from fipo_megatron.config.schema import ArithmeticTaskConfig
+from fipo_megatron.config.problems import ArithmeticTaskConfig
 from fipo_megatron.data.tasks.base import ANSWER, HELD_OUT_SEED, Task, Vocabulary, too_few_held_out
 
 GOLDEN_RATIO_CONJUGATE = (math.sqrt(5) - 1) / 2

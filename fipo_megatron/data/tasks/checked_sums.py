@@ -16,7 +16,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from fipo_megatron.config.schema import CheckedSumsTaskConfig
+from fipo_megatron.config.problems import CheckedSumsTaskConfig
 from fipo_megatron.data.tasks.arithmetic import Addition, AdditionTask
 from fipo_megatron.data.tasks.base import ANSWER, Vocabulary
 

@@ -20,7 +20,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from fipo_megatron.config.schema import KnightsTaskConfig
+from fipo_megatron.config.problems import KnightsTaskConfig
 from fipo_megatron.data.tasks.base import ANSWER, HELD_OUT_SEED, Task, Vocabulary, hashes_to_held_out, too_few_held_out
 
 NAMES = "ABCDE"

@@ -5,7 +5,8 @@ from typing import get_args
 import pytest
 from pydantic import BaseModel, ValidationError
 
-from fipo_megatron.config.schema import PRESETS, AlgorithmConfig, Config, DataConfig, ParallelConfig, PresetName
+from fipo_megatron.config.problems import DataConfig
+from fipo_megatron.config.schema import PRESETS, AlgorithmConfig, Config, ParallelConfig, PresetName
 
 # eps_low, eps_high, c, tau, eps_f, high side only, safety threshold, aggregation; None: the preset has no such term
 RECIPES = {

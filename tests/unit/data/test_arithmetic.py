@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from fipo_megatron.config.schema import ArithmeticTaskConfig
+from fipo_megatron.config.problems import ArithmeticTaskConfig
 from fipo_megatron.data.tasks.arithmetic import Addition, ArithmeticTask
 
 COLUMN = re.compile(r"(\d)\+(\d)\+(\d)=(\d\d);")

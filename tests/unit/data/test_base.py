@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from fipo_megatron.config.schema import ArithmeticTaskConfig, CheckedSumsTaskConfig, KnightsTaskConfig
+from fipo_megatron.config.problems import ArithmeticTaskConfig, CheckedSumsTaskConfig, KnightsTaskConfig
 from fipo_megatron.data.tasks import make_task
 from fipo_megatron.data.tasks.base import Task, hashes_to_held_out
 

@@ -2,7 +2,7 @@
 
 import pytest
 
-from fipo_megatron.config.schema import ANSWER_TEMPLATE
+from fipo_megatron.config.problems import ANSWER_TEMPLATE
 from fipo_megatron.data.encoding import PromptEncoder, instructed, plain_text
 from fipo_megatron.data.readers import Message, Problem
 

@@ -7,7 +7,7 @@ from itertools import combinations, permutations, product
 import numpy as np
 import pytest
 
-from fipo_megatron.config.schema import KnightsTaskConfig
+from fipo_megatron.config.problems import KnightsTaskConfig
 from fipo_megatron.data.tasks.knights import KnightsTask, Statement, symmetric_form
 
 

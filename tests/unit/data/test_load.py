@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from fipo_megatron.config.schema import DataConfig, DataFileConfig
+from fipo_megatron.config.problems import DataConfig, DataFileConfig
 from fipo_megatron.data.encoding import instructed
 from fipo_megatron.data.load import detect_format, load_evaluation_set, load_files, load_problems
 from fipo_megatron.data.prepare import write_problems

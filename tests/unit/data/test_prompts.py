@@ -4,7 +4,7 @@ import json
 
 import pytest
 
-from fipo_megatron.config.schema import ArithmeticTaskConfig
+from fipo_megatron.config.problems import ArithmeticTaskConfig
 from fipo_megatron.data.prompts import PromptSampler, held_out_prompts
 from fipo_megatron.data.tasks.arithmetic import ArithmeticTask
 from fipo_megatron.types import Prompt

@@ -11,7 +11,8 @@ import numpy as np
 import pytest
 
 from fipo_megatron.config.load import save_config
-from fipo_megatron.config.schema import ANSWER_TEMPLATE, Config, DataConfig, RewardConfig
+from fipo_megatron.config.problems import ANSWER_TEMPLATE, DataConfig
+from fipo_megatron.config.schema import Config, RewardConfig
 from fipo_megatron.data.encoding import PromptEncoder
 from fipo_megatron.data.prepare import prepare
 from fipo_megatron.data.prepare import write_problems as write_prepared

@@ -6,7 +6,8 @@ from typing import Any
 
 import pytest
 
-from fipo_megatron.config.schema import Config, DataFileConfig
+from fipo_megatron.config.problems import DataFileConfig
+from fipo_megatron.config.schema import Config
 from fipo_megatron.data import load
 from fipo_megatron.data.encoding import PromptEncoder
 from fipo_megatron.observability.progress import Progress
