@@ -19,6 +19,8 @@ import xxhash
 MANIFEST = "manifest.json"
 FORMAT = 1
 READ_BYTES = 4 << 20
+OWN_HASH = "manifest_xxh3"  # of the manifest's text, with NO_HASH in the hash's place
+NO_HASH = "0" * 32
 NO_HASHES: Mapping[str, str] = MappingProxyType({})
 
 
@@ -68,34 +70,36 @@ def write_manifest(folder: Path, kind: str, details: Mapping[str, Any], hashes: 
     Raises:
         ValueError: `details` has a key of the manifest's own, or something below the folder is not a plain file.
     """
-    taken = {"format", "kind", "files"} & details.keys()
+    taken = {OWN_HASH, "format", "kind", "files"} & details.keys()
     if taken:
         raise ValueError(f"manifest: details hold {min(taken)!r}, which is a key of the manifest itself")
     names = sorted(name for name in _names(folder) if name != MANIFEST)
     for name in names:
-        _sync(folder / name)
+        sync_to_disk(folder / name)
     files = [
         FileRecord(name, (folder / name).stat().st_size, hashes.get(name) or hash_file(folder / name)) for name in names
     ]
-    manifest = {"format": FORMAT, "kind": kind, "files": [asdict(file) for file in files], **details}
-    (folder / MANIFEST).write_text(json.dumps(manifest, indent=1))
-    _sync(folder / MANIFEST)
+    manifest = {OWN_HASH: NO_HASH, "format": FORMAT, "kind": kind, "files": [asdict(file) for file in files], **details}
+    text = json.dumps(manifest, indent=1)
+    (folder / MANIFEST).write_text(text.replace(NO_HASH, _hash_text(text), 1))
+    sync_to_disk(folder / MANIFEST)
     for parent in sorted({(folder / name).parent for name in names} | {folder}):
-        _sync(parent)
+        sync_to_disk(parent)
 
 
 def read_manifest(folder: Path) -> dict[str, Any]:
     """The manifest of a folder; whether the folder holds what it says is for `check_folder`.
 
     Raises:
-        DamagedError: there is none, or it can't be read, or it is of another format.
+        DamagedError: there is none, or it can't be read, was changed, or is of another format.
     """
     path = folder / MANIFEST
     try:
-        manifest = json.loads(path.read_text(encoding="utf-8"))
+        text = path.read_text(encoding="utf-8")
+        manifest = json.loads(text)
     except FileNotFoundError:
         raise DamagedError(f"{folder} has no {MANIFEST}: it is no checkpoint of this project, or not whole") from None
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise DamagedError(f"{path} can't be read ({error}); use another checkpoint") from error
     if not isinstance(manifest, dict) or manifest.get("format") != FORMAT:
         found = manifest.get("format") if isinstance(manifest, dict) else type(manifest).__name__
@@ -107,6 +111,11 @@ def read_manifest(folder: Path) -> dict[str, Any]:
         raise DamagedError(f"{path}: its list of files can't be read ({error!r}); use another checkpoint") from error
     if not ok or not isinstance(manifest.get("kind"), str):
         raise DamagedError(f"{path}: its kind or its list of files can't be read; use another checkpoint")
+    own = manifest.get(OWN_HASH)
+    if not isinstance(own, str) or len(own) != len(NO_HASH) or _hash_text(text.replace(own, NO_HASH, 1)) != own:
+        raise DamagedError(
+            f"{path}: its own hash is not {own!r}; it was changed, use another checkpoint or copy it again"
+        )
     return manifest
 
 
@@ -143,6 +152,21 @@ def check_folder(folder: Path, contents: bool = True, jobs: int = 2) -> dict[str
     return manifest
 
 
+def sync_to_disk(path: Path) -> None:
+    """Bring a file, or a folder's entries, to the disk."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def _hash_text(text: str) -> str:
+    content = ContentHash()
+    content.update(text.encode())
+    return content.hexdigest()
+
+
 def _names(folder: Path) -> Iterator[str]:
     """Every file below the folder. A link is refused: what it leads to is not the checkpoint's, and may change."""
     for path in sorted(folder.rglob("*")):
@@ -151,12 +175,3 @@ def _names(folder: Path) -> Iterator[str]:
             raise DamagedError(f"{folder}: {name} is not a plain file; remove it, or use another checkpoint")
         if path.is_file():
             yield name
-
-
-def _sync(path: Path) -> None:
-    """Bring a file, or a folder's entries, to the disk."""
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
