@@ -5,10 +5,8 @@ Everything here is pure or plain state; the engine is called by the trainer's lo
 
 from __future__ import annotations
 
-import dataclasses
 import hashlib
-from collections.abc import Iterable, Iterator, Sequence
-from typing import Any
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 
 import numpy as np
 
@@ -181,40 +179,23 @@ class GroupBuffer:
         self._groups = surplus
         return taken
 
-    def state_dict(self) -> dict[str, Any]:
-        """Surplus groups and counters as plain JSON values."""
-        return {
-            "groups": [_group_state(group) for group in self._groups],
-            "num_without_spread": self.num_without_spread,
-            "num_surplus_dropped": self.num_surplus_dropped,
-        }
+    @property
+    def groups(self) -> tuple[SampleGroup, ...]:
+        """What waits for a step, oldest first."""
+        return tuple(self._groups)
 
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Continues from `state`, bit for bit."""
-        self._groups = [_group_from_state(group) for group in state["groups"]]
-        self.num_without_spread = state["num_without_spread"]
-        self.num_surplus_dropped = state["num_surplus_dropped"]
+    def counters(self) -> dict[str, int]:
+        """What was dropped so far, as plain JSON values."""
+        return {"num_without_spread": self.num_without_spread, "num_surplus_dropped": self.num_surplus_dropped}
 
-
-def _group_state(group: SampleGroup) -> dict[str, Any]:
-    state = dataclasses.asdict(group)
-    for sample in state["samples"]:
-        del sample["prompt"]
-        sample["response_ids"] = sample["response_ids"].tolist()
-        sample["rollout_logprobs"] = sample["rollout_logprobs"].tolist()
-    return state
-
-
-def _group_from_state(state: dict[str, Any]) -> SampleGroup:
-    prompt = Prompt(**{**state["prompt"], "token_ids": tuple(state["prompt"]["token_ids"])})
-    samples = []
-    for sample in state["samples"]:
-        arrays = {
-            "response_ids": np.array(sample["response_ids"], np.int32),
-            "rollout_logprobs": np.array(sample["rollout_logprobs"], np.float32),
-        }
-        samples.append(Sample(**{**sample, **arrays, "prompt": prompt}))
-    return SampleGroup(prompt, tuple(samples))
+    def restore(self, groups: Iterable[SampleGroup], counters: Mapping[str, int]) -> None:
+        """Continue from the `groups` and `counters` of another buffer; a ValueError for a counter that is missing."""
+        for name in self.counters():
+            if type(counters.get(name)) is not int:
+                raise ValueError(f"group buffer: counter {name} = {counters.get(name)!r}; use another checkpoint")
+        self._groups = list(groups)
+        self.num_without_spread = counters["num_without_spread"]
+        self.num_surplus_dropped = counters["num_surplus_dropped"]
 
 
 class SpreadGuard:
