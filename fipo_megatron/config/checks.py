@@ -74,10 +74,16 @@ def check_model_folder(path: Path, parallel: ParallelConfig) -> ModelShape:
     if not isinstance(hf_config, dict):
         raise ValueError(f"{key}: config.json is not a JSON object; copy it from the model again")
     shape = make_model_shape(hf_config, str(path))
-    problems = [problem.replace("num_layers", "num_hidden_layers") for problem in _find_shape_problems(shape, parallel)]
-    problems += _find_expert_problems(shape, parallel) if shape.num_experts else _find_dense_problems(parallel)
-    _raise([f"{key}: {problem}" for problem in problems], "model folder")
+    _raise([f"{key}: {problem}" for problem in find_model_problems(shape, parallel)], "model folder")
     return shape
+
+
+def find_model_problems(shape: ModelShape, parallel: ParallelConfig) -> list[str]:
+    """Why a layout can't hold a model, a line each; empty if it can."""
+    problems = [problem.replace("num_layers", "num_hidden_layers") for problem in _find_shape_problems(shape, parallel)]
+    return problems + list(
+        _find_expert_problems(shape, parallel) if shape.num_experts else _find_dense_problems(parallel)
+    )
 
 
 def check_vocabulary(path: Path, shape: ModelShape) -> None:
