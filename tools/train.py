@@ -12,7 +12,12 @@ import tempfile
 import traceback
 from collections.abc import Coroutine, Sequence
 from pathlib import Path
-from typing import Any, TextIO
+from typing import TYPE_CHECKING, Any, TextIO
+
+if TYPE_CHECKING:
+    from fipo_megatron.config.schema import Config
+    from fipo_megatron.trainer.resume import Resumption
+    from fipo_megatron.trainer.run import StopRequest
 
 EXAMPLES = """\
 examples:
@@ -20,18 +25,27 @@ examples:
   tools/train.py configs/quickstart_cpu.yaml seed=1 trainer.steps=5
   tools/train.py configs/quickstart_cpu.yaml algorithm=dapo run.name=dapo
   tools/train.py configs/quickstart_cpu.yaml parallel='{tensor: 1, data: 2}'
+  tools/train.py --resume runs/quickstart_cpu-seed0 trainer.steps=80
+  tools/train.py configs/quickstart_cpu.yaml --resume auto
 
 The run folder (runs/<config>-seed<seed>/) gets config.yaml, metrics.jsonl, curves.png, samples/ and hf/, a Hugging Face
 folder of the trained policy. A failed run also leaves error.log, and the cause is the last line printed. However a run
 ends, it says what is where, how to look at its samples and how to compare it.
 
-exit status: 0 trained, 1 a failure in the run, 2 refused before a process started, 130 interrupted
+A run saves checkpoints (checkpoint.every_steps); --resume goes on from the newest that is whole, and makes the same
+steps as a run that was never stopped. SIGUSR1 ends a run after the step under way, with a checkpoint.
+
+exit status: 0 trained, 1 a failure in the run, 2 refused before a process started, 75 stopped by SIGUSR1 (--resume goes
+on), 130 interrupted
 """
+
+STOPPED = 75  # EX_TEMPFAIL of sysexits.h: try again later
 
 CONTENTS = (
     ("config", "config.yaml"),
     ("curves", "curves.png"),
     ("policy", "hf"),
+    ("checkpoints", "checkpoints"),
     ("held-out problems, one by one", "evaluation"),
     ("traceback", "error.log"),
     ("logs of the workers", "worker_logs"),
@@ -40,53 +54,104 @@ CONTENTS = (
 
 def main(arguments: list[str] | None = None) -> int:
     """Exit status of the command."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, epilog=EXAMPLES, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument("config", type=Path, help="YAML file, e.g. configs/quickstart_cpu.yaml")
-    parser.add_argument("overrides", nargs="*", metavar="key=value", help="settings that replace the file's")
-    options = parser.parse_args(arguments)
+    options = _make_parser().parse_args(arguments)
     # Those that are ignored stay so: with nohup a run outlives its terminal.
     numbers = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
     interrupts = [number for number in numbers if signal.getsignal(number) is not signal.SIG_IGN]
     for number in interrupts:
         signal.signal(number, _interrupt)
-    folder: Path | None = None
+    entered: list[Path] = []  # the run's folder, when nothing can refuse the run any more
     try:
-        from fipo_megatron.config.load import load_config
-
-        config = load_config(options.config, options.overrides)
-        from fipo_megatron.observability.progress import Progress
-        from fipo_megatron.trainer.launch import check_before_start, plan_training, run_training
-        from fipo_megatron.trainer.run import make_run_folder
-
-        files = check_before_start(config)
-        with Progress() as progress, tempfile.TemporaryDirectory(prefix="fipo-") as scratch:
-            plan = plan_training(config, files, Path(scratch), progress)
-            del files  # gigabytes, where they are large
-            folder = make_run_folder(config, options.config.stem)  # the last that may refuse the run
-            progress.note(f"run folder: {folder}")
-            asyncio.run(_run_interruptibly(run_training(plan, folder, progress), interrupts))
-        _print_accuracies(folder)
-        _print_contents(folder, sys.stdout)
-        return 0
+        return _train(options, interrupts, entered)
     except KeyboardInterrupt:
         status, ending = 130, "interrupted; all worker processes have ended"
     except Exception as error:
-        is_refusal = isinstance(error, ValueError) and folder is None
+        is_refusal = isinstance(error, ValueError) and not entered
         cause = str(error) if is_refusal else f"{type(error).__name__}: {error}"
         status, ending = 2 if is_refusal else 1, " ".join(["error:", cause, *getattr(error, "__notes__", [])])
-        if folder is None and not is_refusal:
+        if not entered and not is_refusal:
             traceback.print_exc()
-        elif folder is not None:
+        for folder in entered:
             with contextlib.suppress(OSError):  # a full disk must not hide the cause
                 (folder / "error.log").write_text(traceback.format_exc(), encoding="utf-8")
     for number in interrupts:  # the ending is told to the end
         signal.signal(number, signal.SIG_IGN)
-    if folder is not None:
+    for folder in entered:
         _print_contents(folder, sys.stderr)
     print(ending, file=sys.stderr)
     return status
+
+
+def _make_parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        description=__doc__, epilog=EXAMPLES, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("config", nargs="?", help="YAML file, e.g. configs/quickstart_cpu.yaml; not with --resume RUN")
+    parser.add_argument("overrides", nargs="*", metavar="key=value", help="settings that replace the file's")
+    parser.add_argument(
+        "--resume",
+        metavar="RUN",
+        help="go on with the run in this folder; auto: with the newest of this config that has not ended, or anew",
+    )
+    return parser
+
+
+def _train(options: argparse.Namespace, interrupts: Sequence[int], entered: list[Path]) -> int:
+    """Exit status of a run that ends well, or as it is asked to. Its folder is put into `entered`."""
+    config, name, resumed = _choose_run(options.config, options.overrides, options.resume)
+    from fipo_megatron.observability.progress import Progress
+    from fipo_megatron.trainer.launch import check_before_start, plan_training, run_training
+    from fipo_megatron.trainer.run import StopRequest
+    from fipo_megatron.trainer.run_folder import go_on_in, locked, make_run_folder
+
+    files = check_before_start(config, is_resumed=resumed is not None)
+    stop = StopRequest()
+    with contextlib.ExitStack() as stack:
+        progress = stack.enter_context(Progress())
+        scratch = stack.enter_context(tempfile.TemporaryDirectory(prefix="fipo-"))
+        plan = plan_training(config, files, Path(scratch), progress, resumed.checkpoint if resumed else None)
+        del files  # gigabytes, where they are large
+        folder = make_run_folder(config, name) if resumed is None else resumed.folder
+        stack.enter_context(locked(folder))  # the last that may refuse the run
+        entered.append(folder)
+        progress.note(f"run folder: {folder}")
+        if resumed is not None:
+            for note in (*resumed.notes, *go_on_in(folder, config, resumed.step)):
+                progress.note(note)
+        last_step = asyncio.run(_run_interruptibly(run_training(plan, folder, progress, stop), interrupts, stop))
+    if last_step < config.trainer.steps:
+        _print_contents(folder, sys.stderr)
+        command = _command("train.py", "--resume", str(_short(folder)))
+        print(f"stopped after step {last_step}, as asked, with a checkpoint; go on: {command}", file=sys.stderr)
+        return STOPPED
+    _print_accuracies(folder)
+    _print_contents(folder, sys.stdout)
+    return 0
+
+
+def _choose_run(
+    config_path: str | None, overrides: list[str], resume: str | None
+) -> tuple[Config, str, Resumption | None]:
+    """Settings of the run, its name unless they have one, and what it goes on from; a ValueError if they disagree."""
+    from fipo_megatron.config.load import load_config
+
+    if resume is not None and resume != "auto":
+        from fipo_megatron.trainer.resume import resume_run
+
+        if config_path is not None and "=" not in config_path:
+            raise ValueError(f"{config_path}: --resume {resume} has the run's own configuration; give one of the two")
+        given = ([config_path] if config_path is not None else []) + overrides
+        resumed = resume_run(Path(resume), overrides=given)
+        return resumed.config, resumed.folder.name, resumed
+    if config_path is None:
+        raise ValueError("no configuration; give a YAML file, e.g. configs/quickstart_cpu.yaml, or --resume RUN")
+    config, name = load_config(config_path, overrides), Path(config_path).stem
+    if resume == "auto":
+        from fipo_megatron.trainer.resume import find_unfinished, resume_run
+
+        if (folder := find_unfinished(config, name)) is not None:
+            return config, name, resume_run(folder, config)
+    return config, name, None
 
 
 def _print_accuracies(folder: Path) -> None:
@@ -145,8 +210,11 @@ def _interrupt(signum: int, frame: object) -> None:
     raise KeyboardInterrupt
 
 
-async def _run_interruptibly(training: Coroutine[Any, Any, None], interrupts: Sequence[int]) -> None:
-    """Signals cancel the task: an exception out of a handler could end in a library's callback, and be lost there."""
+async def _run_interruptibly(training: Coroutine[Any, Any, int], interrupts: Sequence[int], stop: StopRequest) -> int:
+    """The last step of a training that SIGUSR1 asks to stop after the step under way.
+
+    Other signals cancel the task: an exception out of a handler could end in a library's callback, and be lost there.
+    """
     loop, task, received = asyncio.get_running_loop(), asyncio.current_task(), []
     assert task is not None
 
@@ -159,8 +227,9 @@ async def _run_interruptibly(training: Coroutine[Any, Any, None], interrupts: Se
 
     for number in interrupts:
         loop.add_signal_handler(number, cancel, number)
+    loop.add_signal_handler(signal.SIGUSR1, lambda: setattr(stop, "is_requested", True))
     try:
-        await training
+        return await training
     except asyncio.CancelledError as error:
         if received:
             raise KeyboardInterrupt from error

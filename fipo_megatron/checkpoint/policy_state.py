@@ -93,6 +93,10 @@ class PolicySave:
         finally:
             self._buckets = []
 
+    def is_written(self) -> bool:
+        """Whether this rank's writing has ended, well or not."""
+        return not self._thread.is_alive()
+
     def finish(self) -> list[str]:
         """Wait for the files of all ranks; names of those this rank wrote, relative to the folder. Collective.
 

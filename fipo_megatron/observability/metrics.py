@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import os
 from collections.abc import Mapping
 from pathlib import Path
 from types import TracebackType
@@ -32,6 +33,10 @@ class MetricsWriter:
         self._file.write(json.dumps(line, allow_nan=False) + "\n")
         self._file.flush()
 
+    def sync(self) -> None:
+        """Brings what was written to the disk."""
+        os.fsync(self._file.fileno())
+
     def close(self) -> None:
         """Closes the file."""
         self._file.close()
@@ -54,6 +59,23 @@ def read_metrics(path: Path) -> list[dict[str, Any]]:
         except json.JSONDecodeError as error:
             raise ValueError(f"{path}:{number}: {text[:80]!r} is not JSON ({error}); remove the line") from error
     return lines
+
+
+def keep_metrics_to(path: Path, step: int) -> None:
+    """Leave of a metrics file, if there is one, the lines to `step`; also off goes a line that a killed run has begun.
+
+    The new file is whole on the disk before it takes the old one's place.
+    """
+    if not path.exists():
+        return
+    lines = path.read_text(encoding="utf-8").split("\n")[:-1]
+    kept = [line for line in lines if json.loads(line)["step"] <= step]
+    partial = path.with_name(f"{path.name}.partial")
+    with partial.open("w", encoding="utf-8") as file:
+        file.writelines(f"{line}\n" for line in kept)
+        file.flush()
+        os.fsync(file.fileno())
+    partial.replace(path)
 
 
 def throughput(metrics: Mapping[str, float]) -> dict[str, float]:

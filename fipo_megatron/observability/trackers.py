@@ -13,6 +13,7 @@ from typing import Any, Protocol
 from fipo_megatron.config.schema import Config, TrackerName
 
 WANDB_URL = "wandb_url.txt"  # in the run folder: the address of the run's page
+WANDB_ID = "wandb_id.txt"  # and what a resumed run goes on with
 
 
 class Tracker(Protocol):
@@ -28,10 +29,11 @@ class Tracker(Protocol):
 class TensorBoardTracker:
     """Event files in the run's `tensorboard/`, for `tensorboard --logdir runs`."""
 
-    def __init__(self, config: Config, run_folder: Path) -> None:
+    def __init__(self, config: Config, run_folder: Path, resumed_step: int | None) -> None:
         from torch.utils.tensorboard import SummaryWriter
 
-        self._writer: Any = SummaryWriter(str(run_folder / "tensorboard"))
+        purge_step = None if resumed_step is None else resumed_step + 1  # hides what the run logged of later steps
+        self._writer: Any = SummaryWriter(str(run_folder / "tensorboard"), purge_step=purge_step)
         self._writer.add_text("config", f"```\n{config.model_dump_json(indent=2)}\n```")
 
     def log(self, step: int, metrics: Mapping[str, float]) -> None:
@@ -48,16 +50,21 @@ class TensorBoardTracker:
 class WandbTracker:
     """A run of `run.wandb_project`. Account, server and mode come from W&B's own settings, e.g. WANDB_MODE=offline."""
 
-    def __init__(self, config: Config, run_folder: Path) -> None:
+    def __init__(self, config: Config, run_folder: Path, resumed_step: int | None) -> None:
         import wandb
 
+        id_file = run_folder / WANDB_ID
         self._run: Any = wandb.init(
             project=config.run.wandb_project,
             name=run_folder.name,
             dir=str(run_folder),
+            # W&B leaves out steps that it has already.
+            id=id_file.read_text(encoding="utf-8").strip() if resumed_step is not None and id_file.exists() else None,
+            resume="allow",
             config=config.model_dump(mode="json"),
             settings=wandb.Settings(console="off"),  # the live panel needs the terminal for itself
         )
+        id_file.write_text(f"{self._run.id}\n", encoding="utf-8")
         if self._run.url:  # offline there is none
             (run_folder / WANDB_URL).write_text(f"{self._run.url}\n", encoding="utf-8")
 
@@ -107,8 +114,11 @@ def check_trackers(names: Sequence[TrackerName]) -> None:
 class Trackers:
     """The trackers that a run asks for, as one; a context manager, so that they are closed however the run ends."""
 
-    def __init__(self, config: Config, run_folder: Path) -> None:
-        self._trackers: list[Tracker] = [TRACKERS[name](config, run_folder) for name in config.run.trackers]
+    def __init__(self, config: Config, run_folder: Path, resumed_step: int | None = None) -> None:
+        """`resumed_step`: the last one that a resumed run does not make again."""
+        self._trackers: list[Tracker] = [
+            TRACKERS[name](config, run_folder, resumed_step) for name in config.run.trackers
+        ]
 
     def log(self, step: int, metrics: Mapping[str, float]) -> None:
         """Sends the metrics of a step to each."""

@@ -203,14 +203,14 @@ class SpreadGuard:
 
     def __init__(self, max_steps: int) -> None:
         self._max_steps = max_steps
-        self._num_steps = 0
+        self.num_steps = 0  # in a row
 
     def observe(self, groups: Iterable[SampleGroup]) -> None:
         """Counts steps in a row in which the rewards of no group differ; at the limit a RuntimeError."""
-        self._num_steps = 0 if any(has_reward_spread(group) for group in groups) else self._num_steps + 1
-        if self._num_steps >= self._max_steps:
+        self.num_steps = 0 if any(has_reward_spread(group) for group in groups) else self.num_steps + 1
+        if self.num_steps >= self._max_steps:
             raise RuntimeError(
-                f"dynamic_sampling.max_steps_without_spread: no group with spread for {self._num_steps} steps: the "
+                f"dynamic_sampling.max_steps_without_spread: no group with spread for {self.num_steps} steps: the "
                 "rewards of each prompt are all the same, so there is nothing to learn from. Lower optimizer.lr if "
                 "accuracy collapsed, choose problems nearer to what the policy can do (task, data.train), or raise "
                 "rollout.samples_per_prompt or dynamic_sampling.max_steps_without_spread"

@@ -89,6 +89,26 @@ class PolicyClient:
         """Send the weights to the engines, as `version`; run it while they receive. What it took, a rank each."""
         return await self._call("push_weights", version)
 
+    async def begin_save(self, folder: Path) -> None:
+        """Copy the policy's state to host memory, and begin to write it to a folder that all ranks share."""
+        await self._call("begin_save", folder)
+
+    async def is_save_written(self) -> bool:
+        """Whether every rank has written its part, or failed to: then `finish_save` returns at once."""
+        return all(await self._call("is_save_written"))
+
+    async def finish_save(self) -> None:
+        """Wait for the files of all ranks.
+
+        Raises:
+            RuntimeError: a rank could not write.
+        """
+        await self._call("finish_save")
+
+    async def load_state(self, folder: Path) -> None:
+        """Go on from a saved state."""
+        await self._call("load_state", folder)
+
     async def offload(self) -> None:
         """Move the policy to host memory until a call needs it."""
         await self._call("offload")

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Coroutine
-from contextlib import closing
+from contextlib import ExitStack, closing
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 
+from fipo_megatron.checkpoint.store import CheckpointStore, FoundCheckpoint
 from fipo_megatron.config.checks import (
     check_config,
     check_judging_keys,
@@ -33,21 +34,24 @@ from fipo_megatron.observability.trackers import Trackers, check_trackers
 from fipo_megatron.reshard.plan import make_plan
 from fipo_megatron.reward.judge import make_reward
 from fipo_megatron.rollout.sglang import check_sglang
+from fipo_megatron.trainer.checkpoints import POLICY, RunState, check_same_model, read_run_state
 from fipo_megatron.trainer.loop import train
 from fipo_megatron.trainer.placement import Workers, num_engine_workers
-from fipo_megatron.trainer.run import Run, check_run_folder
+from fipo_megatron.trainer.run import Run, StopRequest
+from fipo_megatron.trainer.run_folder import check_run_folder, checkpoints_folder
 from fipo_megatron.trainer.sync import engine_layout, trainer_layout
 from fipo_megatron.trainer.warm_start import TraceSource, base_policy_folder, make_base_policy, write_skeleton
 
 
-def check_before_start(config: Config) -> ProblemFiles:
-    """The problems of the run's files, which are large enough to be read only once.
+def check_before_start(config: Config, is_resumed: bool = False) -> ProblemFiles:
+    """The problems of the run's files, which are large enough to be read only once. A resumed run has its folder.
 
     Raises:
         ValueError: for everything that would fail later and can be known before a process starts.
     """
     check_config(config)
-    check_run_folder(config)
+    if not is_resumed:
+        check_run_folder(config)
     check_trackers(config.run.trackers)
     make_reward(config.reward, config.rollout.max_response_tokens)  # refuses a function that does not exist
     platform = resolve_platform(config.platform).name
@@ -96,13 +100,22 @@ class TrainingPlan:
     source: TraceSource | None  # what that is made of if it is the warm start's to make
     model_folder: Path  # with model configuration and tokenizer: the base, or its skeleton until that is made
     prompts: RunPrompts
+    checkpoint: FoundCheckpoint | None  # that it goes on from
+    state: RunState | None  # of the driver then
 
 
-def plan_training(config: Config, files: ProblemFiles, scratch: Path, progress: Progress) -> TrainingPlan:
+def plan_training(
+    config: Config,
+    files: ProblemFiles,
+    scratch: Path,
+    progress: Progress,
+    checkpoint: FoundCheckpoint | None = None,
+) -> TrainingPlan:
     """What a run trains, on what. `files` are `check_before_start`'s; `scratch` is a folder to be kept during the run.
 
     Raises:
-        ValueError: the model's tokenizer makes prompts too long of the problems, or has no chat template.
+        ValueError: the model's tokenizer makes prompts too long of the problems, or has no chat template; or the model
+            or the training files are not those of the checkpoint.
     """
     progress.note(f"algorithm: {config.algorithm.describe()}")
     base, source = initial_policy(config, files)
@@ -113,13 +126,27 @@ def plan_training(config: Config, files: ProblemFiles, scratch: Path, progress: 
     prompts = make_run_prompts(config, files, load_prompt_encoder(model_folder, config.data))
     for note in prompts.notes:
         progress.note(note)
-    return TrainingPlan(config, base, source, model_folder, prompts)
+    state = None
+    if checkpoint is not None:
+        if model_folder == base:
+            check_same_model(checkpoint.manifest["model"], base)
+        state = read_run_state(checkpoint.folder)
+        prompts.train.load_state_dict(state.values["prompts"])
+    return TrainingPlan(config, base, source, model_folder, prompts, checkpoint, state)
 
 
-async def run_training(plan: TrainingPlan, folder: Path, progress: Progress) -> None:
-    """Train into the run folder, in processes that are gone when this returns or raises."""
+async def run_training(plan: TrainingPlan, folder: Path, progress: Progress, stop: StopRequest) -> int:
+    """Train into the run folder, in processes that are gone when this returns or raises; the last step that was made.
+
+    No checkpoint is left half-written.
+    """
     config, base, source, model_folder = plan.config, plan.base, plan.source, plan.model_folder
-    with Trackers(config, folder) as trackers, Workers(config, folder) as workers:
+    settings = config.checkpoint
+    store = CheckpointStore(checkpoints_folder(config, folder), settings.keep_last, settings.keep_best)
+    with ExitStack() as stack:
+        stack.callback(store.remove_partials)  # when no process writes any more
+        trackers = stack.enter_context(Trackers(config, folder, None if plan.state is None else plan.state.step))
+        workers = stack.enter_context(Workers(config, folder))
         workers.start_engines(model_folder)
 
         async def prepare_policy() -> None:
@@ -128,12 +155,17 @@ async def run_training(plan: TrainingPlan, folder: Path, progress: Progress) -> 
             if source is not None and model_folder != base:
                 await make_base_policy(config, source, workers.policy, model_folder, base, progress)
             await workers.policy.load(base, config.optimizer)
+            if plan.checkpoint is not None:
+                check_same_model(plan.checkpoint.manifest["model"], base)
+                await workers.policy.load_state(plan.checkpoint.folder / POLICY)
             progress.note(f"kernels: {await workers.policy.describe_kernels()}")
 
         await _together(prepare_policy(), workers.engines_ready())
         workers.model_folder = base
-        with closing(Run(config, folder, workers, base, plan.prompts, progress, trackers)) as run:
-            await train(run)
+        run = stack.enter_context(
+            closing(Run(config, folder, workers, base, plan.prompts, progress, trackers, plan.state, stop))
+        )
+        return await train(run)
 
 
 def initial_policy(config: Config, files: ProblemFiles) -> tuple[Path, TraceSource | None]:

@@ -10,13 +10,17 @@ from fipo_megatron.trainer.run import Run
 from fipo_megatron.trainer.updates import learning_rate, mini_batches
 
 
-async def train(run: Run) -> None:
-    """Train the policy of `run` to the end: `trainer.steps` rollout batches, several updates each."""
-    config, policy = run.config, run.workers.policy
-    await run.workers.sync_weights(version=0)
-    run.record(0, await run.evaluate(step=0))
+async def train(run: Run) -> int:
+    """Train the policy of `run` to the end: `trainer.steps` rollout batches, several updates each.
 
-    for step in range(1, config.trainer.steps + 1):
+    Returns the last step that was made: an earlier one where the run was asked to stop.
+    """
+    config, policy = run.config, run.workers.policy
+    await run.workers.sync_weights(version=run.first_step - 1)
+    if run.first_step == 1:
+        run.record(0, await run.evaluate(step=0))
+
+    for step in range(run.first_step, config.trainer.steps + 1):
         version = step - 1  # of the weights that sample this batch
         with run.timers.phase("rollout"):
             groups, metrics = await run.collect_groups(version)
@@ -48,5 +52,11 @@ async def train(run: Run) -> None:
             metrics |= await run.evaluate(step)
         metrics |= run.record_samples(step, groups, batch, logprobs)
         run.record(step, metrics)
+        await run.save(step, metrics)
+        if run.stop.is_requested:
+            await run.checkpoints.finish()
+            return step
 
+    await run.checkpoints.finish()
     await policy.export(run.model_folder, run.folder / "hf")
+    return config.trainer.steps

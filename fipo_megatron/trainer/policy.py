@@ -358,6 +358,10 @@ class MegatronPolicy:
             raise RuntimeError(f"{folder}: another save has begun; finish_save comes first")
         self.pending_save = PolicySave(self._rank_state(), folder)
 
+    def is_save_written(self) -> bool:
+        """Whether this rank has written its part of the save under way, or failed to."""
+        return self.pending_save is None or self.pending_save.is_written()
+
     def finish_save(self) -> list[str]:
         """Wait until all ranks have written; the files of this rank, relative to the folder. Collective.
 

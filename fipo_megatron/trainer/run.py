@@ -3,16 +3,15 @@
 from __future__ import annotations
 
 import math
-import os
 import time
 from collections import Counter
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 
 from fipo_megatron.algorithm.future_kl import response_influence_weights
-from fipo_megatron.config.load import save_config
 from fipo_megatron.config.schema import Config
 from fipo_megatron.data.run_prompts import RunPrompts
 from fipo_megatron.evaluation.protocol import write_sets
@@ -35,12 +34,20 @@ from fipo_megatron.rollout.collect import (
     mismatch_metrics,
 )
 from fipo_megatron.rollout.stream import judge_while_sampling
+from fipo_megatron.trainer.checkpoints import Checkpoints, RunState
 from fipo_megatron.trainer.held_out import HeldOutEvaluation
 from fipo_megatron.trainer.placement import Workers
 from fipo_megatron.trainer.updates import SkipGuard, cost_metrics, update_metrics
 from fipo_megatron.types import Decode, PolicyUpdate, SampleGroup, SamplingSettings, TrainingBatch
 
 CURVES_EVERY_S = 60.0  # between evaluations: to draw them takes a second or so
+
+
+@dataclass
+class StopRequest:
+    """Set when the run is to end after the step under way, with a checkpoint: its time is over, it goes on later."""
+
+    is_requested: bool = False
 
 
 class Run:
@@ -55,7 +62,10 @@ class Run:
         prompts: RunPrompts,
         progress: Progress,
         trackers: Trackers,
+        resumed: RunState | None = None,
+        stop: StopRequest | None = None,
     ) -> None:
+        """`prompts` stand where the resumed run's did."""
         self.config = config
         self.folder = folder
         self.workers = workers
@@ -75,6 +85,11 @@ class Run:
         self._spread = SpreadGuard(config.dynamic_sampling.max_steps_without_spread)
         self._skips = SkipGuard(config.trainer.max_skipped_updates)
         self._num_generation_batches = 0
+        self.first_step = 1
+        self.stop = stop or StopRequest()
+        self.checkpoints = Checkpoints(config, folder, workers.policy, model_folder)
+        if resumed is not None:
+            self._restore(resumed)
         self._metrics = MetricsWriter(folder / "metrics.jsonl")
         self._drawn_s = -math.inf  # when the curves were
 
@@ -230,52 +245,44 @@ class Run:
             self._drawn_s = time.perf_counter()
         self.progress.step(step, self.config.trainer.steps, metrics)
 
+    async def save(self, step: int, metrics: dict[str, float]) -> None:
+        """What is due after a recorded step: a checkpoint, also where the run is asked to stop, and an export.
+
+        Raises:
+            RuntimeError, OSError: a checkpoint could not be written, this one or the one before.
+        """
+        self.checkpoints.check()
+        if self.checkpoints.is_due(step) or self.stop.is_requested:
+            with self.timers.phase("save"):
+                self._metrics.sync()
+                await self.checkpoints.save(self._state(step), metrics.get("eval/sampled_accuracy"))
+        every = self.config.checkpoint.export_hf_every_steps
+        if every > 0 and step % every == 0:
+            with self.timers.phase("export"):
+                await self.workers.policy.export(self.model_folder, self.folder / f"hf-step-{step:08d}")
+
+    def _state(self, step: int) -> RunState:
+        values = {
+            "generation_batches": self._num_generation_batches,
+            "prompts": self._prompts.train.state_dict(),
+            "buffer": self._buffer.counters(),
+            "steps_without_spread": self._spread.num_steps,
+            "skipped_updates": self._skips.num_skipped,
+        }
+        return RunState(step, values, self._buffer.groups)
+
+    def _restore(self, state: RunState) -> None:
+        self.first_step = state.step + 1
+        self._num_generation_batches = state.values["generation_batches"]
+        self._buffer.restore(state.groups, state.values["buffer"])
+        self._spread.num_steps = state.values["steps_without_spread"]
+        self._skips.num_skipped = state.values["skipped_updates"]
+
     def close(self) -> None:
         """End the rewards' processes, also in the middle of judging, and close the metrics' file."""
         for reward in self._rewards.values():
             reward.close()
         self._metrics.close()
-
-
-def check_run_folder(config: Config) -> None:
-    """Raises ValueError if the run's folder can't be made: `run.root` can't be written, or `run.name` is taken."""
-    root = Path(config.run.root)
-    existing = next(folder for folder in (root, *root.absolute().parents) if folder.exists())
-    if not existing.is_dir() or not os.access(existing, os.W_OK):
-        raise ValueError(f"run.root = {config.run.root!r}: {existing} is no folder that can be written; give another")
-    folder = root / config.run.name if config.run.name is not None else None
-    if folder is None or not folder.exists():
-        return
-    if not config.run.overwrite:
-        raise ValueError(f"run.name: {folder} exists; choose another name, or set run.overwrite=true to replace it")
-    if not (folder / "config.yaml").is_file():
-        raise ValueError(
-            f"run.name: {folder} is no run's folder (no config.yaml), so run.overwrite does not replace it; choose "
-            "another name"
-        )
-
-
-def make_run_folder(config: Config, config_name: str) -> Path:
-    """A new folder of the run, with its resolved config in it; `run.overwrite` replaces an older run's, nothing else.
-
-    Raises:
-        ValueError: what `check_run_folder` refuses.
-    """
-    import shutil
-
-    check_run_folder(config)
-    root = Path(config.run.root)
-    name = config.run.name or f"{config_name}-seed{config.seed}"
-    folder = root / name
-    if config.run.overwrite and (folder / "config.yaml").is_file():
-        shutil.rmtree(folder)
-    number = 1
-    while folder.exists():
-        number += 1
-        folder = root / f"{name}-{number}"
-    folder.mkdir(parents=True)
-    save_config(config, folder / "config.yaml")
-    return folder.resolve()
 
 
 def load_decode(model_folder: Path) -> Decode:

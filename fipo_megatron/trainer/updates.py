@@ -73,12 +73,12 @@ class SkipGuard:
 
     def __init__(self, max_skipped: int) -> None:
         self._max_skipped = max_skipped
-        self._num_skipped = 0
+        self.num_skipped = 0  # in a row
 
     def observe(self, update: PolicyUpdate) -> None:
         """Counts mini-batches in a row that made no update; at the limit a RuntimeError."""
-        self._num_skipped = 0 if update.skipped is None else self._num_skipped + 1
-        if self._num_skipped < self._max_skipped:
+        self.num_skipped = 0 if update.skipped is None else self.num_skipped + 1
+        if self.num_skipped < self._max_skipped:
             return
         remedy = {
             "empty": "no token of it counts in the loss: raise rollout.max_response_tokens if reward.mask_truncated "
@@ -88,6 +88,6 @@ class SkipGuard:
         }
         assert update.skipped is not None
         raise RuntimeError(
-            f"trainer.max_skipped_updates: {self._num_skipped} mini-batches in a row made no update; of the last "
+            f"trainer.max_skipped_updates: {self.num_skipped} mini-batches in a row made no update; of the last "
             + remedy[update.skipped]
         )

@@ -31,6 +31,8 @@ TESTED_ELSEWHERE = {
     "checkpoint/megatron_to_hf.py": "unit/checkpoint/test_conversion.py",
     "checkpoint/tensor_files.py": "unit/checkpoint/test_conversion.py",
     "types.py": "unit/parallel/test_packed.py",  # records
+    "config/problems.py": "unit/config/test_schema.py",
+    "config/section.py": "unit/config/test_schema.py",
     "model/build.py": PROCESSES,
     "model/local_layers.py": PROCESSES,
     "model/weights.py": PROCESSES,

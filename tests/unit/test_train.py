@@ -18,15 +18,15 @@ pytestmark = pytest.mark.usefixtures("own_signals")
 def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """Where the run goes, in a working directory of its own; nothing is checked or planned."""
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(launch, "check_before_start", lambda config: None)
-    monkeypatch.setattr(launch, "plan_training", lambda config, files, scratch, progress: None)
+    monkeypatch.setattr(launch, "check_before_start", lambda config, is_resumed: None)
+    monkeypatch.setattr(launch, "plan_training", lambda config, files, scratch, progress, checkpoint: None)
     return tmp_path / "runs" / "test"
 
 
 def start(monkeypatch: pytest.MonkeyPatch, ending: BaseException | None, *overrides: str) -> int:
     """The exit status of a run that leaves what two of its steps leave, and ends so."""
 
-    async def run_training(plan: None, folder: Path, progress: object) -> None:
+    async def run_training(plan: None, folder: Path, progress: object, stop: object) -> int:
         lines = [{"step": 0, "eval/sampled_accuracy": 0.25}, {"step": 1}, {"step": 2, "eval/sampled_accuracy": 0.75}]
         (folder / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
         (folder / "curves.png").touch()
@@ -38,6 +38,7 @@ def start(monkeypatch: pytest.MonkeyPatch, ending: BaseException | None, *overri
         if ending is not None:
             raise ending
         (folder / "hf").mkdir()
+        return 500
 
     monkeypatch.setattr(launch, "run_training", run_training)
     Path("small.yaml").write_text("warm_start: {}\n")
@@ -102,7 +103,7 @@ def test_a_failure_in_the_run_is_no_refusal(
 def test_what_is_refused_before_a_process_starts(
     folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], refusing: str
 ) -> None:
-    def refuse(*arguments: object) -> None:
+    def refuse(*arguments: object, **settings: object) -> None:
         raise ValueError("data.prompt = 'chat': there is no template")
 
     monkeypatch.setattr(launch, refusing, refuse)
@@ -132,7 +133,7 @@ def test_a_failure_before_there_is_a_folder_shows_where(
 def test_an_interrupt_before_there_is_a_folder(
     folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    def interrupt(config: object) -> None:
+    def interrupt(config: object, is_resumed: bool) -> None:
         raise KeyboardInterrupt
 
     monkeypatch.setattr(launch, "check_before_start", interrupt)

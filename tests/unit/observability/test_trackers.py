@@ -70,9 +70,12 @@ class FakeWandb(ModuleType):
     def __init__(self, url: str | None) -> None:
         super().__init__("wandb")
         self.url = url
+        self.id = "abc123"
+        self.options: dict[str, Any] = {}
         self.logged: list[tuple[int, dict[str, float]]] = []
 
     def init(self, **options: Any) -> FakeWandb:
+        self.options = options
         return self
 
     def Settings(self, **options: Any) -> None:
@@ -96,7 +99,11 @@ def test_the_address_of_the_wandb_page_stays_in_the_run_folder(
     with Trackers(make_config("wandb"), tmp_path) as tracker:
         tracker.log(1, {"eval/aime-24/avg@32": 0.5})
     assert module.logged == [(1, {"eval/aime_24/avg_32": 0.5})]
-    assert [path.read_text() for path in tmp_path.iterdir()] == ([] if url is None else [f"{url}\n"])
+    written = {path.name: path.read_text() for path in tmp_path.iterdir()}
+    assert written == {"wandb_id.txt": "abc123\n"} | ({} if url is None else {"wandb_url.txt": f"{url}\n"})
+    assert module.options["id"] is None
+    with Trackers(make_config("wandb"), tmp_path, resumed_step=1):
+        assert module.options["id"] == "abc123"  # the same page goes on
 
 
 def test_wandb_gets_names_that_it_can_sort_by() -> None:

@@ -26,7 +26,8 @@ from fipo_megatron.observability.progress import Progress
 from fipo_megatron.observability.samples import read_samples, samples_path
 from fipo_megatron.observability.trackers import Trackers
 from fipo_megatron.rollout.collect import make_training_batch
-from fipo_megatron.trainer.run import Run, make_run_folder
+from fipo_megatron.trainer.run import Run
+from fipo_megatron.trainer.run_folder import make_run_folder
 from fipo_megatron.trainer.warm_start import write_skeleton
 from fipo_megatron.types import FinishedResponse, Generation, GenerationRequest, PolicyUpdate, SamplingSettings
 
@@ -107,7 +108,7 @@ def make_run(folder: Path, order: int, failing: int, **sections: dict[str, Any])
     write_skeleton(config, make_task(config.task), folder)
     prompts = make_run_prompts(config, load_files(config.data), load_prompt_encoder(folder, config.data))
     engine = LengthEngine(order)
-    workers: Any = SimpleNamespace(engine=engine)
+    workers: Any = SimpleNamespace(engine=engine, policy=None)
     with (
         (folder / "notes.txt").open("w") as notes,
         closing(Run(config, folder, workers, folder, prompts, Progress(notes), Trackers(config, folder))) as run,

@@ -1,0 +1,125 @@
+"""A run's folder: made, locked while a process trains into it, and rolled back to the step of a checkpoint."""
+
+from __future__ import annotations
+
+import fcntl
+import os
+import re
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from fipo_megatron.checkpoint.store import CheckpointStore
+from fipo_megatron.config.load import load_config, save_config
+from fipo_megatron.config.schema import Config
+from fipo_megatron.observability.metrics import keep_metrics_to
+
+LOCK = ".lock"
+# What a run writes once a step, by its path in the run's folder; the step's number is the last in it.
+FOLDERS_OF_STEPS = ("samples", "evaluation", "replay", ".")
+NAME_OF_STEP = re.compile(r"(?:hf-)?step[-_](\d+)(?:\.jsonl|\.safetensors)?")
+
+
+def check_run_folder(config: Config) -> None:
+    """Raises ValueError if the run's folder can't be made: `run.root` can't be written, or `run.name` is taken."""
+    root = Path(config.run.root)
+    existing = next(folder for folder in (root, *root.absolute().parents) if folder.exists())
+    if not existing.is_dir() or not os.access(existing, os.W_OK):
+        raise ValueError(f"run.root = {config.run.root!r}: {existing} is no folder that can be written; give another")
+    folder = root / config.run.name if config.run.name is not None else None
+    if folder is None or not folder.exists():
+        return
+    if not config.run.overwrite:
+        raise ValueError(f"run.name: {folder} exists; choose another name, or set run.overwrite=true to replace it")
+    if not (folder / "config.yaml").is_file():
+        raise ValueError(
+            f"run.name: {folder} is no run's folder (no config.yaml), so run.overwrite does not replace it; choose "
+            "another name"
+        )
+
+
+def make_run_folder(config: Config, config_name: str) -> Path:
+    """A new folder of the run, with its resolved config in it; `run.overwrite` replaces an older run's, nothing else.
+
+    Raises:
+        ValueError: what `check_run_folder` refuses.
+    """
+    check_run_folder(config)
+    root = Path(config.run.root)
+    name = config.run.name or f"{config_name}-seed{config.seed}"
+    folder = root / name
+    if config.run.overwrite and (folder / "config.yaml").is_file():
+        if is_locked(folder):
+            raise ValueError(f"run.overwrite: a process trains into {folder}; end it, or choose another run.name")
+        shutil.rmtree(folder)
+    number = 1
+    while folder.exists():
+        number += 1
+        folder = root / f"{name}-{number}"
+    folder.mkdir(parents=True)
+    save_config(config, folder / "config.yaml")
+    return folder.resolve()
+
+
+@contextmanager
+def locked(folder: Path) -> Iterator[None]:
+    """Hold the run's folder for this process. The lock ends with the process, however it ends.
+
+    Raises:
+        ValueError: another process trains into it.
+    """
+    with (folder / LOCK).open("w") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise ValueError(f"{folder}: another process trains into it; wait for its end, or end it") from None
+        yield
+
+
+def is_locked(folder: Path) -> bool:
+    """Whether a process trains into the run's folder."""
+    if not (folder / LOCK).exists():
+        return False
+    try:
+        with locked(folder):
+            return False
+    except ValueError:
+        return True
+
+
+def roll_back(folder: Path, step: int) -> None:
+    """Remove from a run's folder what it recorded of steps after `step`: a resumed run writes it again."""
+    keep_metrics_to(folder / "metrics.jsonl", step)
+    for name in FOLDERS_OF_STEPS:
+        for path in (folder / name).glob("*step*"):
+            match = NAME_OF_STEP.fullmatch(path.name)
+            if match and int(match[1]) > step:
+                shutil.rmtree(path) if path.is_dir() else path.unlink()
+    for name in ("error.log", "worker_logs"):  # of the end that is gone on from
+        path = folder / name
+        if path.exists():
+            shutil.rmtree(path) if path.is_dir() else path.unlink()
+
+
+def go_on_in(folder: Path, config: Config, step: int) -> list[str]:
+    """Make a run's folder what it was after `step`, with the settings that hold from here on; notes for people.
+
+    Older settings stay beside them, as `config-before-<step + 1>.yaml`.
+    """
+    settings = config.checkpoint
+    roll_back(folder, step)
+    saved = folder / "config.yaml"
+    if load_config(saved) != config:
+        saved.rename(folder / f"config-before-{step + 1}.yaml")
+        save_config(config, saved)
+    store = CheckpointStore(checkpoints_folder(config, folder), settings.keep_last, settings.keep_best)
+    store.remove_partials()
+    return [f"{name}: no longer gone on from; remove it when it is of no use" for name in store.set_aside_after(step)]
+
+
+def checkpoints_folder(config: Config, run_folder: Path) -> Path:
+    """Where the run's checkpoints are."""
+    if config.checkpoint.folder is None:
+        return run_folder / "checkpoints"
+    return Path(config.checkpoint.folder) / run_folder.name
