@@ -13,7 +13,7 @@ import inspect
 import logging
 import queue
 import threading
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -64,7 +64,7 @@ class PolicySave:
         self._request = _plan_save(_saved_tensors(state), folder)
         buckets = self._request.async_fn_args[1] if self._request.async_fn is not None else []
         self._buckets = [_copy_to_host(bucket) for bucket in buckets]
-        self._rng = _random_states()
+        self._rng = random_states()
         self._thread = threading.Thread(target=self._write, name="policy-save", daemon=True)
         self._thread.start()
 
@@ -286,8 +286,8 @@ def rng_file(rank: int) -> str:
     return f"rng-rank{rank:05d}.safetensors"
 
 
-def _random_states() -> dict[str, torch.Tensor]:
-    """States of torch's generators and of those that Megatron forks, uint8, copied."""
+def random_states() -> dict[str, torch.Tensor]:
+    """This rank's states of torch's generators and of those that Megatron forks, uint8, copied."""
     states = {"cpu": torch.get_rng_state()}
     if torch.cuda.is_initialized():
         states["cuda"] = torch.cuda.get_rng_state()
@@ -306,7 +306,11 @@ def _load_random_states(folder: Path, same_layout: bool, seed: int) -> None:
         return
     if not path.is_file():
         raise ValueError(f"{path}: missing; the random generators of this rank were not saved")
-    states = load_file(path)
+    set_random_states(load_file(path))
+
+
+def set_random_states(states: Mapping[str, torch.Tensor]) -> None:
+    """Put this rank's generators into the states that `random_states` gave."""
     torch.set_rng_state(states["cpu"])
     if "cuda" in states and torch.cuda.is_initialized():
         torch.cuda.set_rng_state(states["cuda"])

@@ -109,6 +109,10 @@ class PolicyClient:
         """Go on from a saved state."""
         await self._call("load_state", folder)
 
+    async def random_states(self) -> list[dict[str, np.ndarray]]:
+        """The random generators of every rank, uint8 arrays."""
+        return await self._call("random_states")
+
     async def offload(self) -> None:
         """Move the policy to host memory until a call needs it."""
         await self._call("offload")

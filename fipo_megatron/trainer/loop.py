@@ -38,11 +38,13 @@ async def train(run: Run) -> int:
                 batch = replace(batch, ref_logprobs=await policy.ref_logprobs(handle))
         metrics |= run.check_mismatch(groups, batch, version)
 
+        random_states = await run.random_states(step)
         with run.timers.phase("train"):
             handle = policy.put(batch)  # with the log-probs that the loss compares with
             lr = learning_rate(config, step)
             updates = [await policy.update(handle, samples, lr) for samples in mini_batches(config, step)]
             logprobs = await policy.logprobs(handle)
+        run.record_replay(step, groups, batch, lr, random_states, updates, logprobs)
         metrics |= run.update_metrics(updates, lr)
         metrics |= run.check_kl(batch, logprobs)
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -384,6 +384,18 @@ class MegatronPolicy:
         from fipo_megatron.checkpoint.policy_state import load_policy_state
 
         self.num_updates = load_policy_state(self._rank_state(), folder, self.config.seed)
+
+    def random_states(self) -> dict[str, np.ndarray]:
+        """This rank's random generators, a uint8 array each, for `set_random_states`."""
+        from fipo_megatron.checkpoint.policy_state import random_states
+
+        return {name: state.numpy() for name, state in random_states().items()}
+
+    def set_random_states(self, states: Sequence[Mapping[str, np.ndarray]]) -> None:
+        """Put the generators into this rank's states, of those of all ranks."""
+        from fipo_megatron.checkpoint.policy_state import set_random_states
+
+        set_random_states({name: torch.tensor(state) for name, state in states[self.rank].items()})
 
     def _rank_state(self) -> RankState:
         from fipo_megatron.checkpoint.policy_state import RankState

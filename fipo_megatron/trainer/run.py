@@ -12,6 +12,14 @@ from pathlib import Path
 import numpy as np
 
 from fipo_megatron.algorithm.future_kl import response_influence_weights
+from fipo_megatron.checkpoint.replay_file import (
+    RandomStates,
+    ReplayStep,
+    StepResults,
+    replay_path,
+    sample_origins,
+    write_replay_step,
+)
 from fipo_megatron.config.schema import Config
 from fipo_megatron.data.run_prompts import RunPrompts
 from fipo_megatron.evaluation.protocol import write_sets
@@ -37,7 +45,7 @@ from fipo_megatron.rollout.stream import judge_while_sampling
 from fipo_megatron.trainer.checkpoints import Checkpoints, RunState
 from fipo_megatron.trainer.held_out import HeldOutEvaluation
 from fipo_megatron.trainer.placement import Workers
-from fipo_megatron.trainer.updates import SkipGuard, cost_metrics, update_metrics
+from fipo_megatron.trainer.updates import SkipGuard, cost_metrics, mini_batches, update_metrics
 from fipo_megatron.types import Decode, PolicyUpdate, SampleGroup, SamplingSettings, TrainingBatch
 
 CURVES_EVERY_S = 60.0  # between evaluations: to draw them takes a second or so
@@ -232,6 +240,47 @@ class Run:
             ),
         )
         write_samples(samples_path(self.folder, step), recorded, tokens, self.decode)
+
+    async def random_states(self, step: int) -> list[dict[str, np.ndarray]]:
+        """The random generators of the policy's ranks; none in a step of which no replay file is written."""
+        return await self.workers.policy.random_states() if self._is_recorded(step) else []
+
+    def record_replay(
+        self,
+        step: int,
+        groups: Sequence[SampleGroup],
+        batch: TrainingBatch,
+        lr: float,
+        random_states: Sequence[RandomStates],
+        updates: Sequence[PolicyUpdate],
+        logprobs: np.ndarray,
+    ) -> None:
+        """Write what the updates of a step were made of and what they gave, every `checkpoint.replay_every_steps`.
+
+        `random_states` are those before the first update; `logprobs` is float32 [R], by the policy after the last.
+        """
+        if not self._is_recorded(step):
+            return
+        with self.timers.phase("replay"):
+            uids, weight_versions, token_versions = sample_origins(groups)
+            record = ReplayStep(
+                step,
+                self.config.model_dump(mode="json"),
+                self.workers.platform.name,
+                batch,
+                uids,
+                weight_versions,
+                token_versions,
+                lr,
+                tuple(tuple(samples) for samples in mini_batches(self.config, step)),
+                tuple(random_states),
+                StepResults(tuple(updates), logprobs),
+            )
+            write_replay_step(replay_path(self.folder, step), record)
+
+    def _is_recorded(self, step: int) -> bool:
+        every = self.config.checkpoint.replay_every_steps
+        return every > 0 and step % every == 0
 
     def record(self, step: int, metrics: dict[str, float]) -> None:
         """Write a step's metrics and curves, and show the step."""

@@ -1,4 +1,4 @@
-"""tools/train.py that kills itself in the middle of a phase, as `kill -9` does; KILL in the environment is `phase@step`."""
+"""tools/train.py that kills itself in the middle of a phase, as `kill -9` does; `phase@step` is in KILL."""
 
 from __future__ import annotations
 
