@@ -54,7 +54,7 @@ CONTENTS = (
 
 def main(arguments: list[str] | None = None) -> int:
     """Exit status of the command."""
-    options = _make_parser().parse_args(arguments)
+    options = _make_parser().parse_intermixed_args(arguments)
     # Those that are ignored stay so: with nohup a run outlives its terminal.
     numbers = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
     interrupts = [number for number in numbers if signal.getsignal(number) is not signal.SIG_IGN]

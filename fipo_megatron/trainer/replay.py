@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import torch.distributed as dist
 
-from fipo_megatron.checkpoint.manifest import DamagedError, check_folder
+from fipo_megatron.checkpoint.manifest import DamagedError
 from fipo_megatron.checkpoint.replay_file import (
     RandomStates,
     ReplayStep,
@@ -24,13 +24,16 @@ from fipo_megatron.checkpoint.replay_file import (
     replay_path,
     replay_steps,
 )
+from fipo_megatron.checkpoint.store import CheckpointStore
 from fipo_megatron.config.checks import check_config, check_model_folder
 from fipo_megatron.config.schema import Config
 from fipo_megatron.data.load import load_files
 from fipo_megatron.model.hf_config import read_model_shape
 from fipo_megatron.parallel.packed import merge_response_rows
+from fipo_megatron.trainer.checkpoints import POLICY
 from fipo_megatron.trainer.launch import initial_policy
 from fipo_megatron.trainer.layouts import parallel_settings
+from fipo_megatron.trainer.run_folder import checkpoints_folder
 from fipo_megatron.trainer.updates import update_metrics
 from fipo_megatron.types import TrainingBatch
 
@@ -128,29 +131,15 @@ def find_start(run_folder: Path, config: Config, step: int) -> StartingPoint:
     base, _ = initial_policy(config, load_files(config.data))
     if not (base / "config.json").is_file():
         raise ValueError(f"{base}, the policy that {run_folder} began with, is gone; train the run again")
-    folder = run_folder / "checkpoints"
-    if config.checkpoint.folder is not None:
-        folder = Path(config.checkpoint.folder) / run_folder.resolve().name
-    found, notes = newest_checkpoint(folder, step - 1)
+    settings = config.checkpoint
+    store = CheckpointStore(checkpoints_folder(config, run_folder), settings.keep_last, settings.keep_best)
+    try:
+        found = store.newest(max_step=step - 1)
+    except DamagedError as error:
+        return StartingPoint(0, base, None, (str(error),))
     if found is None:
-        return StartingPoint(0, base, None, notes)
-    number, path = found
-    return StartingPoint(number, base, path / "policy", notes)
-
-
-def newest_checkpoint(folder: Path, max_step: int) -> tuple[tuple[int, Path] | None, tuple[str, ...]]:
-    """The newest whole checkpoint of at most `max_step`, every byte of it compared with its manifest, and why newer
-    ones are not used."""
-    steps = {int(path.name.removeprefix("step-")): path for path in folder.glob("step-" + "[0-9]" * 8)}
-    refused: list[str] = []
-    for step in sorted((step for step in steps if step <= max_step), reverse=True):
-        try:
-            check_folder(steps[step])
-        except DamagedError as error:
-            refused.append(str(error))
-            continue
-        return (step, steps[step]), tuple(refused)
-    return None, tuple(refused)
+        return StartingPoint(0, base, None, ())
+    return StartingPoint(found.step, base, found.folder / POLICY, found.refused)
 
 
 def _read_steps(run_folder: Path, start: StartingPoint, step: int, present: Sequence[int]) -> list[ReplayStep]:

@@ -122,4 +122,4 @@ def checkpoints_folder(config: Config, run_folder: Path) -> Path:
     """Where the run's checkpoints are."""
     if config.checkpoint.folder is None:
         return run_folder / "checkpoints"
-    return Path(config.checkpoint.folder) / run_folder.name
+    return Path(config.checkpoint.folder) / run_folder.resolve().name

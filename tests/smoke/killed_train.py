@@ -10,8 +10,9 @@ from collections.abc import AsyncIterator, Callable
 from pathlib import Path
 from typing import Any
 
-from fipo_megatron.checkpoint import store
+from fipo_megatron.checkpoint.store import CheckpointStore
 from fipo_megatron.reward.judge import JudgeWithLimit
+from fipo_megatron.trainer import checkpoints
 from fipo_megatron.trainer.actor import EngineClient, PolicyClient
 from fipo_megatron.trainer.run import Run
 
@@ -20,12 +21,13 @@ AHEAD_S = 0.02  # by which the workers have begun what the driver will not see t
 now = {"step": 0, "updates": 0}
 
 
-def die(phase: str) -> None:
-    if phase == PHASE and now["step"] == int(STEP):
+def die(phase: str, step: int | None = None) -> None:
+    if phase == PHASE and (now["step"] if step is None else step) == int(STEP):
         os.kill(os.getpid(), signal.SIGKILL)
 
 
 collect_groups, generate, judge = Run.collect_groups, EngineClient.generate, JudgeWithLimit.__call__
+rename = os.rename
 logprobs, update, update_weights = PolicyClient.logprobs, PolicyClient.update, EngineClient.update_weights
 
 
@@ -60,14 +62,27 @@ def begun(method: Callable[..., Any], phase: str, min_updates: int = 0) -> Calla
     return call
 
 
-def at(method: Callable[..., Any], phase: str) -> Callable[..., Any]:
-    """The method, before which the driver dies."""
+class DyingStore(CheckpointStore):
+    """Writes on its own time: the step that is trained may be another one."""
 
-    def call(*arguments: Any, **settings: Any) -> Any:
-        die(phase)
-        return method(*arguments, **settings)
+    def complete(self, step: int, *arguments: Any) -> Path:
+        self.of_step = step
+        die("save_before_manifest", step)
+        return super().complete(step, *arguments)
 
-    return call
+    def _track(self, name: str) -> None:
+        die("save_before_tracker", self.of_step)
+        super()._track(name)
+
+    def prune(self) -> None:
+        die("save_before_prune", self.of_step)
+        super().prune()
+
+
+def die_before_rename(source: Path, target: Path) -> None:
+    if Path(source).name == f"step-{int(STEP):08d}.partial":
+        die("save_before_rename", int(STEP))
+    rename(source, target)
 
 
 if __name__ == "__main__":
@@ -78,8 +93,6 @@ if __name__ == "__main__":
     PolicyClient.update = begun(update, "train", min_updates=1)  # type: ignore[method-assign]
     EngineClient.update_weights = begun(update_weights, "sync")  # type: ignore[method-assign]
     PolicyClient.begin_save = begun(PolicyClient.begin_save, "save")  # type: ignore[method-assign]
-    store.write_manifest = at(store.write_manifest, "save_before_manifest")
-    store.os = type("os", (), {**vars(os), "rename": staticmethod(at(os.rename, "save_before_rename"))})
-    store.CheckpointStore._track = at(store.CheckpointStore._track, "save_before_tracker")  # type: ignore[method-assign]
-    store.CheckpointStore._remove = at(store.CheckpointStore._remove, "save_before_prune")  # type: ignore[method-assign]
+    checkpoints.CheckpointStore = DyingStore  # type: ignore[misc]
+    os.rename = die_before_rename  # type: ignore[assignment]
     runpy.run_path(str(Path(__file__).parents[2] / "tools" / "train.py"), run_name="__main__")
