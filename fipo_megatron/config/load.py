@@ -66,15 +66,24 @@ def load_config(path: str | Path, overrides: Sequence[str] = ()) -> Config:
     try:
         return Config.model_validate(values)
     except ValidationError as error:
-        lines = [f"  {_describe(problem)}" for problem in error.errors()]
+        lines = [f"  {describe_problem(problem)}" for problem in error.errors()]
         raise ValueError("\n".join([f"{path}: {len(lines)} problem(s)", *lines])) from None
 
 
 def save_config(config: Config, path: str | Path) -> None:
     """Writes every value of the configuration, defaults included, as YAML that load_config reads back equal."""
+    Path(path).write_text(dump_values(config.model_dump(mode="json")), encoding="utf-8")
+
+
+def dump_values(values: Mapping[str, Any]) -> str:
+    """Some settings as YAML that load_config reads."""
     # Other than ASCII is escaped: PyYAML would write some line breaks of Unicode so that they don't read back.
-    text = yaml.dump(config.model_dump(mode="json"), Dumper=_Dumper, sort_keys=False)
-    Path(path).write_text(text, encoding="utf-8")
+    return yaml.dump(dict(values), Dumper=_Dumper, sort_keys=False)
+
+
+def parse_value(text: str) -> Any:
+    """A value as a file or an override of a configuration writes it; text that is no YAML is a YAMLError."""
+    return yaml.load(text, Loader=_Loader)
 
 
 def _read_mapping(path: Path) -> dict[str, Any]:
@@ -121,7 +130,7 @@ def _apply_override(values: dict[str, Any], override: str) -> None:
     if not equals or not all([*sections, last]):
         raise ValueError(f"override {override!r}: must be key=value, e.g. optimizer.lr=1e-6")
     try:
-        value = yaml.load(text, Loader=_Loader)
+        value = parse_value(text)
     except yaml.YAMLError as error:
         raise ValueError(f"override {override!r}: the value is not YAML: {error}") from None
     for section in sections:
@@ -139,7 +148,8 @@ def _expand_preset(values: dict[str, Any]) -> None:
         values["algorithm"] = {"preset": values["algorithm"]}
 
 
-def _describe(problem: ErrorDetails) -> str:
+def describe_problem(problem: ErrorDetails) -> str:
+    """One line that names the key, its value and what is wrong with it."""
     place = problem["loc"]
     if place[0] == "task":
         place = (place[0], *place[2:])  # without the task's name, which pydantic puts into the path
