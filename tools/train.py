@@ -27,6 +27,7 @@ examples:
   tools/train.py configs/quickstart_cpu.yaml parallel='{tensor: 1, data: 2}'
   tools/train.py --resume runs/quickstart_cpu-seed0 trainer.steps=80
   tools/train.py configs/quickstart_cpu.yaml --resume auto
+  tools/train.py configs/quickstart_cpu.yaml --dry-run
 
 The run folder (runs/<config>-seed<seed>/) gets config.yaml, metrics.jsonl, curves.png, samples/ and hf/, a Hugging Face
 folder of the trained policy. A failed run also leaves error.log, and the cause is the last line printed. However a run
@@ -93,12 +94,18 @@ def _make_parser() -> argparse.ArgumentParser:
         metavar="RUN",
         help="go on with the run in this folder; auto: with the newest of this config that has not ended, or anew",
     )
+    parser.add_argument("--dry-run", action="store_true", help="check everything for all ranks, and start nothing")
     return parser
 
 
 def _train(options: argparse.Namespace, interrupts: Sequence[int], entered: list[Path]) -> int:
     """Exit status of a run that ends well, or as it is asked to. Its folder is put into `entered`."""
     config, name, resumed = _choose_run(options.config, options.overrides, options.resume)
+    if options.dry_run:
+        from fipo_megatron.trainer.dry_run import run_dry
+
+        run_dry(config, Path(options.config).parent if resumed is None else resumed.folder)
+        return 0
     from fipo_megatron.observability.progress import Progress
     from fipo_megatron.trainer.launch import check_before_start, plan_training, run_training
     from fipo_megatron.trainer.run import StopRequest

@@ -74,8 +74,13 @@ def check_model_folder(path: Path, parallel: ParallelConfig) -> ModelShape:
     if not isinstance(hf_config, dict):
         raise ValueError(f"{key}: config.json is not a JSON object; copy it from the model again")
     shape = make_model_shape(hf_config, str(path))
-    _raise([f"{key}: {problem}" for problem in find_model_problems(shape, parallel)], "model folder")
+    check_model_shape(shape, parallel, key)
     return shape
+
+
+def check_model_shape(shape: ModelShape, parallel: ParallelConfig, key: str) -> None:
+    """Raises ValueError for each size of a model that the layout can't divide; `key` begins its lines."""
+    _raise([f"{key}: {problem}" for problem in find_model_problems(shape, parallel)], "model folder")
 
 
 def find_model_problems(shape: ModelShape, parallel: ParallelConfig) -> list[str]:

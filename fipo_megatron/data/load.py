@@ -113,20 +113,25 @@ def load_problems(file: DataFileConfig, max_corrupt_frac: float) -> ReadResult:
     return result
 
 
-def _read(file: DataFileConfig) -> ReadResult:
+def load_first_problems(file: DataFileConfig, max_rows: int) -> ReadResult:
+    """What the first rows of a file hold; a ValueError if it can't be read, or none of them."""
+    return _read(file, max_rows)
+
+
+def _read(file: DataFileConfig, max_rows: int | None = None) -> ReadResult:
     path = Path(file.path)
     match detect_format(path) if file.format == "auto" else file.format:
         case "parquet":
-            return read_parquet(path, file.data_source)
+            return read_parquet(path, file.data_source, max_rows)
         case "gsm8k":
-            return read_gsm8k(path, file.data_source or "gsm8k")
+            return read_gsm8k(path, file.data_source or "gsm8k", max_rows)
         case "aime":
-            return read_aime(path, file.data_source or path.stem)
+            return read_aime(path, file.data_source or path.stem, max_rows)
         case _:
             assert file.question is not None
             assert file.answer is not None
             fields = QuestionFields(file.question, file.answer, file.uid)
-            return read_questions(path, fields, file.data_source or path.stem)
+            return read_questions(path, fields, file.data_source or path.stem, max_rows)
 
 
 def detect_format(path: Path) -> str:

@@ -11,6 +11,7 @@ import math
 import re
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
+from itertools import islice
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -96,23 +97,23 @@ class QuestionFields:
     parse_solution: Callable[[str], str | None] = lambda answer: None  # worked steps of the answer field
 
 
-def read_gsm8k(path: Path, data_source: str = "gsm8k") -> ReadResult:
+def read_gsm8k(path: Path, data_source: str = "gsm8k", max_rows: int | None = None) -> ReadResult:
     """The problems of a GSM8K file; the ground truth is the number after `####`, without commas."""
-    return read_questions(path, GSM8K_FIELDS, data_source)
+    return read_questions(path, GSM8K_FIELDS, data_source, max_rows)
 
 
-def read_aime(path: Path, data_source: str) -> ReadResult:
+def read_aime(path: Path, data_source: str, max_rows: int | None = None) -> ReadResult:
     """The problems of an AIME file (`id`, `problem`, `answer`); the ground truth has no leading zeros.
 
     AIME writes answers with three digits (`025`), policies write 25, and DAPO's rule compares them as text.
     """
-    return read_questions(path, AIME_FIELDS, data_source)
+    return read_questions(path, AIME_FIELDS, data_source, max_rows)
 
 
-def read_questions(path: Path, fields: QuestionFields, data_source: str) -> ReadResult:
+def read_questions(path: Path, fields: QuestionFields, data_source: str, max_rows: int | None = None) -> ReadResult:
     """The problems of a file of questions with answers, each question a single message of the user.
 
-    The file is parquet, or has one JSON object a line; numbers count as text.
+    The file is parquet, or has one JSON object a line; numbers count as text. Of `max_rows` rows, or of all.
 
     Raises:
         ValueError: the file can't be read, or no row of it.
@@ -130,13 +131,13 @@ def read_questions(path: Path, fields: QuestionFields, data_source: str) -> Read
 
     columns = tuple(name for name in (fields.question, fields.answer, fields.uid) if name is not None)
     rows = iterate_parquet(path, columns) if path.suffix == ".parquet" else iterate_json_lines(path)
-    return _collect(path, rows, parse)
+    return _collect(path, islice(rows, max_rows), parse)
 
 
-def read_parquet(path: Path, data_source: str | None = None) -> ReadResult:
+def read_parquet(path: Path, data_source: str | None = None, max_rows: int | None = None) -> ReadResult:
     """The problems of a parquet file in DAPO's layout or as data/prepare.py writes it: bare questions.
 
-    `data_source` replaces the rows' own.
+    `data_source` replaces the rows' own. Of `max_rows` rows, or of all.
 
     Raises:
         ValueError: the file is not parquet, lacks a column, or no row can be read.
@@ -149,7 +150,7 @@ def read_parquet(path: Path, data_source: str | None = None) -> ReadResult:
         read = _read_bare_row if columns == BARE_COLUMNS else _read_dapo_row
         return read(row, _make_uid(path, source, number), source)
 
-    return _collect(path, iterate_parquet(path, columns), parse)
+    return _collect(path, islice(iterate_parquet(path, columns), max_rows), parse)
 
 
 def _read_dapo_row(row: dict[str, Any], uid: str, data_source: str) -> Problem:

@@ -119,6 +119,19 @@ def build_model(
 
     One chunk a rank, or with `parallel.virtual_pipeline` that many, each a part of the layers further on.
     """
+    ddp_config = DistributedDataParallelConfig(
+        grad_reduce_in_fp32=True, use_distributed_optimizer=config.parallel.distributed_optimizer
+    )
+    return [
+        DistributedDataParallel(model.config, ddp_config, model.to(platform.device))
+        for model in build_chunks(config, shape, platform, groups, random_seed)
+    ]
+
+
+def build_chunks(
+    config: Config, shape: ModelShape, platform: Platform, groups: ParallelGroups, random_seed: int | None
+) -> Iterator[ResponseRowsModel]:
+    """This rank's model chunks as they are, on torch's default device."""
     if platform.has_transformer_engine and config.model.dtype == "float32":
         raise ValueError(
             "model.dtype = 'float32': Transformer Engine's attention takes packed sequences in bfloat16 alone; set "
@@ -130,14 +143,10 @@ def build_model(
     torch.manual_seed(seed)
     model_parallel_cuda_manual_seed(seed)
     transformer_config = make_transformer_config(config, shape, platform, random_weights=random_seed is not None)
-    ddp_config = DistributedDataParallelConfig(
-        grad_reduce_in_fp32=True, use_distributed_optimizer=config.parallel.distributed_optimizer
-    )
     num_chunks = config.parallel.virtual_pipeline or 1
-    chunks = []
     for chunk in range(num_chunks):
         vp_stage = chunk if num_chunks > 1 else None
-        model = ResponseRowsModel(
+        yield ResponseRowsModel(
             transformer_config,
             platform.block_spec(get_num_layers_to_build(transformer_config, vp_stage=vp_stage), shape),
             vocab_size=padded_vocab_size(shape.vocab_size, config.parallel.tensor),
@@ -153,8 +162,18 @@ def build_model(
             vp_stage=vp_stage,
             returns_hidden_states=config.kernels.logprob_from == "hidden_states",
         )
-        chunks.append(DistributedDataParallel(transformer_config, ddp_config, model.to(platform.device)))
-    return chunks
+
+
+def build_shapes(
+    config: Config, shape: ModelShape, platform: Platform, groups: ParallelGroups
+) -> dict[str, torch.nn.Parameter]:
+    """This rank's parameters on the meta device, shapes without memory, by the weight map's names."""
+    with torch.device("meta"):
+        chunks = list(build_chunks(config, shape, platform, groups, None))
+    parameters = {name: parameter for gpt in chunks for name, parameter in _named_parameters(gpt)}
+    on_memory = [name for name, parameter in parameters.items() if not parameter.is_meta]
+    assert not on_memory, on_memory
+    return parameters
 
 
 def build_optimizer(
@@ -186,13 +205,16 @@ def build_optimizer(
 def named_parameters(chunks: Sequence[DistributedDataParallel]) -> Iterator[tuple[str, torch.nn.Parameter]]:
     """This rank's parameters as the weight map names them: layers and experts are numbered through all ranks."""
     for chunk in chunks:
-        gpt: ResponseRowsModel = chunk.module
-        for name, parameter in gpt.named_parameters():
-            match = re.fullmatch(r"decoder\.layers\.(\d+)\.(.*)", name)
-            if match:
-                layer = gpt.decoder.layers[int(match[1])]
-                name = f"decoder.layers.{layer.layer_number - 1}.{_name_in_layer(layer, match[2])}"
-            yield name, parameter
+        yield from _named_parameters(chunk.module)
+
+
+def _named_parameters(gpt: ResponseRowsModel) -> Iterator[tuple[str, torch.nn.Parameter]]:
+    for name, parameter in gpt.named_parameters():
+        match = re.fullmatch(r"decoder\.layers\.(\d+)\.(.*)", name)
+        if match:
+            layer = gpt.decoder.layers[int(match[1])]
+            name = f"decoder.layers.{layer.layer_number - 1}.{_name_in_layer(layer, match[2])}"
+        yield name, parameter
 
 
 def _name_in_layer(layer: Any, name: str) -> str:

@@ -180,6 +180,9 @@ def _patch_factories() -> None:
 
         return wrapped
 
+    # `torch.device` as a context looks calls up among the factories that it finds when it is first used.
+    with torch.device("meta"):
+        torch.empty(0)
     for name in _FACTORIES:
         setattr(torch, name, on_cpu(getattr(torch, name)))
 

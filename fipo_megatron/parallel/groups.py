@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import socket
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
 
@@ -108,3 +110,18 @@ def initialize_groups(
         expert_tensor=parallel_state.get_expert_tensor_parallel_group(),
         expert_data=parallel_state.get_expert_data_parallel_group(),
     )
+
+
+@contextmanager
+def simulated_groups(parallel: ParallelConfig, rank: int) -> Iterator[ParallelGroups]:
+    """The groups that a rank of the layout would have, in a process by itself: sizes and ranks in them are right,
+    collectives return without doing anything. Not beside real groups; leaving it leaves nothing behind."""
+    from megatron.core import parallel_state
+    from torch.testing._internal.distributed.fake_pg import FakeStore  # registers the backend, too
+
+    try:
+        yield initialize_groups(parallel, rank, FakeStore(), "fake", timeout_s=60)
+    finally:
+        parallel_state.destroy_model_parallel()
+        if dist.is_initialized():
+            dist.destroy_process_group()
