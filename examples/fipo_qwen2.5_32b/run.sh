@@ -1,0 +1,13 @@
+#!/usr/bin/env bash
+# FIPO on Qwen2.5-32B. Fetches the data where they are missing, checks the configuration and trains. Ray has to span its 16 nodes.
+# Arguments are settings that replace the file's, e.g. seed=1. PYTHON names another interpreter.
+set -euo pipefail
+cd "$(dirname "$0")/../.."
+python="${PYTHON:-.venv/bin/python}"
+config=examples/fipo_qwen2.5_32b/config.yaml
+
+if [[ ! -f data/dapo_math_17k.parquet || ! -f data/aime_2024.parquet || ! -f data/aime_2025.parquet ]]; then
+    "$python" tools/prepare_data.py dapo_math_17k aime_2024 aime_2025
+fi
+"$python" tools/train.py "$config" "$@" --dry-run
+exec "$python" tools/train.py "$config" "$@"
