@@ -19,6 +19,7 @@ def test_a_launcher(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     for title in ("taken over:", "verl's default:", "same as the default:", "no counterpart:", "unknown: 1"):
         assert title in printed
     assert "to do: data.train: the launcher doesn't assign HOME; write the path itself" in printed
+    assert "to do: --config-name=dapo_megatron_trainer.yaml: that file is not read" in printed
     assert "to do: parallel" not in printed
     assert printed.endswith(f"written: {out}\n")
     assert load_config(out).parallel.world_size == 16

@@ -27,7 +27,7 @@ from fipo_megatron.config.verl.keys import (
     R,
     find_reason,
 )
-from fipo_megatron.config.verl.launcher import Override, read_overrides
+from fipo_megatron.config.verl.launcher import Override, find_hydra_files, read_overrides
 
 Fate = Literal["taken over", "same as the default", "verl's default", "no counterpart", "unknown"]
 PATHS = ("data.train_files", "data.val_files", "actor_rollout_ref.model.path")
@@ -53,6 +53,7 @@ class Translation:
     config: Config
     rows: list[Row]
     unassigned: dict[str, list[str]]  # keys of ours whose text holds a variable that the launcher doesn't assign
+    hydra_files: list[str]  # options that name a configuration of Hydra's, which is not read
 
     def to_yaml(self) -> str:
         """A file that load_config reads."""
@@ -75,7 +76,7 @@ def translate(text: str) -> Translation:
     found.take_reward_and_data()
     found.take_layout()
     found.take_run()
-    return found.finish()
+    return found.finish(find_hydra_files(text))
 
 
 class _Translator:
@@ -291,6 +292,9 @@ class _Translator:
         self.put("parallel.data", ranks // needed, "trainer.nnodes")
         if "trainer.n_gpus_per_node" in self.given:
             self.put("parallel.data", ranks // needed, "trainer.n_gpus_per_node")
+        experts, cut = f"{M}expert_model_parallel_size", f"{M}expert_tensor_parallel_size"
+        if self.number(experts, 1) > 1 and self.get(cut) is None:
+            self.put("parallel.expert_tensor", tensor, cut)  # Megatron's default
         sequence = f"{M}sequence_parallel"
         if tensor > 1:
             self.put("parallel.sequence_parallel", self.flag(sequence, True), sequence)
@@ -324,7 +328,7 @@ class _Translator:
                 raise ValueError(f"trainer.logger: {', '.join(others)}: the trackers here are {', '.join(TRACKERS)}")
             self.put("run.trackers", [one for one in loggers if one in TRACKERS], "trainer.logger")
 
-    def finish(self) -> Translation:
+    def finish(self, hydra_files: list[str]) -> Translation:
         """The whole, with a row for each key that nothing has asked for."""
         for key in self.given:
             if key not in self.rows:
@@ -355,7 +359,8 @@ class _Translator:
                 break
         order = list(Config.model_fields)
         values = {section: values[section] for section in sorted(values, key=order.index)}
-        return Translation(values, config, sorted(self.rows.values(), key=lambda row: row.key), unassigned)
+        rows = sorted(self.rows.values(), key=lambda row: row.key)
+        return Translation(values, config, rows, unassigned, hydra_files)
 
     def validate(self, values: Mapping[str, Any]) -> Config:
         try:

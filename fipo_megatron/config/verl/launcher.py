@@ -84,6 +84,17 @@ def read_overrides(text: str) -> list[Override]:
     return [_resolve(override, overrides) for override in overrides.values()]
 
 
+def find_hydra_files(text: str) -> list[str]:
+    """The launcher's options that name a configuration of Hydra's, whose own values are not in the text."""
+    words = [word for _, word in _words(text)]
+    found = []
+    for i, word in enumerate(words):
+        option, equals, value = word.partition("=")
+        if option in ("--config-name", "--config-path", "--config-dir"):
+            found.append(f"{option}={value if equals else words[i + 1] if i + 1 < len(words) else ''}")
+    return [option.translate(UNLITERAL) for option in found]
+
+
 def _words(text: str) -> Iterator[tuple[int, str]]:
     """The words with their lines, without quotes; what a quote protects is LITERAL."""
     line, word, start = 1, "", 0

@@ -11,7 +11,7 @@ from fipo_megatron.config.checks import check_config
 from fipo_megatron.config.load import load_config
 from fipo_megatron.config.schema import AlgorithmConfig, Config, OptimizerConfig
 from fipo_megatron.config.verl.convert import Translation, translate
-from fipo_megatron.config.verl.keys import A, L, O, R
+from fipo_megatron.config.verl.keys import A, L, M, O, R
 from fipo_megatron.config.verl.launcher import read_overrides
 
 ROOT = Path(__file__).parents[3]
@@ -78,6 +78,11 @@ def test_what_only_a_shell_knows_is_refused(launcher: str, message: str) -> None
         read_overrides(launcher)
 
 
+@pytest.mark.parametrize("option", ["--config-path=a/b", "--config-path a/b", "--config-path='a/b'"])
+def test_hydras_own_files_are_named(option: str) -> None:
+    assert translate(f"python3 x.py {option} \\\n {SMALL}").hydra_files == ["--config-path=a/b"]
+
+
 def row_of(translation: Translation, key: str) -> tuple[str, str]:
     (row,) = [row for row in translation.rows if row.key == key]
     return row.fate, row.ours
@@ -91,6 +96,7 @@ def test_a_megatron_launcher(tmp_path: Path) -> None:
     assert config == translation.config
     check_config(config)
     assert config.algorithm == AlgorithmConfig(preset="dapo")
+    assert translation.hydra_files == ["--config-name=dapo_megatron_trainer.yaml"]
     assert config.optimizer == OptimizerConfig(lr=1e-6, weight_decay=0.01, warmup_steps=0, max_grad_norm=0.5)
     parallel = config.parallel
     assert (parallel.tensor, parallel.pipeline, parallel.data, parallel.sequence_parallel) == (4, 2, 2, True)
@@ -213,6 +219,16 @@ def test_the_authors_launcher_is_the_32b_recipe(shared_dir: Path) -> None:
     assert ours.model.dtype == recipe.model.dtype
     assert not [row.key for row in translation.rows if row.fate == "unknown"]
     check_config(ours)
+
+
+@pytest.mark.parametrize(
+    ("more", "expert_tensor"),
+    [("", 2), (f"{M}expert_tensor_parallel_size=null", 2), (f"{M}expert_tensor_parallel_size=1", 1)],
+)
+def test_experts_are_cut_as_megatron_does(more: str, expert_tensor: int) -> None:
+    sizes = f"{M}tensor_model_parallel_size=2 {M}expert_model_parallel_size=4 {more}"
+    parallel = translate(SMALL + sizes).config.parallel
+    assert (parallel.tensor, parallel.expert, parallel.expert_tensor, parallel.data) == (2, 4, expert_tensor, 4)
 
 
 def test_every_key_of_ours_exists() -> None:
