@@ -70,10 +70,8 @@ def print_remaining(translation: Translation) -> None:
     """What has to be done before a run can start."""
     from fipo_megatron.config.checks import check_config
 
-    for option in translation.hydra_files:
-        print(f"to do: {option}: that file is not read; what it changes of verl's defaults has to be set here")
-    for key, names in translation.unassigned.items():
-        print(f"to do: {key}: the launcher doesn't assign {', '.join(names)}; write the path itself")
+    for line in translation.to_do:
+        print(f"to do: {line}")
     try:
         check_config(translation.config)
     except ValueError as error:

@@ -277,11 +277,12 @@ def print_stages(config: Config, shape: ModelShape, origin: str, stages: Sequenc
     counts = [
         torch.Size(hf_tensor_shape(name, shape)).numel() for entry in make_entries(shape) for name in entry.hf_names
     ]
-    print(f"model: {shape.architecture}, {sum(counts) / 1e9:.4g} billion parameters, shape of {origin}")
+    number = f"{sum(counts) / 1e9:.4g} billion" if sum(counts) >= 1e9 else f"{sum(counts):,}"
+    print(f"model: {shape.architecture}, {number} parameters, shape of {origin}")
     rows = [
         (
             str(stage),
-            f"{held.ranks.start}-{held.ranks.stop - 1}",
+            _runs(held.ranks),
             _runs(held.layers),
             f"{held.num_parameters:,}",
             *(f"{size / GIB:.2f}" for size in (held.weight_bytes, held.gradient_bytes, held.optimizer_bytes)),

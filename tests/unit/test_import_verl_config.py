@@ -9,7 +9,7 @@ import pytest
 from fipo_megatron.config.load import load_config
 from tools import import_verl_config
 
-LAUNCHER = Path(__file__).parents[1] / "data" / "verl_launcher.sh"
+LAUNCHER = Path(__file__).parents[1] / "data" / "verl_launcher.txt"
 
 
 def test_a_launcher(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

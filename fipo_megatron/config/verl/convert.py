@@ -52,8 +52,7 @@ class Translation:
     values: dict[str, Any]  # nested, as in a file of settings
     config: Config
     rows: list[Row]
-    unassigned: dict[str, list[str]]  # keys of ours whose text holds a variable that the launcher doesn't assign
-    hydra_files: list[str]  # options that name a configuration of Hydra's, which is not read
+    to_do: list[str]  # what is left to decide or to write, a line each
 
     def to_yaml(self) -> str:
         """A file that load_config reads."""
@@ -76,7 +75,9 @@ def translate(text: str) -> Translation:
     found.take_reward_and_data()
     found.take_layout()
     found.take_run()
-    return found.finish(find_hydra_files(text))
+    for option in find_hydra_files(text):
+        found.to_do.append(f"{option}: that file is not read; what it changes of verl's defaults has to be set here")
+    return found.finish()
 
 
 class _Translator:
@@ -95,6 +96,7 @@ class _Translator:
             self.names[key] = override.key
         self.ours: dict[str, tuple[Any, str | None]] = {}  # our key -> value, verl's key; None: nobody gave it
         self.rows: dict[str, Row] = {}
+        self.to_do: list[str] = []
 
     def get(self, key: str, default: Any = None) -> Any:
         """The value that the launcher gives, else verl's default."""
@@ -222,6 +224,13 @@ class _Translator:
             self.put("reward.rule", "dapo", manager)
         else:
             self.drop("it chooses a rule by the data's source; reward.rule = dapo, unless you set another", manager)
+            self.to_do.append(f"reward.rule: {manager} is not dapo; reward.rule = dapo until you set another")
+        function = "custom_reward_function.path"
+        if self.get(function) is not None:
+            self.to_do.append(
+                f"reward.function: {function} = {self.text(function)!r} is not taken over; port it to fn(response, "
+                "ground_truth), and set reward.rule=custom and reward.function=path/to/file.py:fn"
+            )
         penalized = self.flag(f"{OVERLONG}enable")
         tokens = self.get(f"{OVERLONG}len") if penalized else 0
         self.put("reward.overlong_buffer_tokens", tokens, f"{OVERLONG}{'len' if penalized else 'enable'}")
@@ -307,6 +316,9 @@ class _Translator:
 
     def take_run(self) -> None:
         """Names, trackers, evaluations and checkpoints."""
+        if self.get("trainer.total_training_steps") is None:
+            steps = Config().trainer.steps
+            self.to_do.append(f"trainer.steps: the launcher counts epochs; {steps} until you set another")
         every = "trainer.test_freq"
         if every in self.given and self.number(every) > 0:
             self.put("evaluation.every_steps", self.get(every), every)
@@ -328,7 +340,7 @@ class _Translator:
                 raise ValueError(f"trainer.logger: {', '.join(others)}: the trackers here are {', '.join(TRACKERS)}")
             self.put("run.trackers", [one for one in loggers if one in TRACKERS], "trainer.logger")
 
-    def finish(self, hydra_files: list[str]) -> Translation:
+    def finish(self) -> Translation:
         """The whole, with a row for each key that nothing has asked for."""
         for key in self.given:
             if key not in self.rows:
@@ -339,7 +351,7 @@ class _Translator:
                     reason or "not known; is it written correctly?",
                     "no counterpart" if reason else "unknown",
                 )
-        unassigned: dict[str, list[str]] = {}
+        missing = []
         for ours, (_, verl_key) in self.ours.items():
             if verl_key in self.given and self.given[verl_key].unassigned:
                 names = self.given[verl_key].unassigned
@@ -348,7 +360,7 @@ class _Translator:
                         f"{verl_key} = {self.text(verl_key)!r}: the launcher doesn't assign {', '.join(names)}; write "
                         "the value itself"
                     )
-                unassigned[ours] = list(names)
+                missing.append(f"{ours}: the launcher doesn't assign {', '.join(names)}; write the path itself")
         values = _nest({ours: value for ours, (value, _) in self.ours.items()})
         config = self.validate(values)
         for name in PRESETS:
@@ -360,7 +372,7 @@ class _Translator:
         order = list(Config.model_fields)
         values = {section: values[section] for section in sorted(values, key=order.index)}
         rows = sorted(self.rows.values(), key=lambda row: row.key)
-        return Translation(values, config, rows, unassigned, hydra_files)
+        return Translation(values, config, rows, self.to_do + missing)
 
     def validate(self, values: Mapping[str, Any]) -> Config:
         try:

@@ -187,8 +187,25 @@ REASONS = {
     "algorithm.rollout_": "samples are not reweighted here",
     "critic.": "group-relative advantages need no critic",
     "custom_reward_function.": "its signature is another; port it to fn(response, ground_truth), see docs/data.md",
-    "reward_model.": "rules judge here, see reward.*",
-    "reward.": "rules judge here, see reward.*",
+    **{
+        f"reward_model.{key}": "rules judge here, in processes of their own; see reward.*"
+        for key in (
+            "strategy",
+            "model.",
+            "micro_batch_size",
+            "max_length",
+            "ulysses_sequence_parallel_size",
+            "use_dynamic_bsz",
+            "forward_max_token_len_per_gpu",
+            "launch_reward_fn_async",
+            "num_workers",
+            "sandbox_fusion.",
+            "enable_resource_pool",
+            "reward_kwargs.max_resp_len",
+            "reward_kwargs.overlong_buffer_cfg.log",
+            "overlong_buffer.log",
+        )
+    },
     "data.prompt_key": "columns are found by the file's layout, see docs/data.md",
     "data.reward_fn_key": "one rule judges a run: reward.rule",
     "data.truncation": "prompts beyond rollout.max_prompt_tokens are left out and counted, none is cut",

@@ -15,7 +15,7 @@ from fipo_megatron.config.verl.keys import A, L, M, O, R
 from fipo_megatron.config.verl.launcher import read_overrides
 
 ROOT = Path(__file__).parents[3]
-LAUNCHER = ROOT / "tests" / "data" / "verl_launcher.sh"
+LAUNCHER = ROOT / "tests" / "data" / "verl_launcher.txt"
 SMALL = f"algorithm.adv_estimator=grpo\n{R}n=8\n"
 
 
@@ -80,7 +80,20 @@ def test_what_only_a_shell_knows_is_refused(launcher: str, message: str) -> None
 
 @pytest.mark.parametrize("option", ["--config-path=a/b", "--config-path a/b", "--config-path='a/b'"])
 def test_hydras_own_files_are_named(option: str) -> None:
-    assert translate(f"python3 x.py {option} \\\n {SMALL}").hydra_files == ["--config-path=a/b"]
+    to_do = translate(f"python3 x.py {option} \\\n {SMALL}").to_do
+    assert [line for line in to_do if line.startswith("--config-path=a/b: that file is not read")]
+
+
+def test_another_reward_is_left_to_do() -> None:
+    to_do = "\n".join(translate(SMALL + "custom_reward_function.path=mine.py").to_do)
+    assert "reward.rule: reward_model.reward_manager is not dapo" in to_do
+    assert "reward.function: custom_reward_function.path = 'mine.py' is not taken over" in to_do
+    assert "reward" not in "\n".join(translate(SMALL + "reward_model.reward_manager=dapo").to_do)
+
+
+def test_what_is_misspelled_is_unknown() -> None:
+    for key in ("reward_model.overlong_buffer.lenn", f"{R}temprature", f"{L}decay", "trainer.steps", f"{O}lr_"):
+        assert row_of(translate(f"{SMALL}{key}=1"), key)[0] == "unknown"
 
 
 def row_of(translation: Translation, key: str) -> tuple[str, str]:
@@ -96,7 +109,6 @@ def test_a_megatron_launcher(tmp_path: Path) -> None:
     assert config == translation.config
     check_config(config)
     assert config.algorithm == AlgorithmConfig(preset="dapo")
-    assert translation.hydra_files == ["--config-name=dapo_megatron_trainer.yaml"]
     assert config.optimizer == OptimizerConfig(lr=1e-6, weight_decay=0.01, warmup_steps=0, max_grad_norm=0.5)
     parallel = config.parallel
     assert (parallel.tensor, parallel.pipeline, parallel.data, parallel.sequence_parallel) == (4, 2, 2, True)
@@ -112,7 +124,12 @@ def test_a_megatron_launcher(tmp_path: Path) -> None:
         "aime_2024": "${HOME}/problems/aime 2024.parquet",
         "aime_2025": "other/aime_2025.parquet",
     }
-    assert translation.unassigned == {"data.train": ["HOME"], "data.eval": ["HOME"]}
+    assert [line.partition(":")[0] for line in translation.to_do] == [
+        "trainer.steps",
+        "--config-name=dapo_megatron_trainer.yaml",
+        "data.train",
+        "data.eval",
+    ]
     assert (config.evaluation.temperature, config.evaluation.samples_per_problem) == (0, 1)  # as verl would
 
 

@@ -8,6 +8,8 @@ from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 from typing import Any
 
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 
 from fipo_megatron.config.schema import Config
@@ -136,6 +138,12 @@ def test_files_that_are_here_and_those_that_are_not(tmp_path: Path) -> None:
     assert second.endswith("nowhere.parquet is not here; declared as parquet by its suffix, its rows are not checked")
     with pytest.raises(ValueError, match=r"data.train: .*fields 'a' are those of no known format"):
         lines("none.jsonl")
+    rows = [{"question": str(i), "answer": "2", "solution": None, "data_source": "sums"} for i in range(150)]
+    pq.write_table(pa.Table.from_pylist(rows), tmp_path / "test.parquet")
+    assert lines("train.jsonl", "test.parquet")[1].endswith("test.parquet, problems in 100 of the first 100 rows")
+    pq.write_table(pa.Table.from_pylist([{"a": 1}]), tmp_path / "bad.parquet")
+    with pytest.raises(ValueError, match=r"data.eval.test: .*bad.parquet: has no column prompt"):
+        lines("train.jsonl", "bad.parquet")
     config = Config.model_validate({"data": {"eval": {"test": str(tmp_path / "odd.jsonl")}}})
     with pytest.raises(ValueError, match=r"data.eval.test: .*1 of 2 rows can't be read: line 1 holds"):
         list(check_files(config))
@@ -182,7 +190,7 @@ def test_what_is_printed(capsys: pytest.CaptureFixture[str]) -> None:
     ]
     dry_run.print_stages(config, shape, "here", stages)
     printed = capsys.readouterr().out
-    assert "model: Qwen2ForCausalLM, 0.0001" in printed
+    assert f"model: Qwen2ForCausalLM, {total(shape):,} parameters, shape of here" in printed
     assert [line.split() for line in printed.splitlines() if "4-7" in line] == [
         ["│", "1", "│", "4-7", "│", "2-3", "│", "2,000", "│", "2.00", "│", "3.00", "│", "4.00", "│", "9.00", "│"]
     ]
