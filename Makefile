@@ -6,7 +6,7 @@ PARITY_ARGS ?=
 OTHER_MEGATRON = 0.19.2
 
 .DEFAULT_GOAL := help
-.PHONY: help install quickstart test sglang test-sglang parity lint format
+.PHONY: help install quickstart test sglang test-sglang parity docs lint format
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-12s %s\n", $$1, $$2 }' Makefile
@@ -31,6 +31,11 @@ parity: install ## long log-probs against float64; every layout and family again
 	.venv/bin/python tools/check_layouts.py $(PARITY_ARGS)
 	@$(PYTHON) tools/install.py --megatron $(OTHER_MEGATRON)
 	PYTHONPATH=.venv/megatron-core-$(OTHER_MEGATRON) .venv/bin/python tools/check_layouts.py $(PARITY_ARGS)
+
+docs: install ## build the documentation site in build/site; warnings are errors
+	@$(PYTHON) tools/install.py --docs
+	.venv/bin/python tools/write_config_reference.py --check
+	NO_MKDOCS_2_WARNING=1 .venv/docs/bin/mkdocs build --strict
 
 lint: install ## ruff and mypy, without changing a file
 	.venv/bin/ruff check

@@ -29,6 +29,8 @@ LOG = VENV / "install.log"
 SGLANG_VENV = VENV / "sglang"
 SGLANG_STAMP = SGLANG_VENV / "complete_install.sha256"
 SGLANG_STAND_INS = ROOT / "tools/sglang_cpu"
+DOCS_VENV = VENV / "docs"
+DOCS_STAMP = DOCS_VENV / "complete_install.sha256"
 
 DISTRIBUTION = "fipo-megatron"
 EXTRAS = ("cpu", "dev")
@@ -46,6 +48,7 @@ SGLANG_PACKAGES = (
     "soundfile==0.14.0",
 )
 SGLANG_IMPORTS = ("sglang.launch_server", "sglang.srt.managers.scheduler", "sglang.srt.models.qwen2")
+DOCS_IMPORTS = ("mkdocs", "material", "mkdocstrings_handlers.python")
 CHECKED_IMPORTS = ("torch", "transformers", "megatron.core", "ray", "vllm", "fipo_megatron")
 
 RunPip = Callable[..., None]
@@ -289,12 +292,33 @@ def install_sglang() -> None:
     report("complete")
 
 
+def install_docs() -> None:
+    """Builds `.venv/docs`: an environment with the extra `docs` alone, for the documentation site."""
+    fingerprint = make_fingerprint((ROOT / "setup.py", Path(__file__)), platform.python_version())
+    if DOCS_STAMP.exists() and DOCS_STAMP.read_text() == fingerprint:
+        report(f"{DOCS_VENV.name} is up to date")
+        return
+    if not STAMP.exists():
+        raise InstallError(DOCS_VENV.name, ".venv, whose pip it uses, is not complete", "make install")
+    base = read_requirements(DISTRIBUTION)
+    packages = [line for line in read_requirements(DISTRIBUTION, ("docs",)) if line not in base]
+    made = run_quietly(VENV_PYTHON, "-m", "venv", "--clear", "--without-pip", DOCS_VENV)
+    if made.returncode != 0:
+        raise InstallError("python -m venv", (made.stdout + made.stderr).strip(), f"see {DOCS_VENV}, then repeat")
+    python = DOCS_VENV / "bin/python"
+    run_pip("mkdocs and its theme", *packages, python=python)
+    check_imports(DOCS_IMPORTS, python)
+    DOCS_STAMP.write_text(fingerprint)
+    report("complete")
+
+
 def main(arguments: Sequence[str]) -> int:
     """The exit status: 0 when `.venv` is complete."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--print-requirements", nargs="+", metavar="NAME", help=argparse.SUPPRESS)
     parser.add_argument("--megatron", metavar="VERSION", help="only put that version of megatron-core beside .venv's")
     parser.add_argument("--sglang", action="store_true", help="only put SGLang on a CPU beside .venv: .venv/sglang")
+    parser.add_argument("--docs", action="store_true", help="only put mkdocs beside .venv: .venv/docs")
     options = parser.parse_args(arguments)
     if options.print_requirements:
         print_requirements(options.print_requirements[0], options.print_requirements[1:])
@@ -305,6 +329,8 @@ def main(arguments: Sequence[str]) -> int:
                 install_megatron(options.megatron)
             elif options.sglang:
                 install_sglang()
+            elif options.docs:
+                install_docs()
             else:
                 install()
     except InstallError as error:

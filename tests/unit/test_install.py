@@ -237,6 +237,7 @@ def test_make_help_lists_every_target():
         "sglang",
         "test-sglang",
         "parity",
+        "docs",
         "lint",
         "format",
     ]
@@ -295,6 +296,32 @@ def test_sglang_needs_the_environment_it_shares(install, checkout, monkeypatch, 
     assert install.main(["--sglang"]) == 1
     assert checkout == []
     assert "make install" in capsys.readouterr().err
+
+
+def test_the_documentation_site_gets_an_environment_of_its_own_and_only_once(install, checkout, monkeypatch):
+    def make(*command):
+        assert command[1:] == ("-m", "venv", "--clear", "--without-pip", install.DOCS_VENV)
+        install.DOCS_VENV.mkdir(exist_ok=True)
+        return subprocess.CompletedProcess(command, 0, "", "")
+
+    def read_requirements(distribution, extras=()):
+        return install.select_requirements(["numpy>=2", "mkdocs==1; extra == 'docs'"], extras, ())
+
+    monkeypatch.setattr(install, "DOCS_VENV", install.VENV / "docs")
+    monkeypatch.setattr(install, "DOCS_STAMP", install.VENV / "docs/stamp")
+    monkeypatch.setattr(install, "run_quietly", make)
+    monkeypatch.setattr(install, "read_requirements", read_requirements)
+    assert install.main(["--docs"]) == 1  # .venv comes first
+    install.STAMP.touch()
+    assert install.main(["--docs"]) == install.main(["--docs"]) == 0
+    assert checkout == [("mkdocs==1", install.DOCS_VENV / "bin/python"), ("check_imports",)]
+
+
+def test_the_documentation_extra_is_pinned():
+    code = (ROOT / "setup.py").read_text()
+    extra = code.partition('"docs": [')[2].partition("]")[0]
+    assert len(extra.split(",")) >= 3
+    assert all("==" in package for package in extra.split(","))
 
 
 def test_what_stands_in_for_a_package_can_be_imported_but_not_called():
