@@ -20,9 +20,9 @@ INTRODUCTION = """\
 
 A configuration is a YAML file of sections; `key=value` after it on the command line replaces one value, dots lead into
 sections, and the value is YAML: `optimizer.lr=1e-5`, `parallel='{tensor: 2}'`. `base:` in a file names another file
-whose values it starts from ([recipes](recipes.md)). Unknown keys, wrong types and values out of range are refused at the
-start, with key, value and remedy; so are contradictions between values, and values that nothing would read. The run's
-folder holds the resolved form, `config.yaml`, defaults included.
+whose values it starts from ([recipes](recipes.md)). Unknown keys, wrong types and values out of range are refused at
+the start, with key, value and remedy; so are contradictions between values, and values that nothing would read. The
+run's folder holds the resolved form, `config.yaml`, defaults included.
 
 Text is never read as a number, and a boolean is none: `"8"` is refused where 8 is meant. An integer may stand for a
 float.
@@ -102,7 +102,9 @@ def _cells(field: FieldInfo) -> tuple[str, str, str]:
     annotation = field.annotation
     links = [_link(model) for model in _models(annotation)]
     if links:
-        kind = {tuple: "list of ", dict: "mapping of names to "}.get(get_origin(annotation), "") + " or ".join(links)
+        origin = get_origin(annotation)
+        kind = "list of " if origin is tuple else "mapping of names to " if origin is dict else ""
+        kind += " or ".join(links)
         kind += ", or null" if type(None) in get_args(annotation) else ""
     else:
         kind = _type_name(annotation)
