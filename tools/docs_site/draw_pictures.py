@@ -81,7 +81,7 @@ def draw_step() -> None:
     picture.text(
         440, 287, "several updates a batch: only from the second on does FIPO differ from DAPO", "middle", faint=True
     )
-    picture.text(120, 128, "the next batch is sampled from the new weights", faint=True)
+    picture.text(345, 140, "the next batch is sampled from the new weights", faint=True)
     picture.write("step.svg")
 
 
@@ -155,7 +155,7 @@ def draw_scan() -> None:
     picture.text(
         20,
         240,
-        "w = exp(F), here clipped to [1, 1.2] (fipo_32b); it multiplies the token's advantage. No gradient goes through it.",
+        "w = exp(F), here clipped to [1, 1.2] (fipo_32b), multiplies its advantage. No gradient goes through it.",
     )
     picture.text(
         20,
@@ -183,7 +183,7 @@ def draw_sync() -> None:
     picture.text(
         20,
         252,
-        "Every process makes the same plan. Each element that a worker stores travels once, from live memory into live memory.",
+        "Every process makes the same plan. Each element that a worker stores travels once, memory to memory.",
     )
     picture.text(
         20,
