@@ -128,7 +128,7 @@ def draw_context() -> None:
     picture.text(
         20, 178, "Under a causal mask both have the same work: early tokens attend to few others, late ones to many."
     )
-    picture.text(20, 196, "Memory of activations and of attention is that of half the sequence a rank.", faint=True)
+    picture.text(20, 196, "On GPUs a rank has the activations of half the sequence; the scan exchanges two numbers a chunk.", faint=True)
     picture.write("context.svg")
 
 
