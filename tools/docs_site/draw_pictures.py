@@ -128,7 +128,12 @@ def draw_context() -> None:
     picture.text(
         20, 178, "Under a causal mask both have the same work: early tokens attend to few others, late ones to many."
     )
-    picture.text(20, 196, "On GPUs a rank has the activations of half the sequence; the scan exchanges two numbers a chunk.", faint=True)
+    picture.text(
+        20,
+        196,
+        "On GPUs a rank has the activations of half the sequence; the scan exchanges two numbers a chunk.",
+        faint=True,
+    )
     picture.write("context.svg")
 
 
