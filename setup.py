@@ -80,7 +80,14 @@ EXTRAS = {
         "wandb>=0.31,<1",
     ],
     # The documentation site, in an environment of its own (`make docs`). Pinned: a build with --strict counts warnings.
-    "docs": ["mkdocs==1.6.1", "mkdocs-material==9.8.2", "mkdocstrings==1.0.8", "mkdocstrings-python==2.0.11"],
+    "docs": [
+        "mkdocs==1.6.1",
+        "mkdocs-material==9.8.2",
+        # The API reference, read from the sources without importing them; ruff breaks its signatures into lines.
+        "mkdocstrings==1.0.8",
+        "mkdocstrings-python==2.0.11",
+        "ruff==0.17.6",
+    ],
     # What `make test` needs beside the package.
     "dev": [
         TENSORBOARD,

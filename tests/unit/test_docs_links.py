@@ -63,6 +63,13 @@ def test_the_navigation_has_every_page_once() -> None:
     assert sorted(pages) == [page.name for page in PAGES[1:]]
 
 
+def test_the_api_reference_names_modules() -> None:
+    names = re.findall(r"^::: (\S+)$", (ROOT / "docs/api.md").read_text(), re.MULTILINE)
+    assert len(names) > 15
+    paths = [ROOT / name.replace(".", "/") for name in names]
+    assert [path for path in paths if not (path.with_suffix(".py").exists() or (path / "__init__.py").exists())] == []
+
+
 def test_the_site_fetches_nothing() -> None:
     settings = yaml.safe_load((ROOT / "mkdocs.yml").read_text())
     assert settings["theme"]["font"] is False
