@@ -12,7 +12,7 @@ from fipo_megatron.config.section import Section
 class ArithmeticTaskConfig(Section):
     """Multi-digit addition with worked traces (data/tasks/arithmetic.py)."""
 
-    name: Literal["arithmetic"] = "arithmetic"
+    name: Literal["arithmetic"] = Field("arithmetic", description="which task")
     num_digits: int = Field(4, ge=2, le=12, description="digits of both operands: the difficulty")
     held_out_frac: float = Field(0.1, gt=0, lt=0.5, description="share of operand values that only evaluation uses")
     carry_error_prob: float = Field(
@@ -24,7 +24,7 @@ class ArithmeticTaskConfig(Section):
 class CheckedSumsTaskConfig(Section):
     """Sums with a check that raises accuracy and length, and is the policy's choice (data/tasks/checked_sums.py)."""
 
-    name: Literal["checked_sums"] = "checked_sums"
+    name: Literal["checked_sums"] = Field("checked_sums", description="which task")
     num_digits: int = Field(4, ge=2, le=12, description="digits of both operands: the difficulty")
     held_out_frac: float = Field(0.1, gt=0, lt=0.5, description="share of operand values that only evaluation uses")
     check_prob: float = Field(0.15, ge=0, le=1, description="warm-start traces: chance of a check")
@@ -34,7 +34,7 @@ class CheckedSumsTaskConfig(Section):
 class KnightsTaskConfig(Section):
     """Knights and knaves, a logic puzzle (data/tasks/knights.py)."""
 
-    name: Literal["knights"] = "knights"
+    name: Literal["knights"] = Field("knights", description="which task")
     num_people: int = Field(5, ge=3, le=5, description="3 have 14 puzzles that differ by more than names, 4 have 314")
     held_out_frac: float = Field(0.1, gt=0, lt=0.5, description="share of puzzles that only evaluation uses")
     slip_prob: float = Field(0.15, ge=0, le=1, description="warm-start traces: chance to overlook a contradiction")

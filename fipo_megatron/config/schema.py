@@ -62,18 +62,20 @@ class ModelConfig(Section):
 class WarmStartConfig(Section):
     """A small base policy, trained on noisy traces through the same actor, made once and kept in a cache."""
 
-    cache_dir: str = Field(".cache/base_policies", min_length=1)
+    cache_dir: str = Field(
+        ".cache/base_policies", min_length=1, description="folder of the base policies that were made"
+    )
     seed: int = Field(0, ge=0, description="of the base policy; independent of the run's seed")
-    hidden_size: int = Field(128, gt=0)
-    intermediate_size: int = Field(256, gt=0)
-    num_layers: int = Field(4, gt=0)
-    num_attention_heads: int = Field(4, gt=0)
-    num_key_value_heads: int = Field(2, gt=0)
-    tie_word_embeddings: bool = True
-    steps: int = Field(300, gt=0)
+    hidden_size: int = Field(128, gt=0, description="width of the residual stream")
+    intermediate_size: int = Field(256, gt=0, description="width inside a feed-forward block")
+    num_layers: int = Field(4, gt=0, description="transformer layers")
+    num_attention_heads: int = Field(4, gt=0, description="heads of queries")
+    num_key_value_heads: int = Field(2, gt=0, description="heads of keys and values, shared by those of queries")
+    tie_word_embeddings: bool = Field(True, description="the head computes with the embedding's weights")
+    steps: int = Field(300, gt=0, description="optimizer steps")
     batch_samples: int = Field(32, gt=0, description="traces per optimizer step, over all ranks")
-    lr: float = Field(3e-3, gt=0)
-    warmup_steps: int = Field(20, ge=0)
+    lr: float = Field(3e-3, gt=0, description="peak learning rate; it then falls to a tenth of it")
+    warmup_steps: int = Field(20, ge=0, description="optimizer steps over which the rate rises linearly")
 
 
 class ParallelConfig(Section):
@@ -83,11 +85,11 @@ class ParallelConfig(Section):
     all of them once.
     """
 
-    tensor: int = Field(1, gt=0)
-    pipeline: int = Field(1, gt=0)
+    tensor: int = Field(1, gt=0, description="ranks that each layer is cut over")
+    pipeline: int = Field(1, gt=0, description="stages of consecutive layers")
     virtual_pipeline: int | None = Field(None, gt=1, description="model chunks a stage, interleaved; null: one")
-    context: int = Field(1, gt=0)
-    data: int = Field(1, gt=0)
+    context: int = Field(1, gt=0, description="ranks that each sequence is cut over")
+    data: int = Field(1, gt=0, description="replicas that share out the samples of a mini-batch")
     expert: int = Field(1, gt=0, description="ranks that share out the experts of a layer")
     expert_tensor: int = Field(1, gt=0, description="ranks that an expert is cut over")
     sequence_parallel: bool = Field(False, description="shard norms and dropout over the tensor-parallel ranks")
@@ -101,20 +103,22 @@ class ParallelConfig(Section):
 class OptimizerConfig(Section):
     """AdamW; constant learning rate after a linear warm-up over rollout steps."""
 
-    lr: float = Field(1e-6, gt=0)
+    lr: float = Field(1e-6, gt=0, description="learning rate after the warm-up")
     warmup_steps: int = Field(10, ge=0, description="rollout steps over which the rate rises linearly")
-    weight_decay: float = Field(0.1, ge=0)
-    adam_beta1: float = Field(0.9, ge=0, lt=1)
-    adam_beta2: float = Field(0.999, ge=0, lt=1)
-    adam_eps: float = Field(1e-8, gt=0)
-    max_grad_norm: float = Field(1.0, gt=0)
+    weight_decay: float = Field(0.1, ge=0, description="of matrices; norms and biases have none")
+    adam_beta1: float = Field(0.9, ge=0, lt=1, description="decay of the mean of gradients, per update")
+    adam_beta2: float = Field(0.999, ge=0, lt=1, description="decay of the mean of their squares")
+    adam_eps: float = Field(1e-8, gt=0, description="added to the root of the latter")
+    max_grad_norm: float = Field(1.0, gt=0, description="norm to which a larger gradient is scaled down")
 
 
 class AlgorithmConfig(Section):
     """The loss (algorithm/fipo_loss.py). Names in brackets are those of the authors' script."""
 
     preset: PresetName | None = Field(None, description="published recipe that the other keys start from; null: none")
-    objective: Objective = "fipo"
+    objective: Objective = Field(
+        "fipo", description="dapo: no influence weights, no dropped sequences; grpo: nor a dual clip"
+    )
     clip_ratio_low: float = Field(0.2, gt=0, lt=1, description="eps_low")
     clip_ratio_high: float = Field(0.28, gt=0, description="eps_high")
     dual_clip_ratio: float | None = Field(
@@ -129,10 +133,14 @@ class AlgorithmConfig(Section):
     safety_rule: Literal["clamp", "reset"] = Field(
         "clamp", description="clamp: w in [0.8, 1]; reset: w = 1 (the paper)"
     )
-    loss_aggregation: LossAggregation = "token-mean"
+    loss_aggregation: LossAggregation = Field(
+        "token-mean", description="how tokens become one loss (algorithm/reduction.py)"
+    )
     reference_kl_coef: float = Field(0.0, ge=0, description="beta of the KL penalty to the frozen initial policy")
     entropy_coef: float = Field(0.0, ge=0, description="of the entropy that is taken off each token's loss")
-    normalize_advantage_by_std: bool = True
+    normalize_advantage_by_std: bool = Field(
+        True, description="divide by the standard deviation of the group's rewards, too"
+    )
 
     @model_validator(mode="before")
     @classmethod
@@ -168,10 +176,12 @@ class RolloutConfig(Section):
     expert_parallel: bool = Field(False, description="an engine's workers hold whole experts instead of slices of all")
     prompts_per_step: int = Field(512, gt=0, description="groups that one step trains on")
     samples_per_prompt: int = Field(16, gt=1, description="group size G")
-    temperature: float = Field(1.0, gt=0)
-    top_p: float = Field(1.0, gt=0, le=1)
-    max_prompt_tokens: int = Field(2048, gt=0)
-    max_response_tokens: int = Field(20480, gt=0)
+    temperature: float = Field(1.0, gt=0, description="of sampling, and of the trainer's log-probs")
+    top_p: float = Field(
+        1.0, gt=0, le=1, description="has to be 1: the trainer's log-probs are those of the whole distribution"
+    )
+    max_prompt_tokens: int = Field(2048, gt=0, description="longer prompts are left out of training, and counted")
+    max_response_tokens: int = Field(20480, gt=0, description="a response is cut there")
     max_concurrent_sequences: int = Field(256, gt=0, description="sequences that an engine decodes at once")
     kv_cache_gib: int = Field(1, gt=0, description="CPU engine: memory of its key-value cache")
     gpu_memory_utilization: float = Field(0.8, gt=0, le=1, description="CUDA engine: share of device memory")
@@ -183,7 +193,7 @@ class RolloutConfig(Section):
 class DynamicSamplingConfig(Section):
     """Groups in which all answers are right or all are wrong carry no signal: drop them and generate more."""
 
-    enabled: bool = True
+    enabled: bool = Field(True, description="drop such groups; false: train on them, with advantages of 0")
     generation_prompts: int = Field(2048, gt=0, description="prompts per generation batch")
     max_generation_batches: int = Field(10, gt=0, description="batches per step before giving up with an error")
     surplus: Literal["keep", "drop"] = Field(
@@ -229,7 +239,9 @@ class KernelsConfig(Section):
         "auto", description="te, megatron: losses of Transformer Engine and Megatron, from logits, without entropy"
     )
     workspace_mib: int = Field(256, gt=0, description="memory of the blocks of logits, with logprob_from=hidden_states")
-    future_kl_scan: Literal["auto", "torch", "numba", "triton", "reference"] = "auto"
+    future_kl_scan: Literal["auto", "torch", "numba", "triton", "reference"] = Field(
+        "auto", description="numba: on a CPU; triton: on GPUs; torch: on both; reference: token by token"
+    )
 
     @property
     def has_entropy(self) -> bool:
@@ -258,7 +270,7 @@ class RewardConfig(Section):
     overlong_buffer_tokens: int = Field(
         0, ge=0, description="length penalty over the last tokens of the limit; 0: none"
     )
-    overlong_penalty_factor: float = Field(1.0, ge=0)
+    overlong_penalty_factor: float = Field(1.0, ge=0, description="the penalty at the limit")
     mask_truncated: bool = Field(
         False, description="leave responses that the limit has cut out of the loss (DAPO's overlong filtering)"
     )
@@ -285,11 +297,11 @@ class RewardConfig(Section):
 class EvaluationConfig(Section):
     """Accuracy on held-out problems."""
 
-    num_problems: int = Field(512, gt=0)
+    num_problems: int = Field(512, gt=0, description="of each set, the first ones")
     every_steps: int = Field(10, gt=0, description="also before the first and after the last step")
     samples_per_problem: int = Field(1, gt=0, description="k of avg@k, cons@k and pass@k")
-    temperature: float = Field(1.0, ge=0)
-    top_p: float = Field(1.0, gt=0, le=1)
+    temperature: float = Field(1.0, ge=0, description="of the samples; 0: the likeliest token")
+    top_p: float = Field(1.0, gt=0, le=1, description="of the samples")
     greedy: bool = Field(True, description="measure the likeliest response of each problem, too")
 
     @model_validator(mode="after")
@@ -349,7 +361,9 @@ class TimeoutsConfig(Section):
 class ClusterConfig(Section):
     """Processes and addresses. Everything listens on `address` only."""
 
-    address: str = Field("127.0.0.1", min_length=1)
+    address: str = Field(
+        "127.0.0.1", min_length=1, description="of this machine; 127.0.0.1: nothing is seen from outside"
+    )
     master_port: int = Field(0, ge=0, le=65535, description="rendezvous of the trainer ranks; 0: any free port")
 
 
@@ -357,7 +371,9 @@ class Config(Section):
     """One whole run."""
 
     seed: int = Field(0, ge=0, lt=2**31, description="of sampling, data order and mini-batch order")
-    platform: Literal["auto", "cpu", "cuda"] = "auto"
+    platform: Literal["auto", "cpu", "cuda"] = Field(
+        "auto", description="auto: cuda where torch sees a device, else cpu"
+    )
     run: RunConfig = RunConfig()
     model: ModelConfig = ModelConfig()
     warm_start: WarmStartConfig | None = None

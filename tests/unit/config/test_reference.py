@@ -116,3 +116,8 @@ def test_check_says_when_the_page_is_not_what_the_schema_says(tmp_path, capsys):
     page.write_text(page.read_text().replace("tau", "TAU"))
     assert tool.main(["--check", "--out", str(page)]) == 1
     assert "run tools/write_config_reference.py" in capsys.readouterr().err
+
+
+def test_every_key_but_a_section_says_what_it_means():
+    silent = [key for key, cells in rows().items() if len(cells) == 4 and not cells[3] and "](#" not in cells[1]]
+    assert silent == []
