@@ -22,7 +22,7 @@ from fipo_megatron.config.load import load_config
 from tests.script_process import REPO
 from tests.smoke.train_process import readme_words
 
-PAGES = sorted((REPO / "docs").glob("*.md"))
+PAGES = [*sorted((REPO / "docs").glob("*.md")), *sorted((REPO / "examples").glob("*/README.md"))]
 MARKS = ("gpu", "cluster")
 QUICKSTART = "configs/quickstart_cpu.yaml"
 PLACEHOLDER = re.compile(r"[A-Z][A-Z_]+(/[\w.-]*)?")
@@ -65,7 +65,11 @@ def read_commands(page: str, text: str) -> Iterator[Command]:
         yield Command(page, tuple(word for word in shlex.split(span)))
 
 
-COMMANDS = [command for page in PAGES for command in read_commands(page.name, page.read_text())]
+def page_name(page: Path) -> str:
+    return page.relative_to(REPO).as_posix().removeprefix("docs/")
+
+
+COMMANDS = [command for page in PAGES for command in read_commands(page_name(page), page.read_text())]
 UNMARKED = [command for command in COMMANDS if command.mark is None]
 
 
@@ -107,6 +111,17 @@ def check_make(words: list[str]) -> None:
         load_config(REPO / QUICKSTART, shlex.split(variables.get("ARGS", "").replace("=N", "=1")))
 
 
+def check_script(words: list[str]) -> None:
+    """Fail unless it is a script of the repository without an error of syntax; overrides have to load beside it."""
+    script = REPO / words[0]
+    assert script.is_file(), words[0]
+    assert subprocess.run(["bash", "-n", script], capture_output=True, check=False).returncode == 0
+    if (script.parent / "config.yaml").exists():
+        load_config(script.parent / "config.yaml", words[1:])
+    else:
+        assert not words[1:], f"{words[0]} takes no settings"
+
+
 def check(command: Command, monkeypatch: pytest.MonkeyPatch) -> None:
     words = list(command.words)
     if words in readme_words():
@@ -115,9 +130,8 @@ def check(command: Command, monkeypatch: pytest.MonkeyPatch) -> None:
         return check_make(words)
     if words[0] == ".venv/bin/python":
         words = words[1:]
-    if words[0] == "bash":
-        assert (REPO / words[1]).is_file(), words[1]
-        return None
+    if words[0] == "bash" or words[0].startswith("examples/"):
+        return check_script(words[1:] if words[0] == "bash" else words)
     assert words[0].startswith("tools/"), "neither a tool, nor make, nor a script of the repository; mark its block"
     source = (REPO / words[0]).read_text() if (REPO / words[0]).is_file() else ""
     missing = [word for word in words if word in COMING and word not in source and word != (words[0] if source else "")]
@@ -148,11 +162,17 @@ def test_all_pages_have_been_read() -> None:
         "make quickstart ARGS=trainer.steps=many",
         "curl https://example.org",
         "bash examples/no_such_recipe/run.sh",
+        "examples/no_such_recipe/run.sh",
+        "examples/compare_algorithms/run.sh seed=1",
     ],
 )
 def test_a_wrong_command_is_found(line: str, monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises((AssertionError, ValueError, SystemExit, FileNotFoundError)):
         check(Command("page.md", tuple(shlex.split(line))), monkeypatch)
+
+
+def test_a_script_is_found(monkeypatch: pytest.MonkeyPatch) -> None:
+    check(Command("page.md", ("examples/compare_algorithms/run.sh",)), monkeypatch)
 
 
 def test_blocks_and_marks_are_read() -> None:

@@ -1,4 +1,4 @@
-"""Links, anchors and pictures of README and docs/ lead somewhere, and the site's navigation has every page."""
+"""Links, anchors and pictures of README, docs/ and examples/ lead somewhere, and the site's navigation has every page."""
 
 from __future__ import annotations
 
@@ -12,7 +12,8 @@ import yaml
 from fipo_megatron.config.reference import anchor
 
 ROOT = Path(__file__).parents[2]
-PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+DOCS = sorted((ROOT / "docs").glob("*.md"))
+PAGES = [ROOT / "README.md", *DOCS, *sorted((ROOT / "examples").glob("*/README.md"))]
 
 
 def without_code(text: str) -> str:
@@ -38,7 +39,7 @@ def find_broken(page: Path) -> Iterator[str]:
             yield link
 
 
-@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.relative_to(ROOT).as_posix())
 def test_links_lead_somewhere(page: Path) -> None:
     assert list(find_broken(page)) == []
 
@@ -53,14 +54,14 @@ def test_broken_links_are_found(tmp_path: Path) -> None:
 
 def test_headings_of_a_page_are_unique() -> None:
     """The second of two equal ones gets another fragment, by rules that differ between GitHub and the site."""
-    twice = {page.name: sorted({name for name in headings(page) if headings(page).count(name) > 1}) for page in PAGES}
+    twice = {page: sorted({name for name in headings(page) if headings(page).count(name) > 1}) for page in PAGES}
     assert {name: found for name, found in twice.items() if found} == {}
 
 
 def test_the_navigation_has_every_page_once() -> None:
     navigation = yaml.safe_load((ROOT / "mkdocs.yml").read_text())["nav"]
     pages = [name for part in navigation for entries in part.values() for entry in entries for name in entry.values()]
-    assert sorted(pages) == [page.name for page in PAGES[1:]]
+    assert sorted(pages) == [page.name for page in DOCS]
 
 
 def test_the_api_reference_names_modules() -> None:
