@@ -1,4 +1,4 @@
-"""Links, anchors and pictures of README, docs/ and examples/ lead somewhere, and the site's navigation has every page."""
+"""Links, anchors and pictures of README, docs/ and examples/ lead somewhere; the navigation has every page."""
 
 from __future__ import annotations
 
