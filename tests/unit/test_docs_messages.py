@@ -59,3 +59,14 @@ def test_what_the_code_does_not_say_is_not_found() -> None:
     assert find("a.b = ...: is ...; set it", texts)
     assert not find("a.b = ...: was ...; set it", texts)
     assert not find("set it...a.b", texts)
+
+
+def test_the_figures_of_long_context_are_the_planners() -> None:
+    from fipo_megatron.config.load import load_config
+    from fipo_megatron.parallel.plan import microbatch_tokens
+
+    page = (ROOT / "docs/long_context.md").read_text()
+    recipe = ROOT / "configs/recipes/fipo_32b.yaml"
+    for overrides in ([], ["parallel={context: 4}"], ["parallel={context: 4, tensor: 4, sequence_parallel: true}"]):
+        assert f"{microbatch_tokens(load_config(recipe, overrides)):,}" in page
+    assert f"{22528 * 152064 * 4 / 2**30:.1f} GiB in float32" in page
