@@ -36,8 +36,8 @@ ends, it says what is where, how to look at its samples and how to compare it.
 A run saves checkpoints (checkpoint.every_steps); --resume goes on from the newest that is whole, and makes the same
 steps as a run that was never stopped. SIGUSR1 ends a run after the step under way, with a checkpoint.
 
-exit status: 0 trained, or a dry run found nothing, 1 a failure in the run, 2 refused before a process started, 75 stopped
-by SIGUSR1 (--resume goes on), 130 interrupted
+exit status: 0 trained, or a dry run found nothing, 1 a failure in the run, 2 refused before a process started,
+75 stopped by SIGUSR1 (--resume goes on), 130 interrupted
 """
 
 STOPPED = 75  # EX_TEMPFAIL of sysexits.h: try again later

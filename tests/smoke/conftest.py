@@ -20,7 +20,9 @@ def readme_runs(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, list[st
     for words in readme_words():
         if words[1] == "tools/train.py":
             assert words[0] == ".venv/bin/python"
-            command = [sys.executable, *words[1:], *small]
+            # A resumed run has its settings, which may not change, but for the number of its steps.
+            arguments = [str(root / "dapo") if word == "runs/dapo" else word for word in words[1:]]
+            command = [sys.executable, *arguments, *(["trainer.steps=3"] if "--resume" in words else small)]
             finished = subprocess.run(command, cwd=REPO, capture_output=True, text=True, timeout=200, check=False)
             assert finished.returncode == 0, finished.stdout + finished.stderr
             outputs.append(finished.stdout)

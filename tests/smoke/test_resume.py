@@ -31,8 +31,7 @@ SETTINGS = (
     "checkpoint.every_steps=2",
     "--resume=auto",
 )
-# Where the driver is killed, and after which step the next process goes on. Of two the first is the one whose checkpoint
-# may have been under way.
+# Where the driver is killed, and after which step the next process goes on; a checkpoint may be under way at two steps.
 KILLS = {
     "reward@6": {2, 4},
     "logprobs@7": {4, 6},
