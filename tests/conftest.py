@@ -53,7 +53,8 @@ def shared_dir() -> Path:
 @pytest.fixture
 def own_signals() -> Iterator[None]:
     """Puts back the handlers that a tool called in this process replaces."""
-    handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)}
+    numbers = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1)
+    handlers = {number: signal.getsignal(number) for number in numbers}
     yield
     for number, handler in handlers.items():
         signal.signal(number, handler)

@@ -12,12 +12,12 @@ import tempfile
 import traceback
 from collections.abc import Coroutine, Sequence
 from pathlib import Path
+from threading import Event
 from typing import TYPE_CHECKING, Any, TextIO
 
 if TYPE_CHECKING:
     from fipo_megatron.config.schema import Config
     from fipo_megatron.trainer.resume import Resumption
-    from fipo_megatron.trainer.run import StopRequest
 
 EXAMPLES = """\
 examples:
@@ -100,6 +100,8 @@ def _make_parser() -> argparse.ArgumentParser:
 
 def _train(options: argparse.Namespace, interrupts: Sequence[int], entered: list[Path]) -> int:
     """Exit status of a run that ends well, or as it is asked to. Its folder is put into `entered`."""
+    stop = Event()
+    signal.signal(signal.SIGUSR1, lambda number, frame: stop.set())
     config, name, resumed = _choose_run(options.config, options.overrides, options.resume)
     if options.dry_run:
         from fipo_megatron.trainer.dry_run import run_dry
@@ -108,11 +110,9 @@ def _train(options: argparse.Namespace, interrupts: Sequence[int], entered: list
         return 0
     from fipo_megatron.observability.progress import Progress
     from fipo_megatron.trainer.launch import check_before_start, plan_training, run_training
-    from fipo_megatron.trainer.run import StopRequest
     from fipo_megatron.trainer.run_folder import go_on_in, locked, make_run_folder
 
     files = check_before_start(config, is_resumed=resumed is not None)
-    stop = StopRequest()
     with contextlib.ExitStack() as stack:
         progress = stack.enter_context(Progress())
         scratch = stack.enter_context(tempfile.TemporaryDirectory(prefix="fipo-"))
@@ -125,7 +125,7 @@ def _train(options: argparse.Namespace, interrupts: Sequence[int], entered: list
         if resumed is not None:
             for note in (*resumed.notes, *go_on_in(folder, config, resumed.step)):
                 progress.note(note)
-        last_step = asyncio.run(_run_interruptibly(run_training(plan, folder, progress, stop), interrupts, stop))
+        last_step = asyncio.run(_run_interruptibly(run_training(plan, folder, progress, stop), interrupts))
     if last_step < config.trainer.steps:
         _print_contents(folder, sys.stderr)
         command = _command("train.py", "--resume", str(_short(folder)))
@@ -217,11 +217,8 @@ def _interrupt(signum: int, frame: object) -> None:
     raise KeyboardInterrupt
 
 
-async def _run_interruptibly(training: Coroutine[Any, Any, int], interrupts: Sequence[int], stop: StopRequest) -> int:
-    """The last step of a training that SIGUSR1 asks to stop after the step under way.
-
-    Other signals cancel the task: an exception out of a handler could end in a library's callback, and be lost there.
-    """
+async def _run_interruptibly(training: Coroutine[Any, Any, int], interrupts: Sequence[int]) -> int:
+    """Signals cancel the task: an exception out of a handler could end in a library's callback, and be lost there."""
     loop, task, received = asyncio.get_running_loop(), asyncio.current_task(), []
     assert task is not None
 
@@ -234,7 +231,6 @@ async def _run_interruptibly(training: Coroutine[Any, Any, int], interrupts: Seq
 
     for number in interrupts:
         loop.add_signal_handler(number, cancel, number)
-    loop.add_signal_handler(signal.SIGUSR1, lambda: setattr(stop, "is_requested", True))
     try:
         return await training
     except asyncio.CancelledError as error:

@@ -7,6 +7,7 @@ from collections.abc import Coroutine
 from contextlib import ExitStack, closing
 from dataclasses import dataclass
 from pathlib import Path
+from threading import Event
 from typing import Any
 
 import torch
@@ -37,7 +38,7 @@ from fipo_megatron.rollout.sglang import check_sglang
 from fipo_megatron.trainer.checkpoints import POLICY, RunState, check_same_model, read_run_state
 from fipo_megatron.trainer.loop import train
 from fipo_megatron.trainer.placement import Workers, num_engine_workers
-from fipo_megatron.trainer.run import Run, StopRequest
+from fipo_megatron.trainer.run import Run
 from fipo_megatron.trainer.run_folder import check_run_folder, checkpoints_folder
 from fipo_megatron.trainer.sync import engine_layout, trainer_layout
 from fipo_megatron.trainer.warm_start import TraceSource, base_policy_folder, make_base_policy, write_skeleton
@@ -135,10 +136,10 @@ def plan_training(
     return TrainingPlan(config, base, source, model_folder, prompts, checkpoint, state)
 
 
-async def run_training(plan: TrainingPlan, folder: Path, progress: Progress, stop: StopRequest) -> int:
+async def run_training(plan: TrainingPlan, folder: Path, progress: Progress, stop: Event) -> int:
     """Train into the run folder, in processes that are gone when this returns or raises; the last step that was made.
 
-    No checkpoint is left half-written.
+    When `stop` is set the run ends after the step under way. No checkpoint is left half-written.
     """
     config, base, source, model_folder = plan.config, plan.base, plan.source, plan.model_folder
     settings = config.checkpoint

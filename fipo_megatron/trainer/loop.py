@@ -55,7 +55,7 @@ async def train(run: Run) -> int:
         metrics |= run.record_samples(step, groups, batch, logprobs)
         run.record(step, metrics)
         await run.save(step, metrics)
-        if run.stop.is_requested:
+        if run.stop.is_set():
             await run.checkpoints.finish()
             return step
 

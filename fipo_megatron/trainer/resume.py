@@ -78,7 +78,10 @@ def find_unfinished(config: Config, config_name: str) -> Path | None:
         if number.isdecimal() and (folder / "config.yaml").is_file():
             numbered[int(number)] = folder
     for _, folder in sorted(numbered.items(), reverse=True):
-        changes = changed_settings(load_config(folder / "config.yaml"), config)
+        try:
+            changes = changed_settings(load_config(folder / "config.yaml"), config)
+        except ValueError:  # of another version
+            continue
         is_same = all(key.split(".")[0] in OF_AN_ATTEMPT for key in changes)
         if is_same and not is_complete(folder) and not is_locked(folder):
             return folder

@@ -6,8 +6,8 @@ import math
 import time
 from collections import Counter
 from collections.abc import Sequence
-from dataclasses import dataclass
 from pathlib import Path
+from threading import Event
 
 import numpy as np
 
@@ -51,13 +51,6 @@ from fipo_megatron.types import Decode, PolicyUpdate, SampleGroup, SamplingSetti
 CURVES_EVERY_S = 60.0  # between evaluations: to draw them takes a second or so
 
 
-@dataclass
-class StopRequest:
-    """Set when the run is to end after the step under way, with a checkpoint: its time is over, it goes on later."""
-
-    is_requested: bool = False
-
-
 class Run:
     """Everything that the loop needs, for one run folder."""
 
@@ -71,9 +64,10 @@ class Run:
         progress: Progress,
         trackers: Trackers,
         resumed: RunState | None = None,
-        stop: StopRequest | None = None,
+        stop: Event | None = None,
     ) -> None:
-        """`prompts` stand where the resumed run's did."""
+        """`prompts` stand where the resumed run's did. `stop` is set when the run is to end after the step under way,
+        with a checkpoint: its time is over, it goes on later."""
         self.config = config
         self.folder = folder
         self.workers = workers
@@ -94,7 +88,7 @@ class Run:
         self._skips = SkipGuard(config.trainer.max_skipped_updates)
         self._num_generation_batches = 0
         self.first_step = 1
-        self.stop = stop or StopRequest()
+        self.stop = stop or Event()
         self.checkpoints = Checkpoints(config, folder, workers.policy, model_folder)
         if resumed is not None:
             self._restore(resumed)
@@ -301,7 +295,7 @@ class Run:
             RuntimeError, OSError: a checkpoint could not be written, this one or the one before.
         """
         self.checkpoints.check()
-        if self.checkpoints.is_due(step) or self.stop.is_requested:
+        if self.checkpoints.is_due(step) or self.stop.is_set():
             with self.timers.phase("save"):
                 self._metrics.sync()
                 await self.checkpoints.save(self._state(step), metrics.get("eval/sampled_accuracy"))
