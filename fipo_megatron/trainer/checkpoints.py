@@ -108,7 +108,8 @@ class Checkpoints:
             await pending
 
     async def cancel(self) -> None:
-        """Give up the checkpoint under way, if any."""
+        """Give up the checkpoint under way, if any; nothing is written to it when this returns. One of which only the
+        manifest was missing becomes whole."""
         if self._pending is not None:
             self._pending.cancel()
             with contextlib.suppress(asyncio.CancelledError, Exception):  # the run has ended by something else
@@ -131,7 +132,13 @@ class Checkpoints:
             "model": self._model,
             "config": self.config.model_dump(mode="json"),
         }
-        await asyncio.to_thread(self.store.complete, step, details, score)  # reads all files for their hashes
+        # In a thread, since it reads all files for their hashes; one that has begun can't be given up.
+        completing = asyncio.ensure_future(asyncio.to_thread(self.store.complete, step, details, score))
+        try:
+            await asyncio.shield(completing)
+        except asyncio.CancelledError:
+            await asyncio.wait([completing])
+            raise
 
 
 def describe_model(folder: Path) -> dict[str, Any]:

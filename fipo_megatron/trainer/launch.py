@@ -166,7 +166,10 @@ async def run_training(plan: TrainingPlan, folder: Path, progress: Progress, sto
         run = stack.enter_context(
             closing(Run(config, folder, workers, base, plan.prompts, progress, trackers, plan.state, stop))
         )
-        return await train(run)
+        try:
+            return await train(run)
+        finally:
+            await run.checkpoints.cancel()  # before what it asks, and what it writes to, is gone
 
 
 def initial_policy(config: Config, files: ProblemFiles) -> tuple[Path, TraceSource | None]:

@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from fipo_megatron.checkpoint.store import CheckpointStore, FoundCheckpoint
+from fipo_megatron.checkpoint.store import FoundCheckpoint
 from fipo_megatron.config.load import load_config
 from fipo_megatron.config.schema import Config
-from fipo_megatron.trainer.run_folder import checkpoints_folder, is_locked
+from fipo_megatron.trainer.run_folder import checkpoint_store, checkpoints_folder, is_complete, is_locked
 
 # What a run is about: with another value it is another run.
 FIXED = ("seed", "model", "warm_start", "task", "data")
@@ -41,7 +42,8 @@ def resume_run(folder: Path, config: Config | None = None, overrides: Sequence[s
     before it taken.
 
     Raises:
-        ValueError: the folder is no run's, the run is complete, or what it is about was changed.
+        ValueError: the folder is no run's, the run is complete, what it is about was changed, or its checkpoints are
+            elsewhere.
         DamagedError: it has checkpoints, and none is whole.
     """
     if not (folder / "config.yaml").is_file():
@@ -50,13 +52,16 @@ def resume_run(folder: Path, config: Config | None = None, overrides: Sequence[s
     config = config or load_config(folder / "config.yaml", overrides)
     changes = changed_settings(saved, config)
     for key, (old, new) in changes.items():
-        if key.startswith(tuple(f"{fixed}." for fixed in FIXED) + FIXED) and key not in MOVABLE:
+        if key.split(".")[0] in FIXED and key not in MOVABLE:
             raise ValueError(f"{key} = {new!r}: the run was begun with {old!r}; remove it, or start a new run")
-    settings = config.checkpoint
-    store = CheckpointStore(checkpoints_folder(saved, folder), settings.keep_last, settings.keep_best)
-    checkpoint = store.newest()
+    checkpoint = checkpoint_store(config, folder).newest()
     notes = [f"{key} = {new!r} from here on, was {old!r}" for key, (old, new) in changes.items()]
     if checkpoint is None:
+        if checkpoint_store(saved, folder).steps():  # which would be given up without a word
+            raise ValueError(
+                f"checkpoint.folder = {config.checkpoint.folder!r}: the run's checkpoints are in "
+                f"{checkpoints_folder(saved, folder)}; move them, or remove the setting"
+            )
         if saved.checkpoint.every_steps == 0:
             raise ValueError(f"--resume {folder}: checkpoint.every_steps = 0, so it has no checkpoint; train it again")
         notes.insert(0, "the run has no checkpoint yet, it begins again")
@@ -73,10 +78,10 @@ def find_unfinished(config: Config, config_name: str) -> Path | None:
     """The newest folder of a run with these settings that has not ended well, and that no process trains into."""
     root, name = Path(config.run.root), config.run.name or f"{config_name}-seed{config.seed}"
     numbered = {}
-    for folder in root.glob(f"{name}*"):
-        number = folder.name.removeprefix(name).removeprefix("-") or "1"
-        if number.isdecimal() and (folder / "config.yaml").is_file():
-            numbered[int(number)] = folder
+    for folder in root.glob("*"):
+        match = re.fullmatch(rf"{re.escape(name)}(?:-(\d+))?", folder.name)
+        if match is not None and (folder / "config.yaml").is_file():
+            numbered[int(match[1] or 1)] = folder
     for _, folder in sorted(numbered.items(), reverse=True):
         try:
             changes = changed_settings(load_config(folder / "config.yaml"), config)
@@ -86,11 +91,6 @@ def find_unfinished(config: Config, config_name: str) -> Path | None:
         if is_same and not is_complete(folder) and not is_locked(folder):
             return folder
     return None
-
-
-def is_complete(folder: Path) -> bool:
-    """Whether a run has written its policy at its end."""
-    return (folder / "hf" / "config.json").is_file()
 
 
 def changed_settings(old: Config, new: Config) -> dict[str, tuple[Any, Any]]:

@@ -28,7 +28,14 @@ def check_run_folder(config: Config) -> None:
     if not existing.is_dir() or not os.access(existing, os.W_OK):
         raise ValueError(f"run.root = {config.run.root!r}: {existing} is no folder that can be written; give another")
     folder = root / config.run.name if config.run.name is not None else None
-    if folder is None or not folder.exists():
+    if folder is None:
+        return
+    if not folder.exists():
+        if _has_checkpoints(config, folder):
+            raise ValueError(
+                f"run.name: {checkpoints_folder(config, folder)} has checkpoints of another run of this name; choose "
+                "another name, or another checkpoint.folder"
+            )
         return
     if not config.run.overwrite:
         raise ValueError(f"run.name: {folder} exists; choose another name, or set run.overwrite=true to replace it")
@@ -42,6 +49,9 @@ def check_run_folder(config: Config) -> None:
 def make_run_folder(config: Config, config_name: str) -> Path:
     """A new folder of the run, with its resolved config in it; `run.overwrite` replaces an older run's, nothing else.
 
+    Checkpoints elsewhere (`checkpoint.folder`) are never those of an older run of this name: replaced, they are set
+    aside.
+
     Raises:
         ValueError: what `check_run_folder` refuses.
     """
@@ -53,8 +63,9 @@ def make_run_folder(config: Config, config_name: str) -> Path:
         if is_locked(folder):
             raise ValueError(f"run.overwrite: a process trains into {folder}; end it, or choose another run.name")
         shutil.rmtree(folder)
+        checkpoint_store(config, folder).set_aside_after(-1)
     number = 1
-    while folder.exists():
+    while folder.exists() or _has_checkpoints(config, folder):
         number += 1
         folder = root / f"{name}-{number}"
     folder.mkdir(parents=True)
@@ -88,34 +99,74 @@ def is_locked(folder: Path) -> bool:
         return True
 
 
+def is_complete(folder: Path) -> bool:
+    """Whether a run has written its policy at its end."""
+    return (folder / "hf" / "config.json").is_file()
+
+
 def roll_back(folder: Path, step: int) -> None:
-    """Remove from a run's folder what it recorded of steps after `step`: a resumed run writes it again."""
+    """Remove from a run's folder what it recorded of steps after `step`: a resumed run writes it again.
+
+    Also removed are files and folders that a killed process had begun.
+    """
     keep_metrics_to(folder / "metrics.jsonl", step)
     for name in FOLDERS_OF_STEPS:
         for path in (folder / name).glob("*step*"):
             match = NAME_OF_STEP.fullmatch(path.name)
             if match and int(match[1]) > step:
-                shutil.rmtree(path) if path.is_dir() else path.unlink()
+                _remove(path)
+        for path in (folder / name).glob("*.partial*"):
+            _remove(path)
     for name in ("error.log", "worker_logs"):  # of the end that is gone on from
-        path = folder / name
-        if path.exists():
-            shutil.rmtree(path) if path.is_dir() else path.unlink()
+        if (folder / name).exists():
+            _remove(folder / name)
+
+
+def _remove(path: Path) -> None:
+    shutil.rmtree(path) if path.is_dir() else path.unlink()
 
 
 def go_on_in(folder: Path, config: Config, step: int) -> list[str]:
     """Make a run's folder what it was after `step`, with the settings that hold from here on; notes for people.
 
-    Older settings stay beside them, as `config-before-<step + 1>.yaml`.
+    Older settings stay beside them, as `config-before-<step + 1>.yaml`; the policy of a run that was complete becomes
+    `hf-step-<its last step>`, so that the run counts as unfinished.
     """
-    settings = config.checkpoint
     roll_back(folder, step)
     saved = folder / "config.yaml"
-    if load_config(saved) != config:
-        saved.rename(folder / f"config-before-{step + 1}.yaml")
-        save_config(config, saved)
-    store = CheckpointStore(checkpoints_folder(config, folder), settings.keep_last, settings.keep_best)
+    before = load_config(saved)
+    if is_complete(folder):
+        kept = folder / f"hf-step-{before.trainer.steps:08d}"
+        if kept.exists():  # the same policy, written by checkpoint.export_hf_every_steps
+            shutil.rmtree(folder / "hf")
+        else:
+            (folder / "hf").rename(kept)
+    if before != config:
+        save_config(config, folder / "config.yaml.partial")
+        _keep_beside(saved, f"config-before-{step + 1}")
+        (folder / "config.yaml.partial").replace(saved)  # at no moment has the folder no settings
+    store = checkpoint_store(config, folder)
     store.remove_partials()
     return [f"{name}: no longer gone on from; remove it when it is of no use" for name in store.set_aside_after(step)]
+
+
+def _keep_beside(path: Path, stem: str) -> None:
+    """A copy of a file under another name, numbered where that holds something else."""
+    kept, number = path.with_stem(stem), 1
+    while kept.exists() and kept.read_bytes() != path.read_bytes():
+        number += 1
+        kept = path.with_stem(f"{stem}-{number}")
+    shutil.copy(path, kept)
+
+
+def checkpoint_store(config: Config, run_folder: Path) -> CheckpointStore:
+    """The run's checkpoints."""
+    settings = config.checkpoint
+    return CheckpointStore(checkpoints_folder(config, run_folder), settings.keep_last, settings.keep_best)
+
+
+def _has_checkpoints(config: Config, run_folder: Path) -> bool:
+    return bool(checkpoint_store(config, run_folder).steps())
 
 
 def checkpoints_folder(config: Config, run_folder: Path) -> Path:

@@ -15,7 +15,6 @@ import pytest
 
 from fipo_megatron.algorithm.advantage import group_relative_advantages
 from fipo_megatron.algorithm.loss_metrics import SUMS, reduce_statistics
-from fipo_megatron.config.load import load_config
 from fipo_megatron.config.schema import Config
 from fipo_megatron.data.encoding import load_prompt_encoder
 from fipo_megatron.data.load import load_files
@@ -27,33 +26,8 @@ from fipo_megatron.observability.samples import read_samples, samples_path
 from fipo_megatron.observability.trackers import Trackers
 from fipo_megatron.rollout.collect import make_training_batch
 from fipo_megatron.trainer.run import Run
-from fipo_megatron.trainer.run_folder import make_run_folder
 from fipo_megatron.trainer.warm_start import write_skeleton
 from fipo_megatron.types import FinishedResponse, Generation, GenerationRequest, PolicyUpdate, SamplingSettings
-
-
-def test_run_folders_never_overwrite_unasked(tmp_path: Path) -> None:
-    config = Config.model_validate({"run": {"root": str(tmp_path)}, "seed": 7})
-    assert make_run_folder(config, "quickstart").name == "quickstart-seed7"
-    assert make_run_folder(config, "quickstart").name == "quickstart-seed7-2"
-    assert load_config(tmp_path / "quickstart-seed7" / "config.yaml") == config
-    named = Config.model_validate({"run": {"root": str(tmp_path), "name": "quickstart-seed7"}})
-    with pytest.raises(ValueError, match="run.overwrite=true"):
-        make_run_folder(named, "quickstart")
-    with pytest.raises(ValueError, match="run.name"):
-        Config.model_validate({"run": {"root": str(tmp_path), "name": "..", "overwrite": True}})
-    (tmp_path / "mine").mkdir()
-    (tmp_path / "mine" / "thesis.txt").touch()
-    foreign = Config.model_validate({"run": {"root": str(tmp_path), "name": "mine", "overwrite": True}})
-    with pytest.raises(ValueError, match=r"run.name: .*mine is no run's folder .* choose another name"):
-        make_run_folder(foreign, "quickstart")
-    root = str(tmp_path / "mine" / "thesis.txt" / "runs")
-    with pytest.raises(ValueError, match=r"run.root = .*thesis.txt is no folder that can be written; give another"):
-        make_run_folder(Config.model_validate({"run": {"root": root}}), "quickstart")
-    (tmp_path / "quickstart-seed7" / "old").touch()
-    replacing = Config.model_validate({"run": {"root": str(tmp_path), "name": "quickstart-seed7", "overwrite": True}})
-    assert {path.name for path in make_run_folder(replacing, "quickstart").iterdir()} == {"config.yaml"}
-
 
 # Fails on a response by its length alone, so that the test can say which; scores the others by it, too.
 REWARD = """
