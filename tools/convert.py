@@ -19,7 +19,8 @@ EXAMPLES = """\
 examples:
   tools/convert.py hf-to-megatron --model Qwen2.5-32B --out Qwen2.5-32B-megatron --tp 4 --pp 4 --check
   tools/convert.py megatron-to-hf --model Qwen2.5-32B-megatron --out Qwen2.5-32B-again
-  tools/convert.py megatron-to-hf --model runs/x/iter_0000100 --hf-folder Qwen2.5-32B --out trained --allow-foreign
+  tools/convert.py megatron-to-hf --model runs/x/checkpoints/step-00000012 --out trained
+  tools/convert.py megatron-to-hf --model other/iter_0000100 --hf-folder Qwen2.5-32B --out trained --allow-foreign
 
 A checkpoint can be loaded by any layout, whatever --tp, --pp and --ep cut it into. Nothing is left at --out unless all
 of it was written. More is in docs/conversion.md.
@@ -115,7 +116,12 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     for name, meaning in (("tp", "tensor"), ("pp", "pipeline"), ("ep", "expert"), ("etp", "expert tensor")):
         there.add_argument(f"--{name}", type=int, default=1, metavar="N", help=f"{meaning} parallelism (default: 1)")
     there.add_argument("--vpp", type=int, metavar="N", help="model chunks of a pipeline rank")
-    back.add_argument("--hf-folder", type=Path, metavar="DIR", help="config and tokenizer of a checkpoint without them")
+    back.add_argument(
+        "--hf-folder",
+        type=Path,
+        metavar="DIR",
+        help="config and tokenizer, where they are not with the checkpoint nor where its run took its model from",
+    )
     back.add_argument(
         "--allow-foreign", action="store_true", help="read one without a manifest: its files are pickles, trust them"
     )

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import json
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -44,6 +46,7 @@ from fipo_megatron.model.weight_map.entry import WeightMapEntry, hf_tensor_shape
 from fipo_megatron.model.weight_map.families import make_entries
 
 HF_FILE_BYTES = 1 << 30
+POLICY = "policy"  # of a run's checkpoint
 
 
 @dataclass(frozen=True)
@@ -51,21 +54,22 @@ class MegatronSource:
     """A checkpoint that may be opened, and what is known of it."""
 
     folder: Path  # of Megatron's files
+    whole: Path  # that its manifest covers: this folder, or the one above it
     hf_folder: Path  # config and tokenizer
     hashes: dict[str, str]  # of the tensors, by Hugging Face name; empty where no manifest has them
 
 
 def find_megatron_source(model: Path, hf_folder: Path | None, allow_foreign: bool, jobs: int) -> MegatronSource:
-    """The checkpoint in a folder: converted weights, a training checkpoint or its `policy`, or with `allow_foreign`
-    one of another program. `hf_folder` has its config.json, where the checkpoint has none.
+    """The checkpoint in a folder: converted weights, a run's checkpoint or its `policy`, or with `allow_foreign` one of
+    another program. `hf_folder` has its config.json and tokenizer; None: what was carried along, or the folder that the
+    run took its model from, if that still holds it.
 
     Raises:
-        ValueError: no manifest covers it, it is damaged, or config.json is missing.
+        ValueError: no manifest covers it, it is damaged or of another kind, or config.json is missing or another one.
     """
-    folder, hashes = model, {}
+    folder, hashes, trained = model, {}, None
     if (model / MANIFEST).exists():
         manifest = read_manifest(model)
-        folder = model if (model / METADATA).exists() else model / "policy"
         if manifest["kind"] == "weights":  # each tensor is compared with its hash when it is read
             check_folder(model, contents=False)
             known = {file["name"]: file["xxh3"] for file in manifest["files"]}
@@ -74,20 +78,44 @@ def find_megatron_source(model: Path, hf_folder: Path | None, allow_foreign: boo
                     raise DamagedError(f"{model}: {name} is not what its manifest says; copy the checkpoint again")
             hashes = {tensor["name"]: tensor["xxh3"] for tensor in manifest["tensors"]}
         else:
-            check_folder(model, jobs=jobs)
+            folder, trained = _check_trained(model, POLICY, manifest["kind"], jobs)
     elif (model.parent / MANIFEST).exists():
-        names = {file["name"] for file in check_folder(model.parent, jobs=jobs)["files"]}
-        if f"{model.name}/{METADATA}" not in names:
-            raise DamagedError(f"{model} is not in the manifest of {model.parent}; use another checkpoint")
+        folder, trained = _check_trained(model.parent, model.name, read_manifest(model.parent)["kind"], jobs)
     elif not allow_foreign:
         raise ValueError(
             f"{model} has no {MANIFEST}, so another program wrote it, and its files are pickles; if you trust them, "
             "add --allow-foreign"
         )
+    if trained is not None:
+        return MegatronSource(folder, folder.parent, _check_model(model, trained, hf_folder), hashes)
     carried = hf_folder or folder / CARRIED
     if not (carried / "config.json").is_file():
         raise ValueError(f"{carried} has no config.json; name the model's Hugging Face folder with --hf-folder")
-    return MegatronSource(folder, carried, hashes)
+    return MegatronSource(folder, folder, carried, hashes)
+
+
+def _check_trained(checkpoint: Path, part: str, kind: str, jobs: int) -> tuple[Path, dict[str, Any]]:
+    """Folder of the policy's state in a run's checkpoint, every byte of which was compared with the manifest, and what
+    that says of the model."""
+    if kind != "checkpoint":
+        hint = "it is a Hugging Face folder already" if kind == "huggingface" else "is it of a newer version?"
+        raise ValueError(f"{checkpoint}: its manifest is of kind {kind!r}, which holds no Megatron checkpoint; {hint}")
+    manifest = check_folder(checkpoint, jobs=jobs)
+    if f"{part}/{METADATA}" not in {file["name"] for file in manifest["files"]}:
+        raise DamagedError(f"{checkpoint / part} has no checkpoint in the manifest; name {checkpoint}")
+    return checkpoint / part, manifest.get("model", {})
+
+
+def _check_model(checkpoint: Path, trained: dict[str, Any], hf_folder: Path | None) -> Path:
+    """The folder with config and tokenizer of the model that a run has trained; refused if it is another one's."""
+    found = hf_folder or Path(trained.get("path", CARRIED))
+    remedy = "name the model's folder with --hf-folder" if hf_folder is None else "give --hf-folder the model's own"
+    if not (found / "config.json").is_file():
+        raise ValueError(f"{checkpoint}: its run took its model from {found}, which has no config.json; {remedy}")
+    expected = trained.get("config")
+    if expected is not None and json.loads((found / "config.json").read_text(encoding="utf-8")) != expected:
+        raise ValueError(f"{checkpoint}: {found / 'config.json'} is not that of the model that was trained; {remedy}")
+    return found
 
 
 @dataclass
@@ -172,7 +200,7 @@ def megatron_to_hf(source: MegatronSource, out: Path, jobs: int, progress: Progr
         ValueError: a tensor is missing, unknown, damaged or of another shape; `out` exists. There is no `out` then.
     """
     shape = read_model_shape(source.hf_folder)
-    with written_whole(out, source.folder) as partial, OpenFiles() as files:
+    with written_whole(out, source.whole) as partial, OpenFiles() as files:
         tensors = _MegatronTensors(source, shape, files)
         sizes = {name: tensors.num_bytes(name) for name in tensors.places}
         memory = MemoryBudget(2 * max(sizes.values()))

@@ -141,9 +141,10 @@ class CheckpointStore:
         matches = [STEP_NAME.fullmatch(path.name) for path in self.folder.iterdir() if path.is_dir()]
         return sorted(int(match[1]) for match in matches if match is not None)
 
-    def newest(self, max_step: int | None = None) -> FoundCheckpoint | None:
+    def newest(self, max_step: int | None = None, contents: bool = True) -> FoundCheckpoint | None:
         """The newest checkpoint, of step `max_step` at most, that holds every byte of its manifest; None if there is
-        no checkpoint at all. Those that don't are passed over, and named in `refused`.
+        no checkpoint at all. Those that don't are passed over, and named in `refused`. Without `contents` only names
+        and sizes are compared: enough to look at, not to load.
 
         Raises:
             DamagedError: there are checkpoints, and none is whole; names each.
@@ -153,7 +154,7 @@ class CheckpointStore:
         for step in reversed(steps):
             folder = self.folder / step_name(step)
             try:
-                return FoundCheckpoint(folder, step, read_checkpoint(folder), tuple(refused))
+                return FoundCheckpoint(folder, step, read_checkpoint(folder, contents), tuple(refused))
             except DamagedError as error:
                 refused.append(str(error))
         if not refused:
