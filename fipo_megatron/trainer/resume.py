@@ -31,8 +31,8 @@ class Resumption:
 
     @property
     def step(self) -> int:
-        """The last step that is not made again."""
-        return 0 if self.checkpoint is None else self.checkpoint.step
+        """The last step that is not made again; -1: none, the first evaluation is measured again, too."""
+        return -1 if self.checkpoint is None else self.checkpoint.step
 
 
 def resume_run(folder: Path, config: Config | None = None, overrides: Sequence[str] = ()) -> Resumption:

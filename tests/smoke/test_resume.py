@@ -38,10 +38,7 @@ KILLS = {
     "train@7": {4, 6},
     "sync@8": {6},
     "save@8": {6},
-    "save_before_manifest@8": {6},
-    "save_before_rename@8": {6},
-    "save_before_tracker@8": {8},
-    "save_before_prune@10": {10},
+    "save_before_rename@8": {6},  # at its other moments: tests/unit/checkpoint/test_store.py
 }
 
 
@@ -132,8 +129,9 @@ def test_no_prompt_is_skipped_or_doubled(runs: Runs) -> None:
 @pytest.mark.multiproc
 def test_checkpoints_that_are_kept(runs: Runs) -> None:
     names = {path.name for path in (runs.folder("stopped") / "checkpoints").iterdir()}
-    scores = {line["step"]: line["eval/sampled_accuracy"] for line in metrics(runs.folder("whole")) if line["step"]}
-    best = max((step for step in scores if step % 2 == 0), key=lambda step: (scores[step], step))
+    lines = [line for line in metrics(runs.folder("whole")) if line["step"] % 2 == 0 and line["step"] > 0]
+    scores = {line["step"]: line["eval/sampled_accuracy"] for line in lines if "eval/sampled_accuracy" in line}
+    best = max(scores, key=lambda step: (scores[step], step))
     assert names == {"latest", "step-00000008", "step-00000010", f"step-{best:08d}"}
 
 
