@@ -10,9 +10,7 @@ from collections.abc import AsyncIterator, Callable
 from pathlib import Path
 from typing import Any
 
-from fipo_megatron.checkpoint.store import CheckpointStore
 from fipo_megatron.reward.judge import JudgeWithLimit
-from fipo_megatron.trainer import checkpoints
 from fipo_megatron.trainer.actor import EngineClient, PolicyClient
 from fipo_megatron.trainer.run import Run
 
@@ -62,23 +60,6 @@ def begun(method: Callable[..., Any], phase: str, min_updates: int = 0) -> Calla
     return call
 
 
-class DyingStore(CheckpointStore):
-    """Writes on its own time: the step that is trained may be another one."""
-
-    def complete(self, step: int, *arguments: Any) -> Path:
-        self.of_step = step
-        die("save_before_manifest", step)
-        return super().complete(step, *arguments)
-
-    def _track(self, name: str) -> None:
-        die("save_before_tracker", self.of_step)
-        super()._track(name)
-
-    def prune(self) -> None:
-        die("save_before_prune", self.of_step)
-        super().prune()
-
-
 def die_before_rename(source: Path, target: Path) -> None:
     if Path(source).name == f"step-{int(STEP):08d}.partial":
         die("save_before_rename", int(STEP))
@@ -93,6 +74,5 @@ if __name__ == "__main__":
     PolicyClient.update = begun(update, "train", min_updates=1)  # type: ignore[method-assign]
     EngineClient.update_weights = begun(update_weights, "sync")  # type: ignore[method-assign]
     PolicyClient.begin_save = begun(PolicyClient.begin_save, "save")  # type: ignore[method-assign]
-    checkpoints.CheckpointStore = DyingStore  # type: ignore[misc]
     os.rename = die_before_rename  # type: ignore[assignment]
     runpy.run_path(str(Path(__file__).parents[2] / "tools" / "train.py"), run_name="__main__")
