@@ -9,6 +9,7 @@ import json
 import os
 from collections.abc import Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from types import MappingProxyType
@@ -81,7 +82,8 @@ def write_manifest(folder: Path, kind: str, details: Mapping[str, Any], hashes: 
     ]
     manifest = {OWN_HASH: NO_HASH, "format": FORMAT, "kind": kind, "files": [asdict(file) for file in files], **details}
     text = json.dumps(manifest, indent=1)
-    (folder / MANIFEST).write_text(text.replace(NO_HASH, _hash_text(text), 1))
+    with naming(folder / MANIFEST):
+        (folder / MANIFEST).write_text(text.replace(NO_HASH, _hash_text(text), 1))
     sync_to_disk(folder / MANIFEST)
     for parent in sorted({(folder / name).parent for name in names} | {folder}):
         sync_to_disk(parent)
@@ -152,11 +154,23 @@ def check_folder(folder: Path, contents: bool = True, jobs: int = 2) -> dict[str
     return manifest
 
 
+@contextmanager
+def naming(path: Path) -> Iterator[None]:
+    """Let an OSError name the file that is written, as that of a full disk does not."""
+    try:
+        yield
+    except OSError as error:
+        if error.filename is not None or error.errno is None:
+            raise
+        raise OSError(error.errno, error.strerror, str(path)) from error
+
+
 def sync_to_disk(path: Path) -> None:
     """Bring a file, or a folder's entries, to the disk."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
-        os.fsync(descriptor)
+        with naming(path):
+            os.fsync(descriptor)
     finally:
         os.close(descriptor)
 

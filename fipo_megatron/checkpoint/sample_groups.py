@@ -14,6 +14,7 @@ import numpy as np
 from safetensors import SafetensorError
 from safetensors.numpy import load_file, save_file
 
+from fipo_megatron.checkpoint.manifest import naming
 from fipo_megatron.types import FinishReason, Prompt, Sample, SampleGroup
 
 Arrays = dict[str, np.ndarray]
@@ -44,6 +45,7 @@ def write_groups(path: Path, groups: Sequence[SampleGroup]) -> None:
     Raises:
         ValueError: an array of a sample has another dtype or length than `Sample` says, or a sample another prompt
             than its group.
+        OSError: the disk is full or fails; names the file.
     """
     samples = [sample for group in groups for sample in group.samples]
     for group in groups:
@@ -68,7 +70,11 @@ def write_groups(path: Path, groups: Sequence[SampleGroup]) -> None:
             texts = [getattr(record, name).encode("utf-8", "surrogatepass") for record in records]
             arrays[name] = np.frombuffer(b"".join(texts), np.uint8)
             arrays[f"{name}.ends"] = _ends([len(text) for text in texts])
-    save_file(arrays, path)
+    try:
+        with naming(path):
+            save_file(arrays, path)
+    except SafetensorError as error:  # also for a full disk
+        raise OSError(f"{path} can't be written: {error}") from error
 
 
 def read_groups(path: Path) -> list[SampleGroup]:

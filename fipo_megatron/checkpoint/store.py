@@ -24,6 +24,7 @@ from typing import Any
 from fipo_megatron.checkpoint.manifest import (
     DamagedError,
     check_folder,
+    naming,
     sync_to_disk,
     write_manifest,
 )
@@ -125,7 +126,7 @@ class CheckpointStore:
     def _track(self, name: str) -> None:
         """Let the tracker name another checkpoint; it always holds a whole name."""
         written = self.folder / f"{TRACKER}{PARTIAL}"
-        with written.open("w", encoding="utf-8") as file:
+        with naming(written), written.open("w", encoding="utf-8") as file:
             file.write(f"{name}\n")
             file.flush()
             os.fsync(file.fileno())

@@ -14,7 +14,7 @@ from typing import Any
 
 import numpy as np
 
-from fipo_megatron.checkpoint.manifest import DamagedError
+from fipo_megatron.checkpoint.manifest import DamagedError, naming
 from fipo_megatron.checkpoint.sample_groups import read_groups, write_groups
 from fipo_megatron.checkpoint.store import CheckpointStore
 from fipo_megatron.config.schema import Config
@@ -39,7 +39,8 @@ class RunState:
 def write_run_state(state: RunState, folder: Path) -> None:
     """Write a state to a checkpoint's folder, with the driver's global random generators."""
     values = {"format": FORMAT, "step": state.step, **state.values, "random": _random_state()}
-    (folder / RUN).write_text(json.dumps(values, allow_nan=False), encoding="utf-8")
+    with naming(folder / RUN):
+        (folder / RUN).write_text(json.dumps(values, allow_nan=False), encoding="utf-8")
     write_groups(folder / GROUPS, state.groups)
 
 

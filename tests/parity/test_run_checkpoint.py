@@ -20,10 +20,11 @@ from fipo_megatron.checkpoint.manifest import MANIFEST, write_manifest
 from fipo_megatron.checkpoint.store import CheckpointStore
 from fipo_megatron.config.load import save_config
 from fipo_megatron.trainer.checkpoints import POLICY, RunState, describe_model, write_run_state
-from fipo_megatron.trainer.policy_processes import run_policy
+from fipo_megatron.trainer.policy_processes import Call, run_policy
 from fipo_megatron.trainer.tiny_models import write_model
 from tests.parity.policy_config import make_config
 from tests.parity.test_policy_state import FIRST, LR, OPTIMIZER, make_batch
+from tests.unit.checkpoint.small_disk import content, small_disk
 from tests.unit.checkpoint.test_conversion import Bomb, same_bits
 from tests.unit.checkpoint.test_sample_groups import GROUPS
 from tools import convert, inspect_checkpoint
@@ -89,16 +90,16 @@ def inspect(*arguments: object) -> int:
 # ---------------------------------------------------------------- damage
 
 
-def damaged(content: bytes, exploded: Path) -> Iterator[tuple[str, bytes]]:
+def damaged(whole: bytes, exploded: Path) -> Iterator[tuple[str, bytes]]:
     """Name of a damage and what it makes of a file."""
-    middle = len(content) // 2
-    yield "truncated", content[:-1]
+    middle = len(whole) // 2
+    yield "truncated", whole[:-1]
     yield "emptied", b""
-    yield "flipped", content[:middle] + bytes([content[middle] ^ 1]) + content[middle + 1 :]
+    yield "flipped", whole[:middle] + bytes([whole[middle] ^ 1]) + whole[middle + 1 :]
     bomb = pickle.dumps(Bomb(exploded))
     yield "bomb", bomb
-    if len(bomb) < len(content):  # of the file's size; a pickle ends where it says so
-        yield "padded bomb", bomb.ljust(len(content), b"\0")
+    if len(bomb) < len(whole):  # of the file's size; a pickle ends where it says so
+        yield "padded bomb", bomb.ljust(len(whole), b"\0")
 
 
 def test_every_damage_of_every_file_is_found_before_it_is_opened(
@@ -109,8 +110,8 @@ def test_every_damage_of_every_file_is_found_before_it_is_opened(
     for name in names:
         path = run.newest / name
         whole = path.read_bytes()
-        for damage, content in damaged(whole, exploded):
-            path.write_bytes(content)
+        for damage, changed in damaged(whole, exploded):
+            path.write_bytes(changed)
             tried.append((name, damage))
             found = run.store.newest()
             assert found is not None, tried[-1]
@@ -133,6 +134,25 @@ def test_every_damage_of_every_file_is_found_before_it_is_opened(
     found = run.store.newest()
     assert found is not None
     assert (found.step, found.refused) == (STEPS[1], ())
+
+
+def test_a_policy_that_finds_no_room_says_so_and_leaves_the_one_before(run: RealRun, tmp_path: Path) -> None:
+    config = make_config(run.model, parallel=PARALLEL, model={"dtype": "bfloat16"})
+    size = sum(path.stat().st_size for path in run.newest.rglob("*") if path.is_file())
+    with small_disk(tmp_path / "disk", int(1.7 * size)) as disk:
+        store = CheckpointStore(disk, keep_last=1, keep_best=0)
+        shutil.copytree(run.newest, store.partial(2), dirs_exist_ok=True)
+        (store.folder / "step-00000002.partial" / MANIFEST).unlink()
+        before = content(store.complete(2, {}, None))
+        policy = store.partial(4) / POLICY
+        policy.mkdir()
+        calls: list[Call] = [("load", (run.model, OPTIMIZER)), ("begin_save", (policy,)), ("finish_save", ())]
+        with pytest.raises(RuntimeError, match=rf"{policy}: the policy's state was not written; rank .*No space left"):
+            run_policy(config, calls)
+        store.remove_partials()
+        found = store.newest()
+        assert found is not None
+        assert (found.step, found.refused, content(found.folder)) == (2, (), before)
 
 
 # ---------------------------------------------------------------- inspection
