@@ -92,8 +92,9 @@ def _make_parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--resume",
         metavar="RUN",
-        help="go on with the run in this folder; auto: with the newest of this config that has not ended, or anew",
+        help="go on with the run in this folder; auto: with the newest run of the config's name, or anew",
     )
+    parser.add_argument("--step", type=int, metavar="N", help="with --resume RUN: from this step's checkpoint")
     parser.add_argument("--dry-run", action="store_true", help="check everything for all ranks, and start nothing")
     return parser
 
@@ -102,25 +103,32 @@ def _train(options: argparse.Namespace, interrupts: Sequence[int], entered: list
     """Exit status of a run that ends well, or as it is asked to. Its folder is put into `entered`."""
     stop = Event()
     signal.signal(signal.SIGUSR1, lambda number, frame: stop.set())
-    config, name, resumed = _choose_run(options.config, options.overrides, options.resume)
-    if options.dry_run:
-        from fipo_megatron.trainer.dry_run import run_dry
-
-        run_dry(config, Path(options.config).parent if resumed is None else resumed.folder)
-        return 0
-    from fipo_megatron.observability.progress import Progress
-    from fipo_megatron.trainer.launch import check_before_start, plan_training, run_training
-    from fipo_megatron.trainer.run_folder import go_on_in, locked, make_run_folder
-
-    files = check_before_start(config, is_resumed=resumed is not None)
     with contextlib.ExitStack() as stack:
+        run = _choose_run(options, stack)
+        if run is None:
+            return 0
+        config, name, resumed = run
+        if options.dry_run:
+            from fipo_megatron.trainer.dry_run import run_dry
+
+            run_dry(config, Path(options.config).parent if resumed is None else resumed.folder)
+            return 0
+        from fipo_megatron.observability.progress import Progress
+        from fipo_megatron.trainer.launch import check_before_start, plan_training, run_training
+        from fipo_megatron.trainer.run_folder import checkpoints_folder, go_on_in, locked, make_run_folder
+
+        files = check_before_start(config, is_resumed=resumed is not None)
         progress = stack.enter_context(Progress())
         scratch = stack.enter_context(tempfile.TemporaryDirectory(prefix="fipo-"))
-        plan = plan_training(config, files, Path(scratch), progress, resumed.checkpoint if resumed else None)
+        plan = plan_training(config, files, Path(scratch), progress, resumed)
         del files  # gigabytes, where they are large
         folder = make_run_folder(config, name) if resumed is None else resumed.folder
-        stack.enter_context(locked(folder))  # the last that may refuse the run
-        entered.append(folder)
+        if resumed is None:
+            stack.enter_context(locked(folder))
+        if config.checkpoint.folder is not None:  # where a run of another root may write, too
+            checkpoints_folder(config, folder).mkdir(parents=True, exist_ok=True)
+            stack.enter_context(locked(checkpoints_folder(config, folder)))
+        entered.append(folder)  # nothing refuses the run any more
         progress.note(f"run folder: {folder}")
         if resumed is not None:
             for note in (*resumed.notes, *go_on_in(folder, config, resumed.step)):
@@ -137,28 +145,49 @@ def _train(options: argparse.Namespace, interrupts: Sequence[int], entered: list
 
 
 def _choose_run(
-    config_path: str | None, overrides: list[str], resume: str | None
-) -> tuple[Config, str, Resumption | None]:
-    """Settings of the run, its name unless they have one, and what it goes on from; a ValueError if they disagree."""
+    options: argparse.Namespace, stack: contextlib.ExitStack
+) -> tuple[Config, str, Resumption | None] | None:
+    """Settings of the run, its name unless they have one, and what it goes on from, whose folder is locked in `stack`;
+    None if there is nothing left to do. A ValueError where the arguments disagree."""
     from fipo_megatron.config.load import load_config
 
+    path, overrides, resume = options.config, options.overrides, options.resume
+    if options.step is not None and resume in (None, "auto"):
+        raise ValueError(f"--step {options.step}: names a checkpoint of --resume RUN; give both, or neither")
     if resume is not None and resume != "auto":
-        from fipo_megatron.trainer.resume import resume_run
-
-        if config_path is not None and "=" not in config_path:
-            raise ValueError(f"{config_path}: --resume {resume} has the run's own configuration; give one of the two")
-        given = ([config_path] if config_path is not None else []) + overrides
-        resumed = resume_run(Path(resume), overrides=given)
+        if path is not None and "=" not in path:
+            raise ValueError(f"{path}: --resume {resume} has the run's own configuration; give one of the two")
+        given = ([path] if path is not None else []) + overrides
+        resumed = _resume(Path(resume), stack, overrides=given, step=options.step)
         return resumed.config, resumed.folder.name, resumed
-    if config_path is None:
+    if path is None:
         raise ValueError("no configuration; give a YAML file, e.g. configs/quickstart_cpu.yaml, or --resume RUN")
-    config, name = load_config(config_path, overrides), Path(config_path).stem
-    if resume == "auto":
-        from fipo_megatron.trainer.resume import find_unfinished, resume_run
+    config, name = load_config(path, overrides), Path(path).stem
+    if resume is None:
+        return config, name, None
+    from fipo_megatron.trainer.resume import CompleteError, find_run
 
-        if (folder := find_unfinished(config, name)) is not None:
-            return config, name, resume_run(folder, config)
-    return config, name, None
+    if config.run.overwrite:
+        raise ValueError(
+            "run.overwrite = true: replaces the run that --resume auto would go on with; give one of the two"
+        )
+    if (folder := find_run(config, name)) is None:
+        return config, name, None
+    try:
+        return config, name, _resume(folder, stack, config)
+    except CompleteError as complete:
+        print(f"nothing to do: {complete}, or leave out --resume for a new run")
+        return None
+
+
+def _resume(folder: Path, stack: contextlib.ExitStack, *arguments: Any, **settings: Any) -> Resumption:
+    """What `resume_run` finds in a folder that no other process changes any more."""
+    from fipo_megatron.trainer.resume import resume_run
+    from fipo_megatron.trainer.run_folder import locked
+
+    if folder.is_dir():
+        stack.enter_context(locked(folder))
+    return resume_run(folder, *arguments, **settings)
 
 
 def _print_accuracies(folder: Path) -> None:

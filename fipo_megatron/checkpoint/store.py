@@ -3,7 +3,7 @@
 ```
 <folder>/latest                   name of the newest checkpoint, for people and scripts; nothing is found by it
 <folder>/step-00000012/           a whole checkpoint, with its manifest
-<folder>/step-00000014.partial/   one that is being written, or removed
+<folder>/step-00000014.partial-*/ one that is being written, or removed
 <folder>/step-00000014.set-aside/ one that the run no longer goes on from; never removed
 ```
 A folder gets its name by one rename, when every byte of it is on the disk. So a kill at any moment leaves the
@@ -12,9 +12,11 @@ checkpoints as they were, and at most a `.partial` folder beside them.
 
 from __future__ import annotations
 
+import logging
 import math
 import os
 import re
+import secrets
 import shutil
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -28,6 +30,8 @@ from fipo_megatron.checkpoint.manifest import (
     sync_to_disk,
     write_manifest,
 )
+
+logger = logging.getLogger(__name__)
 
 KIND = "checkpoint"  # of the manifests
 TRACKER = "latest"
@@ -85,14 +89,20 @@ class CheckpointStore:
         if keep_best < 0:
             raise ValueError(f"checkpoint.keep_best = {keep_best}: must be at least 0")
         self.folder, self._keep_last, self._keep_best = folder, keep_last, keep_best
+        self._partials: dict[int, Path] = {}
 
     # ---------------------------------------------------------------- writing
 
     def partial(self, step: int) -> Path:
         """A new, empty folder for the files of a step's checkpoint; one left over of this step is removed."""
-        path = self._partial(step)
-        shutil.rmtree(path, ignore_errors=True)
+        if step < 0:
+            raise ValueError(f"step = {step}: must be at least 0")
+        for left in self.folder.glob(f"{step_name(step)}{PARTIAL}*"):
+            shutil.rmtree(left, ignore_errors=True)
+        # A name of its own: a rank that outlives a killed run still writes by the older one.
+        path = self.folder / f"{step_name(step)}{PARTIAL}-{secrets.token_hex(4)}"
         path.mkdir(parents=True)
+        self._partials[step] = path
         return path
 
     def complete(self, step: int, details: Mapping[str, Any], score: float | None) -> Path:
@@ -106,9 +116,9 @@ class CheckpointStore:
                 manifest's own.
             OSError: the disk is full or fails; the checkpoints are as they were, or this one is there.
         """
-        partial = self._partial(step)
-        if not partial.is_dir():
-            raise ValueError(f"{partial}: no such folder; write the checkpoint's files where partial({step}) says")
+        partial = self._partials.get(step)
+        if partial is None or not partial.is_dir():
+            raise ValueError(f"step = {step}: has no folder; write the checkpoint's files where partial({step}) says")
         if score is not None and not math.isfinite(score):
             raise ValueError(f"score = {score}: must be finite; give None for a checkpoint without one")
         if taken := {"step", "score"} & details.keys():
@@ -120,7 +130,11 @@ class CheckpointStore:
         os.rename(partial, folder)
         sync_to_disk(self.folder)
         self._track(folder.name)
-        self.prune()
+        del self._partials[step]
+        try:
+            self.prune()
+        except OSError as error:  # this one is on the disk: the next prunes, too
+            logger.warning("older checkpoints in %s can't be removed: %s", self.folder, error)
         return folder
 
     def _track(self, name: str) -> None:
@@ -201,9 +215,9 @@ class CheckpointStore:
 
     def remove_partials(self) -> None:
         """Remove what a kill left of checkpoints that were being written or removed."""
-        for path in self.folder.glob(f"*{PARTIAL}"):
-            if STEP_NAME.fullmatch(path.name.removesuffix(PARTIAL)):
-                shutil.rmtree(path)
+        for path in self.folder.glob(f"*{PARTIAL}*"):
+            if STEP_NAME.fullmatch(path.name.partition(PARTIAL)[0]):
+                shutil.rmtree(path, ignore_errors=True)  # a rank that outlives a killed run may still write into it
         (self.folder / f"{TRACKER}{PARTIAL}").unlink(missing_ok=True)
 
     def prune(self) -> None:
@@ -227,12 +241,6 @@ class CheckpointStore:
 
     def _remove(self, step: int) -> None:
         """Not under its name, where a kill would leave part of it."""
-        partial = self._partial(step)
-        shutil.rmtree(partial, ignore_errors=True)
+        partial = self.folder / f"{step_name(step)}{PARTIAL}-{secrets.token_hex(4)}"
         os.rename(self.folder / step_name(step), partial)
         shutil.rmtree(partial)
-
-    def _partial(self, step: int) -> Path:
-        if step < 0:
-            raise ValueError(f"step = {step}: must be at least 0")
-        return self.folder / f"{step_name(step)}{PARTIAL}"

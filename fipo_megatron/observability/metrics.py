@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import math
 import os
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -52,30 +52,55 @@ class MetricsWriter:
 
 def read_metrics(path: Path) -> list[dict[str, Any]]:
     """The lines of a metrics file in order, each with `step`; a broken line is a ValueError that names it."""
-    lines = []
-    for number, text in enumerate(path.read_text(encoding="utf-8").splitlines(), start=1):
+    return _parse(path, path.read_text(encoding="utf-8").splitlines())
+
+
+def _parse(path: Path, lines: Sequence[str]) -> list[dict[str, Any]]:
+    parsed = []
+    for number, text in enumerate(lines, start=1):
         try:
-            lines.append(json.loads(text))
+            parsed.append(json.loads(text))
         except json.JSONDecodeError as error:
             raise ValueError(f"{path}:{number}: {text[:80]!r} is not JSON ({error}); remove the line") from error
-    return lines
+    return parsed
 
 
-def keep_metrics_to(path: Path, step: int) -> None:
-    """Leave of a metrics file, if there is one, the lines to `step`; also off goes a line that a killed run has begun.
+def keep_metrics_to(path: Path, step: int, rest: Path) -> None:
+    """Leave of a metrics file, if there is one, the lines to `step`; later ones go to the file `rest`, if there are
+    any, and a line that a killed run has begun goes.
 
     The new file is whole on the disk before it takes the old one's place.
+
+    Raises:
+        ValueError: another line is broken; names it.
     """
     if not path.exists():
         return
-    lines = path.read_text(encoding="utf-8").split("\n")[:-1]
-    kept = [line for line in lines if json.loads(line)["step"] <= step]
+    text = path.read_text(encoding="utf-8")
+    lines = text.split("\n")[:-1]
+    steps = [line["step"] for line in _parse(path, lines)]
+    later = [line for line, of_line in zip(lines, steps, strict=True) if of_line > step]
+    if later:
+        rest.parent.mkdir(parents=True, exist_ok=True)
+        rest.write_text("".join(f"{line}\n" for line in later), encoding="utf-8")
     partial = path.with_name(f"{path.name}.partial")
     with partial.open("w", encoding="utf-8") as file:
-        file.writelines(f"{line}\n" for line in kept)
+        file.writelines(f"{line}\n" for line, of_line in zip(lines, steps, strict=True) if of_line <= step)
         file.flush()
         os.fsync(file.fileno())
     partial.replace(path)
+
+
+def last_recorded_step(path: Path) -> int:
+    """The step of the last whole line of a metrics file; -1 if there is none.
+
+    Raises:
+        ValueError: a line is broken that is not the last; names it.
+    """
+    if not path.exists():
+        return -1
+    lines = path.read_text(encoding="utf-8").split("\n")[:-1]
+    return max((line["step"] for line in _parse(path, lines)), default=-1)
 
 
 def throughput(metrics: Mapping[str, float]) -> dict[str, float]:

@@ -10,7 +10,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 
 import numpy as np
 
-from fipo_megatron.config.schema import DynamicSamplingConfig
+from fipo_megatron.config.schema import DynamicSamplingConfig, RolloutConfig
 from fipo_megatron.types import (
     Decode,
     Generation,
@@ -37,6 +37,26 @@ def check_prompt_lengths(prompts: Sequence[Prompt], max_prompt_tokens: int) -> N
                 f"rollout.max_prompt_tokens = {max_prompt_tokens}: prompt {prompt.uid} has {len(prompt.token_ids)} "
                 "tokens by the model's tokenizer; raise the limit"
             )
+
+
+def check_waiting_groups(groups: Iterable[SampleGroup], rollout: RolloutConfig) -> None:
+    """Raises ValueError for groups, sampled before the settings were changed, that no step could be made of."""
+    for group in groups:
+        longest = max(len(sample.response_ids) for sample in group.samples)
+        found = {
+            "samples_per_prompt": (len(group.samples), len(group.samples) == rollout.samples_per_prompt),
+            "max_prompt_tokens": (
+                len(group.prompt.token_ids),
+                len(group.prompt.token_ids) <= rollout.max_prompt_tokens,
+            ),
+            "max_response_tokens": (longest, longest <= rollout.max_response_tokens),
+        }
+        for key, (value, fits) in found.items():
+            if not fits:
+                raise ValueError(
+                    f"rollout.{key} = {getattr(rollout, key)}: groups that wait for a step were sampled with {value}; "
+                    "keep the older value, or start a new run"
+                )
 
 
 def make_requests(

@@ -12,7 +12,6 @@ from typing import Any
 
 import torch
 
-from fipo_megatron.checkpoint.store import CheckpointStore, FoundCheckpoint
 from fipo_megatron.config.checks import (
     check_config,
     check_judging_keys,
@@ -34,12 +33,14 @@ from fipo_megatron.observability.progress import Progress
 from fipo_megatron.observability.trackers import Trackers, check_trackers
 from fipo_megatron.reshard.plan import make_plan
 from fipo_megatron.reward.judge import make_reward
+from fipo_megatron.rollout.collect import check_waiting_groups
 from fipo_megatron.rollout.sglang import check_sglang
 from fipo_megatron.trainer.checkpoints import POLICY, RunState, check_same_model, read_run_state
 from fipo_megatron.trainer.loop import train
 from fipo_megatron.trainer.placement import Workers, num_engine_workers
+from fipo_megatron.trainer.resume import Resumption
 from fipo_megatron.trainer.run import Run
-from fipo_megatron.trainer.run_folder import check_run_folder, checkpoints_folder
+from fipo_megatron.trainer.run_folder import check_run_folder, checkpoint_store
 from fipo_megatron.trainer.sync import engine_layout, trainer_layout
 from fipo_megatron.trainer.warm_start import TraceSource, base_policy_folder, make_base_policy, write_skeleton
 
@@ -101,8 +102,8 @@ class TrainingPlan:
     source: TraceSource | None  # what that is made of if it is the warm start's to make
     model_folder: Path  # with model configuration and tokenizer: the base, or its skeleton until that is made
     prompts: RunPrompts
-    checkpoint: FoundCheckpoint | None  # that it goes on from
-    state: RunState | None  # of the driver then
+    resumed: Resumption | None
+    state: RunState | None  # of the driver, from the checkpoint that it goes on from
 
 
 def plan_training(
@@ -110,7 +111,7 @@ def plan_training(
     files: ProblemFiles,
     scratch: Path,
     progress: Progress,
-    checkpoint: FoundCheckpoint | None = None,
+    resumed: Resumption | None = None,
 ) -> TrainingPlan:
     """What a run trains, on what. `files` are `check_before_start`'s; `scratch` is a folder to be kept during the run.
 
@@ -127,13 +128,14 @@ def plan_training(
     prompts = make_run_prompts(config, files, load_prompt_encoder(model_folder, config.data))
     for note in prompts.notes:
         progress.note(note)
-    state = None
+    state, checkpoint = None, resumed.checkpoint if resumed is not None else None
     if checkpoint is not None:
         if model_folder == base:
             check_same_model(checkpoint.manifest["model"], base)
         state = read_run_state(checkpoint.folder)
+        check_waiting_groups(state.groups, config.rollout)
         prompts.train.load_state_dict(state.values["prompts"])
-    return TrainingPlan(config, base, source, model_folder, prompts, checkpoint, state)
+    return TrainingPlan(config, base, source, model_folder, prompts, resumed, state)
 
 
 async def run_training(plan: TrainingPlan, folder: Path, progress: Progress, stop: Event) -> int:
@@ -142,11 +144,12 @@ async def run_training(plan: TrainingPlan, folder: Path, progress: Progress, sto
     When `stop` is set the run ends after the step under way. No checkpoint is left half-written.
     """
     config, base, source, model_folder = plan.config, plan.base, plan.source, plan.model_folder
-    settings = config.checkpoint
-    store = CheckpointStore(checkpoints_folder(config, folder), settings.keep_last, settings.keep_best)
+    checkpoint = plan.resumed.checkpoint if plan.resumed is not None else None
     with ExitStack() as stack:
-        stack.callback(store.remove_partials)  # when no process writes any more
-        trackers = stack.enter_context(Trackers(config, folder, None if plan.state is None else plan.state.step))
+        stack.callback(checkpoint_store(config, folder).remove_partials)  # when no process writes any more
+        trackers = stack.enter_context(
+            Trackers(config, folder, plan.resumed.step if plan.resumed is not None else None)
+        )
         workers = stack.enter_context(Workers(config, folder))
         workers.start_engines(model_folder)
 
@@ -156,9 +159,9 @@ async def run_training(plan: TrainingPlan, folder: Path, progress: Progress, sto
             if source is not None and model_folder != base:
                 await make_base_policy(config, source, workers.policy, model_folder, base, progress)
             await workers.policy.load(base, config.optimizer)
-            if plan.checkpoint is not None:
-                check_same_model(plan.checkpoint.manifest["model"], base)
-                await workers.policy.load_state(plan.checkpoint.folder / POLICY)
+            if checkpoint is not None:
+                check_same_model(checkpoint.manifest["model"], base)
+                await workers.policy.load_state(checkpoint.folder / POLICY)
             progress.note(f"kernels: {await workers.policy.describe_kernels()}")
 
         await _together(prepare_policy(), workers.engines_ready())

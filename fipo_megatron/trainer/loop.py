@@ -54,8 +54,9 @@ async def train(run: Run) -> int:
             metrics |= await run.evaluate(step)
         metrics |= run.record_samples(step, groups, batch, logprobs)
         run.record(step, metrics)
-        await run.save(step, metrics)
-        if run.stop.is_set():
+        stops = run.stop.is_set() and step < config.trainer.steps
+        await run.save(step, metrics, stops)
+        if stops:
             await run.checkpoints.finish()
             return step
 

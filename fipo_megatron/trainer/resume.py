@@ -11,13 +11,16 @@ from typing import Any
 from fipo_megatron.checkpoint.store import FoundCheckpoint
 from fipo_megatron.config.load import load_config
 from fipo_megatron.config.schema import Config
-from fipo_megatron.trainer.run_folder import checkpoint_store, checkpoints_folder, is_complete, is_locked
+from fipo_megatron.observability.metrics import last_recorded_step
+from fipo_megatron.trainer.run_folder import checkpoint_store, checkpoints_folder, is_complete
 
 # What a run is about: with another value it is another run.
 FIXED = ("seed", "model", "warm_start", "task", "data")
 MOVABLE = ("model.path", "warm_start.cache_dir")  # the checkpoint knows the model that it needs
-# What does not tell a run from another: where and how long it runs, not what it computes.
-OF_AN_ATTEMPT = ("run", "checkpoint", "timeouts", "cluster")
+
+
+class CompleteError(ValueError):
+    """The run has made all its steps."""
 
 
 @dataclass(frozen=True)
@@ -35,15 +38,19 @@ class Resumption:
         return -1 if self.checkpoint is None else self.checkpoint.step
 
 
-def resume_run(folder: Path, config: Config | None = None, overrides: Sequence[str] = ()) -> Resumption:
-    """Go on with the run of a folder, with its own settings and `overrides`, or with `config`.
+def resume_run(
+    folder: Path, config: Config | None = None, overrides: Sequence[str] = (), step: int | None = None
+) -> Resumption:
+    """Go on with the run of a folder, with its own settings and `overrides`, or with `config`; from the checkpoint of
+    `step`, or from the newest.
 
-    The newest checkpoint is read to the end, to know that it is whole; one that is damaged is noted, and the one
+    The checkpoint is read to the end, to know that it is whole; a newest one that is damaged is noted, and the one
     before it taken.
 
     Raises:
-        ValueError: the folder is no run's, the run is complete, what it is about was changed, or its checkpoints are
-            elsewhere.
+        CompleteError: the run has made all its steps.
+        ValueError: the folder is no run's, what the run is about was changed, there is no checkpoint of `step`, or the
+            run's checkpoints are gone.
         DamagedError: it has checkpoints, and none is whole.
     """
     if not (folder / "config.yaml").is_file():
@@ -54,43 +61,49 @@ def resume_run(folder: Path, config: Config | None = None, overrides: Sequence[s
     for key, (old, new) in changes.items():
         if key.split(".")[0] in FIXED and key not in MOVABLE:
             raise ValueError(f"{key} = {new!r}: the run was begun with {old!r}; remove it, or start a new run")
-    checkpoint = checkpoint_store(config, folder).newest()
     notes = [f"{key} = {new!r} from here on, was {old!r}" for key, (old, new) in changes.items()]
+    store, recorded = checkpoint_store(config, folder), last_recorded_step(folder / "metrics.jsonl")
+    checkpoint = store.newest(max_step=step)
+    if step is not None and (checkpoint is None or checkpoint.step != step):
+        raise ValueError(f"--step {step}: {store.folder} has no whole checkpoint of it; it has steps {store.steps()}")
     if checkpoint is None:
-        if checkpoint_store(saved, folder).steps():  # which would be given up without a word
-            raise ValueError(
-                f"checkpoint.folder = {config.checkpoint.folder!r}: the run's checkpoints are in "
-                f"{checkpoints_folder(saved, folder)}; move them, or remove the setting"
-            )
-        if saved.checkpoint.every_steps == 0:
-            raise ValueError(f"--resume {folder}: checkpoint.every_steps = 0, so it has no checkpoint; train it again")
-        notes.insert(0, "the run has no checkpoint yet, it begins again")
-    else:
-        if is_complete(folder) and checkpoint.step >= config.trainer.steps:
-            raise ValueError(
-                f"--resume {folder}: the run is complete with step {checkpoint.step}; raise trainer.steps to go on"
-            )
-        notes[:0] = [*checkpoint.refused, f"goes on after step {checkpoint.step}, from {checkpoint.folder}"]
+        _check_has_none(folder, saved, config, recorded)
+        return Resumption(folder.resolve(), config, None, ("the run has no checkpoint yet, it begins again", *notes))
+    if is_complete(folder) and checkpoint.step >= config.trainer.steps:
+        raise CompleteError(f"{folder}: the run is complete with step {checkpoint.step}; raise trainer.steps to go on")
+    if recorded < checkpoint.step:
+        notes.append(f"metrics.jsonl ends at step {recorded}: what follows to step {checkpoint.step} is missing in it")
+    notes[:0] = [*checkpoint.refused, f"goes on after step {checkpoint.step}, from {checkpoint.folder}"]
     return Resumption(folder.resolve(), config, checkpoint, tuple(notes))
 
 
-def find_unfinished(config: Config, config_name: str) -> Path | None:
-    """The newest folder of a run with these settings that has not ended well, and that no process trains into."""
+def _check_has_none(folder: Path, saved: Config, config: Config, recorded: int) -> None:
+    """Raises ValueError where a run without a checkpoint must have had one: to begin again would give it up."""
+    here, every = checkpoints_folder(config, folder), saved.checkpoint.every_steps
+    if checkpoint_store(saved, folder).steps():
+        raise ValueError(
+            f"checkpoint.folder = {config.checkpoint.folder!r}: the run's checkpoints are in "
+            f"{checkpoints_folder(saved, folder)}; move them, or remove the setting"
+        )
+    if every == 0:
+        raise ValueError(f"--resume {folder}: checkpoint.every_steps = 0, so it has no checkpoint; train it again")
+    # A second one is begun when the first is on the disk.
+    if is_complete(folder) or recorded >= 2 * every:
+        raise ValueError(
+            f"--resume {folder}: the run has recorded step {recorded}, but {here} has no checkpoint; were they moved, "
+            "or was the run's folder renamed? Put them back, or train it again in another folder"
+        )
+
+
+def find_run(config: Config, config_name: str) -> Path | None:
+    """The newest folder of a run of this name, or None."""
     root, name = Path(config.run.root), config.run.name or f"{config_name}-seed{config.seed}"
     numbered = {}
     for folder in root.glob("*"):
         match = re.fullmatch(rf"{re.escape(name)}(?:-(\d+))?", folder.name)
         if match is not None and (folder / "config.yaml").is_file():
             numbered[int(match[1] or 1)] = folder
-    for _, folder in sorted(numbered.items(), reverse=True):
-        try:
-            changes = changed_settings(load_config(folder / "config.yaml"), config)
-        except ValueError:  # of another version
-            continue
-        is_same = all(key.split(".")[0] in OF_AN_ATTEMPT for key in changes)
-        if is_same and not is_complete(folder) and not is_locked(folder):
-            return folder
-    return None
+    return numbered[max(numbered)] if numbered else None
 
 
 def changed_settings(old: Config, new: Config) -> dict[str, tuple[Any, Any]]:

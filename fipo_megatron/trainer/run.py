@@ -288,21 +288,21 @@ class Run:
             self._drawn_s = time.perf_counter()
         self.progress.step(step, self.config.trainer.steps, metrics)
 
-    async def save(self, step: int, metrics: dict[str, float]) -> None:
-        """What is due after a recorded step: a checkpoint, also where the run is asked to stop, and an export.
+    async def save(self, step: int, metrics: dict[str, float], stops: bool) -> None:
+        """What is due after a recorded step: an export, and a checkpoint, also where the run stops.
 
         Raises:
             RuntimeError, OSError: a checkpoint could not be written, this one or the one before.
         """
         self.checkpoints.check()
-        if self.checkpoints.is_due(step) or self.stop.is_set():
+        every = self.config.checkpoint.export_hf_every_steps
+        if every > 0 and step % every == 0:  # first: a run goes on after a checkpoint, and would leave it out
+            with self.timers.phase("export"):
+                await self.workers.policy.export(self.model_folder, self.folder / f"hf-step-{step:08d}")
+        if self.checkpoints.is_due(step) or stops:
             with self.timers.phase("save"):
                 self._metrics.sync()
                 await self.checkpoints.save(self._state(step), metrics.get("eval/sampled_accuracy"))
-        every = self.config.checkpoint.export_hf_every_steps
-        if every > 0 and step % every == 0:
-            with self.timers.phase("export"):
-                await self.workers.policy.export(self.model_folder, self.folder / f"hf-step-{step:08d}")
 
     def _state(self, step: int) -> RunState:
         values = {

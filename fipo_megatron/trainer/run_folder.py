@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import errno
 import fcntl
+import logging
 import os
 import re
 import shutil
@@ -10,10 +12,13 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+from fipo_megatron.checkpoint.manifest import sync_to_disk
 from fipo_megatron.checkpoint.store import CheckpointStore
 from fipo_megatron.config.load import load_config, save_config
 from fipo_megatron.config.schema import Config
 from fipo_megatron.observability.metrics import keep_metrics_to
+
+logger = logging.getLogger(__name__)
 
 LOCK = ".lock"
 # What a run writes once a step, by its path in the run's folder; the step's number is the last in it.
@@ -70,12 +75,15 @@ def make_run_folder(config: Config, config_name: str) -> Path:
         folder = root / f"{name}-{number}"
     folder.mkdir(parents=True)
     save_config(config, folder / "config.yaml")
+    sync_to_disk(folder / "config.yaml")
+    sync_to_disk(folder)
+    sync_to_disk(root)
     return folder.resolve()
 
 
 @contextmanager
 def locked(folder: Path) -> Iterator[None]:
-    """Hold the run's folder for this process. The lock ends with the process, however it ends.
+    """Hold a folder for this process: a run's, or one of checkpoints. The lock ends with the process, however it ends.
 
     Raises:
         ValueError: another process trains into it.
@@ -85,6 +93,10 @@ def locked(folder: Path) -> Iterator[None]:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
             raise ValueError(f"{folder}: another process trains into it; wait for its end, or end it") from None
+        except OSError as error:
+            if error.errno not in (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP):
+                raise
+            logger.warning("%s can't be locked (%s): don't let two processes train into it", folder, error.strerror)
         yield
 
 
@@ -104,35 +116,13 @@ def is_complete(folder: Path) -> bool:
     return (folder / "hf" / "config.json").is_file()
 
 
-def roll_back(folder: Path, step: int) -> None:
-    """Remove from a run's folder what it recorded of steps after `step`: a resumed run writes it again.
-
-    Also removed are files and folders that a killed process had begun.
-    """
-    keep_metrics_to(folder / "metrics.jsonl", step)
-    for name in FOLDERS_OF_STEPS:
-        for path in (folder / name).glob("*step*"):
-            match = NAME_OF_STEP.fullmatch(path.name)
-            if match and int(match[1]) > step:
-                _remove(path)
-        for path in (folder / name).glob("*.partial*"):
-            _remove(path)
-    for name in ("error.log", "worker_logs"):  # of the end that is gone on from
-        if (folder / name).exists():
-            _remove(folder / name)
-
-
-def _remove(path: Path) -> None:
-    shutil.rmtree(path) if path.is_dir() else path.unlink()
-
-
 def go_on_in(folder: Path, config: Config, step: int) -> list[str]:
     """Make a run's folder what it was after `step`, with the settings that hold from here on; notes for people.
 
-    Older settings stay beside them, as `config-before-<step + 1>.yaml`; the policy of a run that was complete becomes
+    What was recorded of later steps, and of the run's end, goes to `set-aside-<number>/` in it. Older settings stay
+    beside the new ones, as `config-before-<step + 1>.yaml`; the policy of a run that was complete becomes
     `hf-step-<its last step>`, so that the run counts as unfinished.
     """
-    roll_back(folder, step)
     saved = folder / "config.yaml"
     before = load_config(saved)
     if is_complete(folder):
@@ -141,13 +131,45 @@ def go_on_in(folder: Path, config: Config, step: int) -> list[str]:
             shutil.rmtree(folder / "hf")
         else:
             (folder / "hf").rename(kept)
+    notes = roll_back(folder, step)
     if before != config:
-        save_config(config, folder / "config.yaml.partial")
+        new = folder / "config.yaml.partial"
+        save_config(config, new)
+        sync_to_disk(new)
         _keep_beside(saved, f"config-before-{step + 1}")
-        (folder / "config.yaml.partial").replace(saved)  # at no moment has the folder no settings
+        new.replace(saved)  # at no moment has the folder no settings
+        sync_to_disk(folder)
     store = checkpoint_store(config, folder)
     store.remove_partials()
-    return [f"{name}: no longer gone on from; remove it when it is of no use" for name in store.set_aside_after(step)]
+    names = store.set_aside_after(step)
+    return notes + [f"{store.folder / name}: no longer gone on from; remove it when it is of no use" for name in names]
+
+
+def roll_back(folder: Path, step: int) -> list[str]:
+    """Put aside what a run recorded of steps after `step`: a resumed run writes it again. A note, if it was anything.
+
+    Removed are files and folders that a killed process had begun.
+    """
+    number = 1
+    while (aside := folder / f"set-aside-{number}").exists():
+        number += 1
+    for name in FOLDERS_OF_STEPS:
+        for path in (folder / name).glob("*.partial*"):
+            shutil.rmtree(path) if path.is_dir() else path.unlink()
+        for path in sorted((folder / name).glob("*step*")):
+            match = NAME_OF_STEP.fullmatch(path.name)
+            if match and int(match[1]) > step:
+                _move(path, aside / path.relative_to(folder))
+    for name in ("error.log", "worker_logs"):  # of the end that is gone on from
+        if (folder / name).exists():
+            _move(folder / name, aside / name)
+    keep_metrics_to(folder / "metrics.jsonl", step, aside / "metrics.jsonl")
+    return [f"{aside}: what was recorded after step {max(step, 0)}"] if aside.exists() else []
+
+
+def _move(path: Path, target: Path) -> None:
+    target.parent.mkdir(parents=True, exist_ok=True)
+    path.rename(target)
 
 
 def _keep_beside(path: Path, stem: str) -> None:

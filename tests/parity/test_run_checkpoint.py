@@ -141,8 +141,9 @@ def test_a_policy_that_finds_no_room_says_so_and_leaves_the_one_before(run: Real
     size = sum(path.stat().st_size for path in run.newest.rglob("*") if path.is_file())
     with small_disk(tmp_path / "disk", int(1.7 * size)) as disk:
         store = CheckpointStore(disk, keep_last=1, keep_best=0)
-        shutil.copytree(run.newest, store.partial(2), dirs_exist_ok=True)
-        (store.folder / "step-00000002.partial" / MANIFEST).unlink()
+        partial = store.partial(2)
+        shutil.copytree(run.newest, partial, dirs_exist_ok=True)
+        (partial / MANIFEST).unlink()
         before = content(store.complete(2, {}, None))
         policy = store.partial(4) / POLICY
         policy.mkdir()

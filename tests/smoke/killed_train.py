@@ -61,7 +61,7 @@ def begun(method: Callable[..., Any], phase: str, min_updates: int = 0) -> Calla
 
 
 def die_before_rename(source: Path, target: Path) -> None:
-    if Path(source).name == f"step-{int(STEP):08d}.partial":
+    if Path(source).name.startswith(f"step-{int(STEP):08d}.partial"):
         die("save_before_rename", int(STEP))
     rename(source, target)
 
@@ -73,6 +73,7 @@ if __name__ == "__main__":
     PolicyClient.logprobs = begun(logprobs, "logprobs")  # type: ignore[method-assign]
     PolicyClient.update = begun(update, "train", min_updates=1)  # type: ignore[method-assign]
     EngineClient.update_weights = begun(update_weights, "sync")  # type: ignore[method-assign]
+    Run.evaluate = begun(Run.evaluate, "evaluate")  # type: ignore[method-assign]
     PolicyClient.begin_save = begun(PolicyClient.begin_save, "save")  # type: ignore[method-assign]
     os.rename = die_before_rename  # type: ignore[assignment]
     runpy.run_path(str(Path(__file__).parents[2] / "tools" / "train.py"), run_name="__main__")

@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 
 from tests.script_process import REPO, run_script
-from tests.smoke.train_process import ODD_REWARD, UNTRAINED, TrainProcess
+from tests.smoke.train_process import ODD_REWARD, SMALL, UNTRAINED, TrainProcess
 from tools import train
 
 KILLED = Path(__file__).with_name("killed_train.py")
@@ -37,8 +37,9 @@ KILLS = {
     "logprobs@7": {4, 6},
     "train@7": {4, 6},
     "sync@8": {6},
-    "save@8": {6},
-    "save_before_rename@8": {6},  # at its other moments: tests/unit/checkpoint/test_store.py
+    "evaluate@9": {8},
+    "save@10": {8},
+    "save_before_rename@10": {8},  # at its other moments: tests/unit/checkpoint/test_store.py
 }
 
 
@@ -170,12 +171,33 @@ def test_a_damaged_checkpoint_is_passed_over_and_the_layout_may_change(runs: Run
         (["configs/quickstart_cpu.yaml", "--resume", "{run}"], "give one of the two"),
         (["--resume", "/nowhere"], "no run folder"),
         (["--resume", "auto"], "no configuration"),
+        (
+            ["configs/quickstart_cpu.yaml", "--resume", "auto", "run.overwrite=true"],
+            "run.overwrite = true: would replace",
+        ),
+        (["configs/quickstart_cpu.yaml", "--step", "3"], "--step 3: names a checkpoint of --resume RUN"),
+        (["--resume", "{run}", "--step", "3"], "has no whole checkpoint of it; it has steps"),
+        (
+            ["--resume", "{run}", "rollout.samples_per_prompt=8", "--step", "8"],
+            "rollout.samples_per_prompt = 8: groups",
+        ),
     ],
 )
 def test_what_cannot_be_resumed(
     runs: Runs, arguments: list[str], cause: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """In this process: no other one is started."""
+    before = files(runs.folder("whole"))
     arguments = [argument.format(run=runs.folder("whole")) for argument in arguments]
     assert train.main(arguments) == 2
     assert cause in capsys.readouterr().err.strip().splitlines()[-1]
+    assert files(runs.folder("whole")) == before
+
+
+@pytest.mark.usefixtures("own_signals")
+def test_a_complete_run_is_nothing_to_go_on_with(runs: Runs, capsys: pytest.CaptureFixture[str]) -> None:
+    """As when a job is queued once more than needed."""
+    arguments = [*SMALL, *SETTINGS, f"run.root={runs.folder('whole').parent}", "run.name=test"]
+    cache = f"warm_start.cache_dir={runs.root / 'cache'}"
+    assert train.main([str(REPO / "configs/quickstart_cpu.yaml"), *arguments, cache]) == 0
+    assert "nothing to do: " in capsys.readouterr().out

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -11,8 +12,8 @@ from fipo_megatron.checkpoint.manifest import DamagedError
 from fipo_megatron.checkpoint.store import CheckpointStore
 from fipo_megatron.config.load import save_config
 from fipo_megatron.config.schema import Config
-from fipo_megatron.trainer.resume import changed_settings, find_unfinished, resume_run
-from fipo_megatron.trainer.run_folder import locked, make_run_folder
+from fipo_megatron.trainer.resume import CompleteError, changed_settings, find_run, resume_run
+from fipo_megatron.trainer.run_folder import make_run_folder
 
 STEPS = 20
 
@@ -22,7 +23,13 @@ def make_config(root: Path, **sections: Any) -> Config:
     return Config.model_validate({**values, **sections})
 
 
+def record(folder: Path, step: int) -> None:
+    (folder / "metrics.jsonl").write_text("".join(json.dumps({"step": i}) + "\n" for i in range(step + 1)))
+
+
 def make_checkpoint(folder: Path, step: int) -> Path:
+    if folder.name == "checkpoints":
+        record(folder.parent, step)
     store = CheckpointStore(folder, keep_last=10, keep_best=0)
     (store.partial(step) / "file").write_text(f"of step {step}")
     return store.complete(step, {}, score=None)
@@ -111,7 +118,11 @@ def test_a_damaged_newest_is_noted_and_the_one_before_taken(tmp_path: Path) -> N
 def test_without_a_checkpoint_the_run_begins_again(tmp_path: Path) -> None:
     folder = make_run_folder(make_config(tmp_path), "quick")
     found = resume_run(folder)
-    assert (found.step, found.checkpoint, found.notes) == (0, None, ("the run has no checkpoint yet, it begins again",))
+    assert (found.step, found.checkpoint, found.notes) == (
+        -1,
+        None,
+        ("the run has no checkpoint yet, it begins again",),
+    )
 
 
 def test_refusals(tmp_path: Path) -> None:
@@ -126,7 +137,7 @@ def test_a_complete_run_goes_on_where_it_is_given_more_steps(tmp_path: Path) -> 
     folder = make_run_folder(make_config(tmp_path), "quick")
     make_checkpoint(folder / "checkpoints", STEPS)
     finish(folder)
-    with pytest.raises(ValueError, match=f"complete with step {STEPS}; raise trainer.steps to go on"):
+    with pytest.raises(CompleteError, match=f"complete with step {STEPS}; raise trainer.steps to go on"):
         resume_run(folder)
     found = resume_run(folder, overrides=[f"trainer.steps={STEPS + 5}"])
     assert (found.step, found.config.trainer.steps) == (STEPS, STEPS + 5)
@@ -147,6 +158,46 @@ def test_checkpoints_elsewhere_are_found_where_they_were_moved_and_never_given_u
     assert resume_run(folder, overrides=[moved]).step == 4
 
 
+def test_a_checkpoint_can_be_chosen(tmp_path: Path) -> None:
+    folder = make_run_folder(make_config(tmp_path), "quick")
+    for step in (3, 6):
+        make_checkpoint(folder / "checkpoints", step)
+    assert resume_run(folder, step=3).step == 3
+    with pytest.raises(
+        ValueError, match=r"--step 4: .*checkpoints has no whole checkpoint of it; it has steps \[3, 6\]"
+    ):
+        resume_run(folder, step=4)
+
+
+def test_checkpoints_that_are_gone_are_no_reason_to_begin_again(tmp_path: Path) -> None:
+    config = make_config(tmp_path, checkpoint={"every_steps": 3, "folder": str(tmp_path / "elsewhere")})
+    folder = make_run_folder(config, "quick")
+    record(folder, 5)  # the first may have been under way
+    assert resume_run(folder).step == -1
+    make_checkpoint(tmp_path / "elsewhere" / folder.name, 3)
+    record(folder, 6)
+    assert resume_run(folder).step == 3
+    renamed = folder.rename(tmp_path / "renamed")
+    with pytest.raises(
+        ValueError, match=r"recorded step 6, but .*renamed has no checkpoint; .*the run's folder renamed"
+    ):
+        resume_run(renamed)
+    record(renamed, 1)
+    finish(renamed)
+    with pytest.raises(ValueError, match="Put them back, or train it again"):
+        resume_run(renamed)
+
+
+def test_metrics_that_end_before_the_checkpoint_are_noted_and_broken_ones_named(tmp_path: Path) -> None:
+    folder = make_run_folder(make_config(tmp_path), "quick")
+    make_checkpoint(folder / "checkpoints", 4)
+    record(folder, 2)
+    assert resume_run(folder).notes[-1] == "metrics.jsonl ends at step 2: what follows to step 4 is missing in it"
+    (folder / "metrics.jsonl").write_text('{"step": 0}\nbroken\n{"step": 2}\n{"ste')
+    with pytest.raises(ValueError, match=r"metrics.jsonl:2: 'broken' is not JSON .*; remove the line"):
+        resume_run(folder)
+
+
 # ---------------------------------------------------------------- --resume auto
 
 
@@ -154,40 +205,14 @@ def make_runs(config: Config, number: int) -> list[Path]:
     return [make_run_folder(config, "quick") for _ in range(number)]
 
 
-def test_the_newest_unfinished_run_is_found(tmp_path: Path) -> None:
+def test_the_newest_run_of_the_name_is_found(tmp_path: Path) -> None:
     config = make_config(tmp_path)
-    assert find_unfinished(config, "quick") is None
+    assert find_run(config, "quick") is None
     folders = make_runs(config, 11)  # the numbers are numbers: 11 is newer than 2
     assert folders[-1].name == "quick-seed0-11"
-    assert find_unfinished(config, "quick") == folders[-1]
-    finish(folders[-1])
-    assert find_unfinished(config, "quick") == folders[-2]
-    with locked(folders[-2]):
-        assert find_unfinished(config, "quick") == folders[-3]
-    assert find_unfinished(config, "quick") == folders[-2]
-    (folders[-2] / "config.yaml").unlink()
-    assert find_unfinished(config, "quick") == folders[-3]
-    for folder in folders:
-        (folder / "hf").mkdir(exist_ok=True)
-        (folder / "hf/config.json").touch()
-    assert find_unfinished(config, "quick") is None
-
-
-@pytest.mark.parametrize(
-    ("sections", "is_same"),
-    [
-        ({"checkpoint": {"every_steps": 3}}, True),
-        ({"timeouts": {"call_s": 9}}, True),
-        ({"cluster": {"master_port": 2345}}, True),
-        ({"trainer": {"steps": STEPS + 1}}, False),
-        ({"optimizer": {"lr": 0.5}}, False),
-        ({"warm_start": {"steps": 3}}, False),
-    ],
-    ids=str,
-)
-def test_only_a_run_that_computes_the_same_is_found(sections: dict[str, Any], is_same: bool, tmp_path: Path) -> None:
-    (folder,) = make_runs(make_config(tmp_path), 1)
-    assert find_unfinished(make_config(tmp_path, **sections), "quick") == (folder if is_same else None)
+    assert find_run(config, "quick") == folders[-1]
+    (folders[-1] / "config.yaml").unlink()
+    assert find_run(config, "quick") == folders[-2]
 
 
 @pytest.mark.parametrize("other", ["quick-seed02", "quick-seed0-b", "quick-seed0-2.old", "a-quick-seed0"])
@@ -195,13 +220,13 @@ def test_a_name_that_only_begins_alike_is_another_run(other: str, tmp_path: Path
     config = make_config(tmp_path)
     (tmp_path / other).mkdir()
     save_config(config, tmp_path / other / "config.yaml")
-    assert find_unfinished(config, "quick") is None
+    assert find_run(config, "quick") is None
     (folder,) = make_runs(config, 1)
-    assert find_unfinished(config, "quick") == folder
+    assert find_run(config, "quick") == folder
 
 
 def test_a_named_run_is_found_by_its_name(tmp_path: Path) -> None:
     config = make_config(tmp_path, run={"root": str(tmp_path), "name": "mine"})
     folder = make_run_folder(config, "quick")
-    assert find_unfinished(config, "quick") == folder
-    assert find_unfinished(make_config(tmp_path), "quick") is None
+    assert find_run(config, "quick") == folder
+    assert find_run(make_config(tmp_path), "quick") is None

@@ -171,31 +171,32 @@ KEPT = (
     "samples/step_000009.jsonl.bak",
     "step-plan.txt",
 )
-REMOVED = (
+ASIDE = (
     "error.log",
     "evaluation/step_000010/task.jsonl",
     "hf-step-00000010/config.json",
-    "hf.partial-123/model.safetensors",
     "replay/step-00000006.safetensors",
-    "replay/step-00000007.safetensors.partial",
     "samples/step_000006.jsonl",
     "samples/step_123456789.jsonl",
     "worker_logs/rank0.log",
 )
+REMOVED = ("hf.partial-123/model.safetensors", "replay/step-00000007.safetensors.partial")
 
 
-def test_what_later_steps_recorded_goes_and_all_else_stays(tmp_path: Path) -> None:
-    for name in (*KEPT, *REMOVED):
+def test_what_later_steps_recorded_is_set_aside_and_all_else_stays(tmp_path: Path) -> None:
+    for name in (*KEPT, *ASIDE, *REMOVED):
         (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
         (tmp_path / name).write_text(name)
-    roll_back(tmp_path, 5)
-    assert names(tmp_path) - {"samples", "replay", "evaluation"} == set(KEPT)
-    roll_back(tmp_path, 5)
+    assert roll_back(tmp_path, 5) == [f"{tmp_path / 'set-aside-1'}: what was recorded after step 5"]
+    aside = {f"set-aside-1/{name}" for name in ASIDE}
+    assert names(tmp_path) - {"samples", "replay", "evaluation"} == {*KEPT, *aside}
+    assert roll_back(tmp_path, 5) == []
+    assert (tmp_path / "set-aside-1" / ASIDE[0]).read_text() == ASIDE[0]
     assert {name: (tmp_path / name).read_text() for name in KEPT} == {name: name for name in KEPT}
 
 
 def test_an_empty_folder_is_rolled_back_to_an_empty_one(tmp_path: Path) -> None:
-    roll_back(tmp_path, 0)
+    assert roll_back(tmp_path, 0) == []
     assert names(tmp_path) == set()
 
 
@@ -251,7 +252,8 @@ def test_later_checkpoints_are_set_aside_and_half_written_ones_removed(tmp_path:
         make_checkpoint(folder / "checkpoints", step)
     CheckpointStore(folder / "checkpoints", 2, 0).partial(8)
     assert go_on_in(folder, config, 2) == [
-        f"step-0000000{step}.set-aside: no longer gone on from; remove it when it is of no use" for step in (4, 6)
+        f"{folder / 'checkpoints'}/step-0000000{step}.set-aside: no longer gone on from; remove it when it is of no use"
+        for step in (4, 6)
     ]
     left = {path.name for path in (folder / "checkpoints").iterdir()}
     assert left == {"latest", "step-00000002", "step-00000004.set-aside", "step-00000006.set-aside"}
