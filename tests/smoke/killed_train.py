@@ -49,8 +49,8 @@ def die_in_reward(self: JudgeWithLimit, *arguments: Any) -> Any:
 def begun(method: Callable[..., Any], phase: str, min_updates: int = 0) -> Callable[..., Any]:
     """The method, whose call is begun before the driver dies."""
 
-    async def call(self: Any, *arguments: Any) -> Any:
-        task = asyncio.ensure_future(method(self, *arguments))
+    async def call(self: Any, *arguments: Any, **settings: Any) -> Any:
+        task = asyncio.ensure_future(method(self, *arguments, **settings))
         await asyncio.sleep(AHEAD_S)
         if now["updates"] >= min_updates:
             die(phase)

@@ -173,7 +173,7 @@ def test_a_damaged_checkpoint_is_passed_over_and_the_layout_may_change(runs: Run
         (["--resume", "auto"], "no configuration"),
         (
             ["configs/quickstart_cpu.yaml", "--resume", "auto", "run.overwrite=true"],
-            "run.overwrite = true: would replace",
+            "run.overwrite = true: replaces the run",
         ),
         (["configs/quickstart_cpu.yaml", "--step", "3"], "--step 3: names a checkpoint of --resume RUN"),
         (["--resume", "{run}", "--step", "3"], "has no whole checkpoint of it; it has steps"),
