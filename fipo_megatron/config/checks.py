@@ -43,6 +43,7 @@ def check_config(config: Config) -> None:
         *_find_objective_problems(config.algorithm),
         *_find_kernel_problems(config),
         *_find_sync_problems(config),
+        *_find_placement_problems(config),
         *_find_idle_keys(config),
     ]
     if config.warm_start is not None:
@@ -297,6 +298,30 @@ def _find_sync_problems(config: Config) -> Iterator[str]:
         yield "sync.transport = 'cuda_ipc': platform = 'cpu' has no CUDA; set sync.transport=shared_memory"
     if transport == "shared_memory" and config.platform == "cuda":
         yield "sync.transport = 'shared_memory': weights are on GPUs; set sync.transport=cuda_ipc or collective"
+
+
+def _find_placement_problems(config: Config) -> Iterator[str]:
+    if config.placement.mode != "colocated":
+        return
+    parallel, rollout, transport = config.parallel, config.rollout, config.sync.transport
+    mode = "placement.mode = 'colocated'"
+    if rollout.engine == "hf":
+        yield f"rollout.engine = 'hf': can't give its memory back, as {mode} asks; set rollout.engine=vllm"
+    if not config.trainer.offload:
+        yield f"trainer.offload = False: {mode} needs the policy's memory for the engine; set trainer.offload=true"
+    workers = rollout.tensor * rollout.pipeline
+    if rollout.replicas * workers != parallel.world_size:
+        remedy = f"set rollout.replicas={parallel.world_size // workers}"
+        if parallel.world_size % workers:
+            remedy = f"make parallel a multiple of the {workers} workers of an engine (rollout.tensor * pipeline)"
+        yield (
+            f"rollout.replicas = {rollout.replicas}: {rollout.replicas * workers} workers, and {mode} gives each "
+            f"the device of one of {parallel.world_size} ranks; {remedy}"
+        )
+    if transport == "disk_delta":
+        yield f"sync.transport = 'disk_delta': an engine of {mode} keeps nothing that changes could apply to; set auto"
+    elif transport in ("collective", "broadcast") and config.platform != "cpu":
+        yield f"sync.transport = {transport!r}: NCCL takes one process a device, {mode} puts two there; set auto"
 
 
 def _find_idle_keys(config: Config) -> Iterator[str]:

@@ -328,6 +328,25 @@ class SyncConfig(Section):
     folder: str | None = Field(None, description="of the disk transports, seen by all machines; null: the run's")
 
 
+class PlacementConfig(Section):
+    """Which devices the policy's ranks and the engines' workers run on (trainer/bundles.py)."""
+
+    mode: Literal["disaggregated", "colocated"] = Field(
+        "disaggregated",
+        description="disaggregated: each rank and each worker has a device of its own; colocated: a worker shares the "
+        "device of a rank, and each gives its memory back while the other works",
+    )
+    gpus_per_node: int | None = Field(
+        None,
+        gt=0,
+        description="devices of a node that are used: rank r is on node r // gpus_per_node; on a CPU: its processes; "
+        "null: as many as the largest node has",
+    )
+    strategy: Literal["pack", "spread"] = Field(
+        "pack", description="of Ray: what need not lie on one node goes to as few nodes as possible, or as many"
+    )
+
+
 class CheckpointConfig(Section):
     """What a run leaves on disk to go on from, after `--resume` (trainer/checkpoints.py)."""
 
@@ -389,6 +408,7 @@ class Config(Section):
     parallel: ParallelConfig = ParallelConfig()
     evaluation: EvaluationConfig = EvaluationConfig()
     sync: SyncConfig = SyncConfig()
+    placement: PlacementConfig = PlacementConfig()
     checkpoint: CheckpointConfig = CheckpointConfig()
     timeouts: TimeoutsConfig = TimeoutsConfig()
     cluster: ClusterConfig = ClusterConfig()

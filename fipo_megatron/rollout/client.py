@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import AsyncIterator, Sequence
-from typing import Protocol
+from typing import Literal, Protocol
 
 from fipo_megatron.types import FinishedResponse, GenerationRequest, SamplingSettings
+
+EngineMemory = Literal["weights", "kv_cache"]  # what an engine takes of a device, part by part
+ENGINE_MEMORY: tuple[EngineMemory, ...] = ("weights", "kv_cache")
 
 
 class EngineUpdateError(RuntimeError):

@@ -21,6 +21,7 @@ import fipo_megatron
 from fipo_megatron.config.schema import Config
 from fipo_megatron.reshard.sglang_worker import LOADER
 from fipo_megatron.reshard.transport.sglang import share_tensors
+from fipo_megatron.rollout.client import ENGINE_MEMORY, EngineMemory
 from fipo_megatron.rollout.server_process import EngineServerError, ServerClient, ServerProcess
 from fipo_megatron.rollout.vllm import generation_of, raise_refusals, slowest
 from fipo_megatron.types import FinishedResponse, Generation, GenerationRequest, SamplingSettings
@@ -52,6 +53,7 @@ class SglangEngine:
     ) -> None:
         self.version = 0 if load_weights else -1
         self._num_workers = config.rollout.tensor
+        self._released: set[EngineMemory] = set()
         self._folder = tempfile.TemporaryDirectory(prefix="fipo-engine-")  # removed with this object
         self.server_pid: int | None = None  # of one that was started here, and of its process group
         connections = 2 * config.rollout.max_concurrent_sequences  # more would wait in the server
@@ -177,12 +179,15 @@ class SglangEngine:
     def release_memory(self) -> None:
         """Give the device's memory back, weights included; nothing is being sampled."""
         self._forget()
-        self._client.post("/release_memory_occupation", {"tags": ["weights", "kv_cache"]})
-
-    def resume_memory(self) -> None:
-        """Take the memory again. The weights must be pushed next."""
         self.version = -1
-        self._client.post("/resume_memory_occupation", {"tags": ["weights", "kv_cache"]})
+        self._client.post("/release_memory_occupation", {"tags": list(ENGINE_MEMORY)})
+        self._released = set(ENGINE_MEMORY)
+
+    def resume_memory(self, parts: Sequence[EngineMemory] = ENGINE_MEMORY) -> None:
+        """Take parts of the memory again, those that were given back. The weights must be pushed next."""
+        if resumed := [part for part in parts if part in self._released]:
+            self._client.post("/resume_memory_occupation", {"tags": resumed})
+            self._released.difference_update(resumed)
 
     def address(self) -> tuple[str, str]:
         """URL and token, for others to use the server."""
@@ -300,6 +305,8 @@ def server_options(model_folder: Path, config: Config, load_weights: bool, on_cp
         "--enable-deterministic-inference",
         f"--weight-version={0 if load_weights else -1}",
     ]
+    if config.placement.mode == "colocated" and not on_cpu:
+        flags.append("--enable-memory-saver")  # of an allocator that can give memory back
     if rollout.expert_parallel:
         options["expert-parallel-size"] = rollout.tensor
     if on_cpu:

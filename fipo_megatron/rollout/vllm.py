@@ -12,8 +12,10 @@ from typing import Any, Literal
 import numpy as np
 
 from fipo_megatron.config.schema import Config
+from fipo_megatron.model.platform import resolve_platform
 from fipo_megatron.reshard.engine_views import ViewsRefusedError
 from fipo_megatron.reshard.execute import StaleWeightsError, WeightMismatchError
+from fipo_megatron.rollout.client import ENGINE_MEMORY, EngineMemory
 from fipo_megatron.rollout.held_weights import HeldWeights
 from fipo_megatron.types import FinishedResponse, Generation, GenerationRequest, SamplingSettings
 
@@ -64,6 +66,7 @@ class VllmEngine:
         self._rendezvous = rendezvous
         self.weights = HeldWeights(0 if load_weights else -1)
         self._is_paused = False
+        self._released: set[EngineMemory] = set()
         self.llm = LLM(**engine_arguments(model_folder, config, load_weights))
         self.llm.update_weight_version(str(self.weights.version))
 
@@ -175,10 +178,13 @@ class VllmEngine:
         """Give the device's memory back, weights included; a CPU build of vLLM only notes it."""
         self.weights.version = -1
         self.llm.sleep(level=2, mode="abort")
+        self._released = set(ENGINE_MEMORY)
 
-    def resume_memory(self) -> None:
-        """Take the memory again. The weights must be pushed next."""
-        self.llm.wake_up()
+    def resume_memory(self, parts: Sequence[EngineMemory] = ENGINE_MEMORY) -> None:
+        """Take parts of the memory again, those that were given back. The weights must be pushed next."""
+        if resumed := [part for part in parts if part in self._released]:
+            self.llm.wake_up(tags=resumed)
+            self._released.difference_update(resumed)
 
     def shutdown(self) -> None:
         """End the engine's processes."""
@@ -194,6 +200,8 @@ def engine_arguments(model_folder: Path, config: Config, load_weights: bool) -> 
     """vLLM's arguments for an engine of this configuration."""
     rollout = config.rollout
     max_model_len = rollout.max_prompt_tokens + rollout.max_response_tokens
+    # Memory that can be given back comes from an allocator of vLLM's own; its CPU build refuses the mode.
+    sleeps = config.placement.mode == "colocated" and resolve_platform(config.platform).name != "cpu"
     return {
         "model": str(model_folder),
         "load_format": "auto" if load_weights else "dummy",
@@ -216,6 +224,7 @@ def engine_arguments(model_folder: Path, config: Config, load_weights: bool) -> 
         "distributed_executor_backend": "mp" if rollout.tensor * rollout.pipeline > 1 else "uni",
         "worker_extension_cls": "fipo_megatron.reshard.engine_worker.WorkerExtension",
         "weight_transfer_config": {"backend": "fipo"},
+        **({"enable_sleep_mode": True} if sleeps else {}),
     }
 
 

@@ -14,6 +14,7 @@ from typing import Any, Literal
 import numpy as np
 
 from fipo_megatron.config.schema import Config
+from fipo_megatron.rollout.client import ENGINE_MEMORY, EngineMemory
 from fipo_megatron.rollout.held_weights import HeldWeights
 from fipo_megatron.rollout.server_process import ServerClient, ServerProcess
 from fipo_megatron.rollout.vllm import (
@@ -44,6 +45,7 @@ class VllmServerEngine:
     ) -> None:
         self.weights = HeldWeights(0 if load_weights else -1)
         self._is_paused = False
+        self._released: set[EngineMemory] = set()
         connections = 2 * config.rollout.max_concurrent_sequences  # more would wait in the server
         if url is not None:
             self._client = ServerClient(url, token, connections)
@@ -150,10 +152,13 @@ class VllmServerEngine:
         """Give the device's memory back, weights included; a CPU build of vLLM only notes it."""
         self.weights.version = -1
         self._client.post("/sleep", params={"level": "2"})
+        self._released = set(ENGINE_MEMORY)
 
-    def resume_memory(self) -> None:
-        """Take the memory again. The weights must be pushed next."""
-        self._client.post("/wake_up")
+    def resume_memory(self, parts: Sequence[EngineMemory] = ENGINE_MEMORY) -> None:
+        """Take parts of the memory again, those that were given back. The weights must be pushed next."""
+        for part in [part for part in parts if part in self._released]:
+            self._client.post("/wake_up", params={"tags": part})
+            self._released.remove(part)
 
     def address(self) -> tuple[str, str]:
         """URL and token, for others to use the server."""

@@ -14,6 +14,7 @@ from ray.exceptions import RayActorError, RayTaskError
 from fipo_megatron.config.schema import OptimizerConfig, TimeoutsConfig
 from fipo_megatron.parallel.packed import ResponseRows, merge_response_rows
 from fipo_megatron.reshard.session import WeightSession
+from fipo_megatron.rollout.client import EngineMemory
 from fipo_megatron.types import (
     FinishedResponse,
     GenerationRequest,
@@ -168,6 +169,14 @@ class EngineClient:
     async def update_weights(self, update_info: dict[str, Any]) -> dict[str, float]:
         """Receive the weights that the trainer sends, and verify them; what it took."""
         return await self._call("update_weights", update_info)
+
+    async def release_memory(self) -> None:
+        """Have the engine give its device's memory back, weights included."""
+        await self._call("release_memory")
+
+    async def resume_memory(self, *parts: EngineMemory) -> None:
+        """Have it take parts of that again; the weights must be pushed next."""
+        await self._call("resume_memory", parts)
 
     async def _call(self, method: str, *args: Any, timeout_s: float | None = None) -> Any:
         ref = getattr(self.actor, method).remote(*args)

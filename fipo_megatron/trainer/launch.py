@@ -35,9 +35,10 @@ from fipo_megatron.reshard.plan import make_plan
 from fipo_megatron.reward.judge import make_reward
 from fipo_megatron.rollout.collect import check_waiting_groups
 from fipo_megatron.rollout.sglang import check_sglang
+from fipo_megatron.trainer.bundles import num_devices, plan_bundles
 from fipo_megatron.trainer.checkpoints import POLICY, RunState, check_same_model, read_run_state
 from fipo_megatron.trainer.loop import train
-from fipo_megatron.trainer.placement import Workers, num_engine_workers
+from fipo_megatron.trainer.placement import Workers
 from fipo_megatron.trainer.resume import Resumption
 from fipo_megatron.trainer.run import Run
 from fipo_megatron.trainer.run_folder import check_run_folder, checkpoint_store
@@ -52,6 +53,8 @@ def check_before_start(config: Config, is_resumed: bool = False) -> ProblemFiles
         ValueError: for everything that would fail later and can be known before a process starts.
     """
     check_config(config)
+    if config.placement.gpus_per_node is not None:
+        plan_bundles(config, config.placement.gpus_per_node)  # refuses groups that lie on two nodes
     if not is_resumed:
         check_run_folder(config)
     check_trackers(config.run.trackers)
@@ -85,11 +88,12 @@ def check_before_start(config: Config, is_resumed: bool = False) -> ProblemFiles
 
 def check_num_gpus(config: Config, available: int) -> None:
     """Raises ValueError if ranks and engine need more devices than there are: they would wait for them in vain."""
-    needed = config.parallel.world_size + (num_engine_workers(config.rollout) if config.rollout.engine != "hf" else 0)
+    needed = num_devices(config)
     if needed > available:
         raise ValueError(
             f"parallel: {config.parallel.world_size} ranks and the engines take {needed} GPUs, there are {available}; "
             "use smaller sizes in parallel"
+            + (", or placement.mode=colocated" if config.placement.mode == "disaggregated" else "")
         )
 
 
@@ -163,6 +167,8 @@ async def run_training(plan: TrainingPlan, folder: Path, progress: Progress, sto
                 check_same_model(checkpoint.manifest["model"], base)
                 await workers.policy.load_state(checkpoint.folder / POLICY)
             progress.note(f"kernels: {await workers.policy.describe_kernels()}")
+            if config.placement.mode == "colocated":
+                progress.note(workers.describe_sharing())
 
         await _together(prepare_policy(), workers.engines_ready())
         workers.model_folder = base

@@ -8,6 +8,8 @@ import os
 import shutil
 import signal
 import tempfile
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
@@ -24,7 +26,9 @@ from fipo_megatron.rollout.sglang import SglangEngine
 from fipo_megatron.rollout.vllm import VllmEngine, vllm_environment
 from fipo_megatron.rollout.vllm_server import VllmServerEngine
 from fipo_megatron.trainer.actor import EngineClient, PolicyClient
+from fipo_megatron.trainer.bundles import Place, num_devices
 from fipo_megatron.trainer.policy import MegatronPolicy
+from fipo_megatron.trainer.reservation import Reservation
 from fipo_megatron.trainer.sync import WeightSync, make_session
 
 logger = logging.getLogger(__name__)
@@ -50,6 +54,9 @@ class Workers:
         self.platform = resolve_platform(config.platform)
         self._processes: set[psutil.Process] = set()
         self._sync: WeightSync | None = None
+        self._is_colocated = config.placement.mode == "colocated"
+        self._version = -1  # of the last weights that the engines were sent
+        self._engines_hold_weights = False
 
     def __enter__(self) -> Self:
         address = self.config.cluster.address
@@ -60,6 +67,7 @@ class Workers:
         on_sigterm = signal.getsignal(signal.SIGTERM)
         try:
             self._init_ray(address)
+            self._reservation = Reservation(self.config, self._on_cpu)
         except BaseException as error:
             self._end_everything()
             if isinstance(error, SystemExit):  # raised by Ray's handler of SIGTERM
@@ -71,7 +79,7 @@ class Workers:
 
     def _init_ray(self, address: str) -> None:
         ray.init(
-            num_cpus=self.config.parallel.world_size + num_engine_workers(self.config.rollout),
+            num_cpus=num_devices(self.config),
             include_dashboard=False,
             log_to_driver=False,
             logging_level="ERROR",
@@ -105,13 +113,16 @@ class Workers:
             signal.signal(number, signal.SIG_DFL if handler is None else handler)
 
     async def start_policy(self) -> None:
-        """Start the policy's ranks and form their process groups."""
-        gpus = 0 if self.platform.name == "cpu" else 1
-        options = self._options(num_gpus=gpus, environment={})
+        """Start the policy's ranks and form their process groups; engines that share their devices make room first."""
+        if self._is_colocated:
+            await self._release_engines()  # which find out at their start how much memory is free
         actor = ray.remote(MegatronPolicy)
-        world_size = self.config.parallel.world_size
         self.policy = PolicyClient(
-            [actor.options(**options).remote(self.config, rank) for rank in range(world_size)], self.config.timeouts
+            [
+                actor.options(**self._options(place, environment={})).remote(self.config, rank)
+                for rank, place in enumerate(self._reservation.plan.ranks)
+            ],
+            self.config.timeouts,
         )
         await self.policy.connect()
         self._remember_processes()
@@ -128,31 +139,68 @@ class Workers:
         self._remember_processes()
 
     async def sync_weights(self, version: int) -> dict[str, float]:
-        """Push the policy's weights to the engines, as `version`; what it took. See `WeightSync.sync`."""
+        """Push the policy's weights to the engines, as `version`; what it took. See `WeightSync.sync`.
+
+        Engines that share devices take memory for weights alone; the policy keeps its parameters there until they left.
+        """
         if self._sync is None:
             session = make_session(self.config, self.model_folder, self._on_cpu, Path(self._temp_dir), self.log_folder)
             self._sync = WeightSync(self.config, session, self.policy, self._engines, self._restart_engine)
+        if self._is_colocated:
+            await self.policy.offload()
+            await asyncio.gather(*(engine.resume_memory("weights") for engine in self._engines))
         metrics = await self._sync.sync(version)
         if self.config.trainer.offload:
             await self.policy.offload()
+        self._version, self._engines_hold_weights = version, True
         return metrics
 
+    @asynccontextmanager
+    async def sampling(self) -> AsyncIterator[None]:
+        """Within, the engines can sample from the weights of the last sync. Where they share devices with the policy it
+        is in host memory meanwhile, and afterwards they give all memory back, so the weights may be pushed once more.
+        """
+        if not self._is_colocated:
+            yield
+            return
+        if self._engines_hold_weights:
+            await self.policy.offload()  # a call since the sync may have brought parts of it back
+        else:
+            await self.sync_weights(self._version)
+        await asyncio.gather(*(engine.resume_memory("kv_cache") for engine in self._engines))
+        yield
+        await self._release_engines()
+
+    async def _release_engines(self) -> None:
+        await self.engines_ready()
+        await asyncio.gather(*(engine.release_memory() for engine in self._engines))
+        self._engines_hold_weights = False
+
+    def describe_sharing(self) -> str:
+        """What shares devices, on one line."""
+        rollout, plan = self.config.rollout, self._reservation.plan
+        line = (
+            f"placement: {len(plan.ranks)} ranks share {plan.num_devices} devices with {len(plan.engines)} engines of "
+            f"{rollout.tensor * rollout.pipeline} workers"
+        )
+        if self._on_cpu and rollout.engine == "vllm":
+            line += "; vLLM's CPU build keeps its memory, also when it is told to give it back"
+        return line
+
     def _start_engine(self, replica: int) -> EngineClient:
-        config, engine = self.config, self.config.rollout.engine
-        num_workers = config.rollout.tensor * config.rollout.pipeline
+        config, engine, place = self.config, self.config.rollout.engine, self._reservation.plan.engines[replica]
         if engine == "vllm":
-            environment = vllm_environment(config, self._on_cpu, replica)
-            options = self._options(0 if self._on_cpu else num_workers, environment, num_cpus=num_workers)
+            options = self._options(place, vllm_environment(config, self._on_cpu, replica))
             if config.rollout.mode == "server":
                 server = ray.remote(VllmServerEngine).options(**options)
                 actor = server.remote(self.model_folder, config, on_cpu=self._on_cpu)
             else:
                 actor = ray.remote(VllmEngine).options(**options).remote(self.model_folder, config)
         elif engine == "sglang":
-            options = self._options(0 if self._on_cpu else num_workers, {}, num_cpus=num_workers)
+            options = self._options(place, {})
             actor = ray.remote(SglangEngine).options(**options).remote(self.model_folder, config, on_cpu=self._on_cpu)
         else:
-            actor = ray.remote(HfEngine).options(**self._options(0, {})).remote(self.model_folder, config)
+            actor = ray.remote(HfEngine).options(**self._options(place, {})).remote(self.model_folder, config)
         name = "engine" if config.rollout.replicas == 1 else f"engine {replica}"
         return EngineClient(actor, config.timeouts, name)
 
@@ -166,7 +214,7 @@ class Workers:
     def _on_cpu(self) -> bool:
         return self.platform.name == "cpu"
 
-    def _options(self, num_gpus: int, environment: dict[str, str], num_cpus: int = 1) -> dict[str, Any]:
+    def _options(self, place: Place, environment: dict[str, str]) -> dict[str, Any]:
         base = {
             "OMP_NUM_THREADS": "1",
             "TMPDIR": self._temp_dir,  # what a killed process leaves goes with the run's
@@ -176,7 +224,8 @@ class Workers:
         }
         if self.config.cluster.address.startswith("127."):
             base["GLOO_SOCKET_IFNAME"] = "lo"
-        return {"num_cpus": num_cpus, "num_gpus": num_gpus, "runtime_env": {"env_vars": base | environment}}
+        devices = self._reservation.environment(place)
+        return self._reservation.options(place) | {"runtime_env": {"env_vars": base | environment | devices}}
 
     def _remember_processes(self) -> None:
         self._processes.update(set(psutil.Process().children(recursive=True)) - self._foreign)
@@ -187,11 +236,6 @@ class Workers:
             if log.stat().st_size and not log.is_symlink():
                 (self.log_folder / "worker_logs").mkdir(exist_ok=True)
                 shutil.copy(log, self.log_folder / "worker_logs")
-
-
-def num_engine_workers(rollout: RolloutConfig) -> int:
-    """Workers of all engines."""
-    return rollout.replicas * rollout.tensor * rollout.pipeline
 
 
 def object_store_bytes(rollout: RolloutConfig) -> int:

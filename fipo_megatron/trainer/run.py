@@ -100,12 +100,13 @@ class Run:
         config = self.config
         needed, generated, num_batches = config.rollout.prompts_per_step, list[SampleGroup | None](), 0
         judge = self._reward.with_limit()
-        while len(self._buffer) < needed:
-            self._buffer.check_generation_batches(num_batches, needed, generated.count(None))
-            batch = await self._generate_groups(judge, num_missing=needed - len(self._buffer))
-            generated += batch
-            self._buffer.add(batch)
-            num_batches += 1
+        async with self.workers.sampling():
+            while len(self._buffer) < needed:
+                self._buffer.check_generation_batches(num_batches, needed, generated.count(None))
+                batch = await self._generate_groups(judge, num_missing=needed - len(self._buffer))
+                generated += batch
+                self._buffer.add(batch)
+                num_batches += 1
         groups = self._buffer.take(needed)
         if judge.failures:
             self.progress.note(
@@ -197,7 +198,8 @@ class Run:
     async def evaluate(self, step: int) -> dict[str, float]:
         """Held-out accuracy of the engine's policy, after step `step`."""
         with self.timers.phase("eval"):
-            return await self._evaluation.measure(self.workers.engine, step)
+            async with self.workers.sampling():
+                return await self._evaluation.measure(self.workers.engine, step)
 
     def record_samples(
         self, step: int, groups: Sequence[SampleGroup], batch: TrainingBatch, logprobs: np.ndarray

@@ -181,6 +181,9 @@ def pick_transport(config: Config, on_cpu: bool) -> TransportName:
     """The transport that `sync.transport` stands for."""
     if config.sync.transport != "auto":
         return config.sync.transport
-    if on_cpu and config.cluster.address.startswith("127."):
-        return "shared_memory"
+    if config.cluster.address.startswith("127."):
+        if on_cpu:
+            return "shared_memory"
+        if config.placement.mode == "colocated":
+            return "cuda_ipc"
     return "collective"
