@@ -5,7 +5,12 @@ from __future__ import annotations
 from typing import Any
 
 import ray
-from ray.util.placement_group import PlacementGroup, placement_group, placement_group_table
+from ray.util.placement_group import (
+    PlacementGroup,
+    placement_group,
+    placement_group_table,
+    remove_placement_group,
+)
 from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
 from fipo_megatron.config.schema import Config
@@ -15,7 +20,7 @@ PIN = 1e-3  # of a node's own resource, of which it has 1
 
 
 class Reservation:
-    """Devices of all processes of a run, reserved until Ray is shut down.
+    """Devices of all processes of a run, reserved until they are released or Ray is shut down.
 
     Ray keeps others off the devices; which of them a process uses is said here, because a process of several devices
     can't ask Ray for a part of each. It sees its own devices first, then the others of its node: CUDA opens memory of
@@ -73,6 +78,10 @@ class Reservation:
         others = sorted((device for device in on_node if device not in own), key=_by_number)
         return {"CUDA_VISIBLE_DEVICES": ",".join([*own, *others]), "RAY_EXPERIMENTAL_NOSET_CUDA_VISIBLE_DEVICES": "1"}
 
+    def release(self) -> None:
+        """Give the devices back, of a cluster that lives on."""
+        remove_placement_group(self._group)
+
     def _ids_of(self, bundle: int, size: int) -> list[str]:
         """What CUDA calls the devices of a bundle on its node."""
         task = ray.remote(_accelerator_ids).options(
@@ -87,6 +96,7 @@ class Reservation:
 def _reserve(bundles: list[dict[str, float]], strategy: str, timeout_s: float) -> PlacementGroup:
     group = placement_group(bundles, strategy=strategy)
     if not group.wait(timeout_s):
+        remove_placement_group(group)
         raise RuntimeError(
             f"the Ray cluster did not give {bundles} within {timeout_s:g} s: it has {ray.available_resources()} free"
         )
