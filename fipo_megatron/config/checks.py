@@ -320,8 +320,12 @@ def _find_placement_problems(config: Config) -> Iterator[str]:
         )
     if transport == "disk_delta":
         yield f"sync.transport = 'disk_delta': an engine of {mode} keeps nothing that changes could apply to; set auto"
-    elif transport in ("collective", "broadcast") and config.platform != "cpu":
-        yield f"sync.transport = {transport!r}: NCCL takes one process a device, {mode} puts two there; set auto"
+    spans_nodes = not config.cluster.address.startswith("127.")
+    by_nccl = transport in ("collective", "broadcast") or (transport == "auto" and spans_nodes)
+    if config.platform == "cpu" or not by_nccl:
+        return
+    remedy = "sync.transport=disk, and sync.folder to one that all nodes see" if spans_nodes else "auto"
+    yield f"sync.transport = {transport!r}: NCCL takes one process a device, {mode} puts two there; set {remedy}"
 
 
 def _find_idle_keys(config: Config) -> Iterator[str]:

@@ -47,7 +47,7 @@ class Reservation:
         addresses = {node["NodeID"]: node["NodeManagerAddress"] for node in nodes}
         homes = [key for key, address in addresses.items() if address == config.cluster.address]
         bundles: list[dict[str, float]] = [{"CPU": size, self._resource: size} for size in self.plan.sizes]
-        if len(nodes) > 1 and any(devices[home] >= self.plan.sizes[0] for home in homes):
+        if any(devices[home] >= self.plan.sizes[0] for home in homes):
             bundles[0][f"node:{config.cluster.address}"] = PIN  # rank 0 listens there
         self._group = _reserve(bundles, config.placement.strategy.upper(), config.timeouts.startup_s)
         nodes_of = placement_group_table(self._group)["bundles_to_node_id"]

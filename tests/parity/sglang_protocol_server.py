@@ -31,7 +31,8 @@ class ProtocolServer:
         self.structs = structs
         version = next(option for option in options if option.startswith("--weight-version="))
         self.version = int(version.partition("=")[2])
-        self.in_session = self.is_paused = self.is_released = False
+        self.in_session = self.is_paused = False
+        self.released: set[str] = set()
         self.loaders = [options[options.index("--custom-weight-loader") + 1]]
         self.groups: set[str] = set()
         self.running = self.aborts = 0
@@ -153,12 +154,12 @@ class ProtocolServer:
     def release_memory_occupation(self, values: dict[str, Any]) -> Answer:
         is_idle = not self.running and self.last_batch_until <= time.monotonic()
         assert is_idle, "release_memory_occupation should be called only when server is idle."
-        self.is_released = True
+        self.released = set(values["tags"])
         return 200, None
 
     def resume_memory_occupation(self, values: dict[str, Any]) -> Answer:
-        assert self.is_released
-        self.is_released = False
+        assert self.released >= set(values["tags"]), "the real one ends at what was not released"
+        self.released -= set(values["tags"])
         return 200, None
 
     def _need_session(self, name: str) -> None:

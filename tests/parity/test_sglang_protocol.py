@@ -134,9 +134,13 @@ def test_memory_is_released_and_weights_are_pushed_next(engine: SglangEngine) ->
     engine.update_weights({"version": 1})
     generate(engine, 2)
     engine.release_memory()
-    engine.resume_memory()
+    engine.resume_memory(["weights"])
     with pytest.raises(RuntimeError, match="push the policy's"):
         generate(engine, 2)
+    engine.update_weights({"version": 2})
+    engine.resume_memory(["kv_cache"])
+    assert len(generate(engine, 2)) == 4
+    engine.resume_memory()  # all is there: the server is asked for nothing
 
 
 def test_a_server_that_dies_in_an_update_is_told_with_its_last_words(engine: SglangEngine) -> None:

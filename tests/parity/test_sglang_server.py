@@ -222,10 +222,11 @@ def test_aborted_requests_end(setting: Setting, how: str) -> None:
 
 def test_memory_is_released_and_taken_again(setting: Setting) -> None:
     setting.engine.release_memory()
-    setting.engine.resume_memory()
+    setting.engine.resume_memory(["weights"])
     with pytest.raises(RuntimeError, match="push the policy's"):
         setting.generate(GREEDY)
     setting.push_by_tensors(1, 10)
+    setting.engine.resume_memory(["kv_cache"])
     check_greedy(setting.generate(GREEDY), setting.policies[1], 10)
 
 

@@ -57,6 +57,9 @@ def model_folder(tmp_path):
     return tmp_path
 
 
+COLOCATED = ("placement.mode=colocated", "trainer.offload=true", "parallel.tensor=1")
+
+
 @pytest.mark.parametrize(
     "overrides",
     [
@@ -87,6 +90,9 @@ def model_folder(tmp_path):
         ["kernels={logprob_from: logits, logprob: megatron, future_kl_scan: torch}"],
         ["kernels={workspace_mib: 64, logprob: torch}", "algorithm.entropy_coef=0.01"],
         ["kernels.logprob=reference", "parallel={tensor: 1, data: 2}"],
+        ["placement.mode=colocated", "trainer.offload=true", "parallel.tensor=2", "rollout.tensor=2"],
+        [*COLOCATED, "parallel.data=2", "rollout.replicas=2", "sync.transport=collective", "platform=cpu"],
+        [*COLOCATED, "cluster.address=10.0.0.1", "sync={transport: disk, folder: /shared}", "platform=cuda"],
     ],
     ids=" ".join,
 )
@@ -101,6 +107,29 @@ def test_sound_configurations_pass_and_pass_again_when_saved(overrides, small_ru
     ("overrides", "line"),
     [
         (["warm_start=null"], "model.path = None: no policy; "),
+        (["placement.mode=colocated"], "trainer.offload = False: placement.mode = 'colocated' needs "),
+        ([*COLOCATED, "rollout.engine=hf"], "rollout.engine = 'hf': can't give its memory back"),
+        (
+            [*COLOCATED, "parallel.data=4", "rollout.tensor=2"],
+            "rollout.replicas = 1: 2 workers, and placement.mode = 'colocated' gives each the device of one of 4 ranks"
+            "; set rollout.replicas=2",
+        ),
+        (
+            [*COLOCATED, "parallel.data=2", "rollout.pipeline=4"],
+            "rollout.replicas = 1: 4 workers, and placement.mode = 'colocated' gives each the device of one of 2 ranks"
+            "; make parallel a multiple of the 4 workers",
+        ),
+        ([*COLOCATED, "sync.transport=disk_delta"], "sync.transport = 'disk_delta': an engine of placement.mode = "),
+        (
+            [*COLOCATED, "sync.transport=collective", "platform=cuda"],
+            "sync.transport = 'collective': NCCL takes one process a device, placement.mode = 'colocated' puts two "
+            "there; set auto",
+        ),
+        (
+            [*COLOCATED, "cluster.address=10.0.0.1", "platform=cuda"],
+            "sync.transport = 'auto': NCCL takes one process a device, placement.mode = 'colocated' puts two there; "
+            "set sync.transport=disk",
+        ),
         (["model.path=here"], "model.path = 'here': warm_start makes another policy; "),
         (
             ["trainer.mini_batch_prompts=5"],

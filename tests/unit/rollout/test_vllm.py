@@ -7,6 +7,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 
 from fipo_megatron.reshard.engine_views import ViewsRefusedError
 from fipo_megatron.rollout.vllm import (
@@ -28,6 +29,18 @@ def test_arguments_are_options_of_the_command():
     assert options[options.index("--weight-transfer-config") + 1] == '{"backend": "fipo"}'
     assert "--enable-expert-parallel" in options
     assert "--no-enable-chunked-prefill" in options
+
+
+@pytest.mark.parametrize(("platform", "sleeps"), [("cuda", True), ("cpu", False)])
+def test_an_engine_that_shares_its_device_can_sleep(
+    platform: str, sleeps: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Where vLLM has the mode: its CPU build refuses it."""
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    config = make_config(Path("/m"), placement={"mode": "colocated"}, platform=platform)
+    assert engine_arguments(Path("/m"), config, load_weights=False).get("enable_sleep_mode", False) == sleeps
+    apart = make_config(Path("/m"), platform=platform)
+    assert "enable_sleep_mode" not in engine_arguments(Path("/m"), apart, load_weights=False)
 
 
 def test_responses_of_one_version_have_no_version_a_token():

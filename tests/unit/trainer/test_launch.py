@@ -18,8 +18,10 @@ from fipo_megatron.trainer.launch import check_before_start, check_num_gpus, pla
 def test_ranks_and_engine_need_a_device_each() -> None:
     config = Config.model_validate({"parallel": {"tensor": 2, "data": 2}})
     check_num_gpus(config, available=5)
-    with pytest.raises(ValueError, match="4 ranks and the engines take 5 GPUs, there are 4"):
+    with pytest.raises(ValueError, match="4 ranks and the engines take 5 GPUs, there are 4.*placement.mode=colocated"):
         check_num_gpus(config, available=4)
+    shared = {"placement": {"mode": "colocated"}, "rollout": {"tensor": 2, "replicas": 2}}
+    check_num_gpus(Config.model_validate({**config.model_dump(), **shared}), available=4)
 
 
 HF_CONFIG = {

@@ -1,11 +1,16 @@
-"""The shared memory that a run asks for."""
+"""The shared memory that a run asks for, and who has the devices when they are shared."""
 
 from __future__ import annotations
 
-import numpy as np
+import asyncio
+from pathlib import Path
+from typing import Any
 
-from fipo_megatron.config.schema import RolloutConfig
-from fipo_megatron.trainer.placement import MIN_OBJECT_STORE_BYTES, TOKEN_BYTES, object_store_bytes
+import numpy as np
+import pytest
+
+from fipo_megatron.config.schema import Config, RolloutConfig
+from fipo_megatron.trainer.placement import MIN_OBJECT_STORE_BYTES, TOKEN_BYTES, Workers, object_store_bytes
 from fipo_megatron.types import Generation, TrainingBatch
 
 
@@ -23,3 +28,83 @@ def test_the_longest_batch_of_a_recipe_fits_and_a_small_run_asks_for_little() ->
     assert object_store_bytes(recipe) == 3 * 24 * 8192 * 22528  # 12.4 GiB
     small = RolloutConfig(prompts_per_step=32, samples_per_prompt=8, max_prompt_tokens=16, max_response_tokens=48)
     assert object_store_bytes(small) == MIN_OBJECT_STORE_BYTES == 256 * 1024 * 1024
+
+
+class Recorder:
+    """Policy, engines and their sync: writes down what is asked of them."""
+
+    def __init__(self, name: str, calls: list[str]) -> None:
+        self.name, self.calls = name, calls
+
+    def __getattr__(self, method: str) -> Any:
+        async def call(*arguments: Any) -> dict[str, float]:
+            if method != "ready":
+                self.calls.append(" ".join([self.name, method, *map(str, arguments)]))
+            return {"sync/sent_gib": 1.0}
+
+        return call
+
+
+def make_workers(mode: str, calls: list[str]) -> Workers:
+    values = {"platform": "cpu", "placement": {"mode": mode}, "trainer": {"offload": mode == "colocated"}}
+    workers = Workers(Config.model_validate(values), Path("/nowhere"))
+    stand_ins: Any = [Recorder(name, calls) for name in ("policy", "sync", "engine 0", "engine 1")]
+    workers.policy, workers._sync, *workers._engines = stand_ins
+    return workers
+
+
+async def make_two_steps(workers: Workers, calls: list[str]) -> dict[str, float]:
+    """As the loop does: an evaluation before the first step, a checkpoint after it."""
+    metrics = await workers.sync_weights(0)
+    for step in (1, 2):
+        for phase in ("evaluation", "rollout") if step == 1 else ("rollout",):
+            async with workers.sampling():
+                calls.append(phase)
+        calls.append("train")
+        await workers.sync_weights(step)
+        calls.append("save")
+    return metrics
+
+
+def test_engines_and_policy_take_turns_on_shared_devices() -> None:
+    """Weights are pushed while the cache has no memory; anew after an evaluation, whose end gave them up."""
+    calls: list[str] = []
+    metrics = asyncio.run(make_two_steps(make_workers("colocated", calls), calls))
+    assert metrics == {"sync/sent_gib": 1.0}
+
+    def both(call: str) -> list[str]:
+        return [f"engine 0 {call}", f"engine 1 {call}"]
+
+    def push(version: int) -> list[str]:
+        return ["policy offload", *both("resume_memory weights"), f"sync sync {version}", "policy offload"]
+
+    def sample(phase: str) -> list[str]:
+        return [*both("resume_memory kv_cache"), phase, *both("release_memory")]
+
+    assert calls == [
+        *(*push(0), "policy offload", *sample("evaluation")),
+        *(*push(0), *sample("rollout"), "train"),
+        *(*push(1), "save", "policy offload", *sample("rollout"), "train"),  # what the save has brought back leaves
+        *(*push(2), "save"),
+    ]
+
+
+def test_engines_on_devices_of_their_own_are_left_alone() -> None:
+    calls: list[str] = []
+    asyncio.run(make_two_steps(make_workers("disaggregated", calls), calls))
+    steps = [["rollout", "train", f"sync sync {step}", "save"] for step in (1, 2)]
+    assert calls == ["sync sync 0", "evaluation", *steps[0], *steps[1]]
+
+
+def test_engines_keep_what_a_failure_left_in_them() -> None:
+    calls: list[str] = []
+    workers = make_workers("colocated", calls)
+
+    async def fail() -> None:
+        await workers.sync_weights(0)
+        async with workers.sampling():
+            raise RuntimeError("a judge failed")
+
+    with pytest.raises(RuntimeError, match="a judge failed"):
+        asyncio.run(fail())
+    assert "engine 0 release_memory" not in calls  # one that died would hide the cause

@@ -1,111 +1,55 @@
-"""Bundles in a real Ray cluster of two nodes, on whose GPUs nothing runs: Ray counts what it is told to have."""
+"""Bundles in a real Ray cluster: what each process sees of the GPUs that Ray was told to have."""
 
 from __future__ import annotations
 
-import os
-import shutil
-import socket
-import tempfile
-from collections.abc import Iterator
+import json
+import subprocess
+import sys
+from pathlib import Path
 from typing import Any
 
 import pytest
-import ray
-from ray.cluster_utils import Cluster
 
-from fipo_megatron.config.schema import Config
-from fipo_megatron.trainer.reservation import Reservation
+pytestmark = pytest.mark.multiproc
+ROOT = Path(__file__).parents[3]
+DEVICES = list(range(8, 16))  # what CUDA calls them there
+CONFIGS: dict[str, dict[str, Any]] = {
+    "colocated": {"parallel": {"data": 8}, "rollout": {"pipeline": 2, "replicas": 4}},
+    "disaggregated": {"parallel": {"tensor": 2, "data": 2}, "rollout": {"tensor": 2, "replicas": 2}},
+    "too many": {"parallel": {"data": 8}},
+    "two nodes": {"parallel": {"tensor": 3, "data": 2}},
+}
 
 
 @pytest.fixture(scope="module")
-def two_nodes() -> Iterator[Cluster]:
-    """Of four devices each, which CUDA calls 4 to 7 there."""
-    visible = os.environ.get("CUDA_VISIBLE_DEVICES")
-    os.environ["CUDA_VISIBLE_DEVICES"] = "4,5,6,7"
-    folder = tempfile.mkdtemp(prefix="fipo-", dir="/tmp")
-    cluster = Cluster()
-    try:
-        for address in ("127.0.0.1", "127.0.0.2"):
-            head = {"gcs_server_port": free_port(), "temp_dir": folder, "include_dashboard": False}
-            cluster.add_node(node_ip_address=address, num_cpus=4, num_gpus=4, **({} if cluster.head_node else head))
-        ray.init(address=cluster.address, log_to_driver=False, logging_level="ERROR")
-        yield cluster
-    finally:
-        ray.shutdown()
-        cluster.shutdown()
-        shutil.rmtree(folder, ignore_errors=True)
-        del os.environ["CUDA_VISIBLE_DEVICES"]
-        if visible is not None:
-            os.environ["CUDA_VISIBLE_DEVICES"] = visible
-
-
-def free_port() -> int:
-    """Ray's default may be another cluster's."""
-    with socket.socket() as listener:
-        listener.bind(("127.0.0.1", 0))
-        return int(listener.getsockname()[1])
-
-
-class Process:
-    """Says where it is."""
-
-    def where(self) -> tuple[str, str]:
-        return ray.get_runtime_context().get_node_id(), os.environ["CUDA_VISIBLE_DEVICES"]
-
-
-def find_processes(reservation: Reservation) -> tuple[list[tuple[str, str]], list[tuple[str, str]]]:
-    """The node and the devices of each rank, and of each engine, of actors that all live at once."""
-    actors = [
-        ray.remote(Process)
-        .options(**reservation.options(place), runtime_env={"env_vars": reservation.environment(place)})
-        .remote()
-        for place in (*reservation.plan.ranks, *reservation.plan.engines)
+def seen() -> dict[str, Any]:
+    configs = [
+        {**config, "placement": {"mode": "colocated" if name == "colocated" else "disaggregated", "gpus_per_node": 4}}
+        for name, config in CONFIGS.items()
     ]
-    found = ray.get([actor.where.remote() for actor in actors], timeout=120)
-    for actor in actors:
-        ray.kill(actor)
-    num_ranks = len(reservation.plan.ranks)
-    return found[:num_ranks], found[num_ranks:]
+    command = [sys.executable, "-m", "tests.unit.trainer.fake_gpus", *(json.dumps(config) for config in configs)]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=240, check=False)
+    assert done.returncode == 0, done.stderr
+    return dict(zip(CONFIGS, map(json.loads, done.stdout.splitlines()), strict=True))
 
 
-def make_config(**sections: dict[str, Any]) -> Config:
-    return Config.model_validate({"timeouts": {"startup_s": 60}, **sections})
+def test_an_engine_of_two_workers_shares_the_devices_of_two_ranks(seen: dict[str, Any]) -> None:
+    ranks, engines = seen["colocated"]["ranks"], seen["colocated"]["engines"]
+    own = [devices[0] for devices in ranks]
+    assert sorted(own) == DEVICES  # of two bundles, whichever came first
+    assert own[:4] in (DEVICES[:4], DEVICES[4:])
+    assert [devices[:2] for devices in engines] == [own[i : i + 2] for i in range(0, 8, 2)]
+    # Behind its own each sees the others of the node.
+    assert all(sorted(devices) == DEVICES for devices in (*ranks, *engines))
+    assert ranks[0] == [own[0], *(device for device in DEVICES if device != own[0])]
 
 
-@pytest.mark.multiproc
-def test_engines_of_two_workers_share_the_devices_of_two_ranks_each(two_nodes: Cluster) -> None:
-    config = make_config(
-        placement={"mode": "colocated"}, parallel={"tensor": 2, "data": 4}, rollout={"tensor": 2, "replicas": 4}
-    )
-    reservation = Reservation(config, on_cpu=False)
-    try:
-        ranks, engines = find_processes(reservation)
-    finally:
-        reservation.release()
-    nodes = {node["NodeManagerAddress"]: node["NodeID"] for node in ray.nodes()}
-    first, second = nodes["127.0.0.1"], nodes["127.0.0.2"]
-    devices = ["4,5,6,7", "5,4,6,7", "6,4,5,7", "7,4,5,6"]  # its own first
-    assert ranks == [(node, visible) for node in (first, second) for visible in devices]
-    assert engines == [(node, visible) for node in (first, second) for visible in ("4,5,6,7", "6,7,4,5")]
+def test_devices_of_their_own_overlap_nowhere(seen: dict[str, Any]) -> None:
+    ranks, engines = seen["disaggregated"]["ranks"], seen["disaggregated"]["engines"]
+    own = [devices[0] for devices in ranks] + [device for devices in engines for device in devices[:2]]
+    assert sorted(own) == DEVICES
 
 
-@pytest.mark.multiproc
-def test_devices_of_their_own_overlap_nowhere(two_nodes: Cluster) -> None:
-    config = make_config(parallel={"tensor": 2, "data": 2}, rollout={"tensor": 2, "replicas": 2})
-    reservation = Reservation(config, on_cpu=False)
-    try:
-        ranks, engines = find_processes(reservation)
-    finally:
-        reservation.release()
-    assert len({node for node, _ in ranks}) == len({node for node, _ in engines}) == 1
-    assert [visible.split(",")[0] for _, visible in ranks] == ["4", "5", "6", "7"]
-    assert sorted(visible.split(",")[:2] for _, visible in engines) == [["4", "5"], ["6", "7"]]
-    assert ranks[0][0] != engines[0][0]
-
-
-@pytest.mark.multiproc
-def test_more_than_the_cluster_has_is_refused_with_what_it_has(two_nodes: Cluster) -> None:
-    with pytest.raises(ValueError, match=r"take 9 devices.*\[4, 4\]"):
-        Reservation(make_config(parallel={"data": 8}), on_cpu=False)
-    with pytest.raises(ValueError, match="two nodes of 4"):
-        Reservation(make_config(parallel={"tensor": 3, "data": 2}), on_cpu=False)
+def test_what_the_cluster_cannot_hold_is_refused_with_what_it_has(seen: dict[str, Any]) -> None:
+    assert "take 9 devices, the nodes of the Ray cluster have [8]" in seen["too many"]["error"]
+    assert "parallel.tensor = 3: its groups would lie on two nodes of 4" in seen["two nodes"]["error"]

@@ -4,7 +4,7 @@ import asyncio
 import random
 import time
 from collections.abc import AsyncIterator, Iterator, Sequence
-from contextlib import closing, contextmanager
+from contextlib import closing, contextmanager, nullcontext
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -82,7 +82,7 @@ def make_run(folder: Path, order: int, failing: int, **sections: dict[str, Any])
     write_skeleton(config, make_task(config.task), folder)
     prompts = make_run_prompts(config, load_files(config.data), load_prompt_encoder(folder, config.data))
     engine = LengthEngine(order)
-    workers: Any = SimpleNamespace(engine=engine, policy=None)
+    workers: Any = SimpleNamespace(engine=engine, policy=None, sampling=nullcontext)
     with (
         (folder / "notes.txt").open("w") as notes,
         closing(Run(config, folder, workers, folder, prompts, Progress(notes), Trackers(config, folder))) as run,

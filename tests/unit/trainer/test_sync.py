@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 
-from fipo_megatron.config.schema import Config
+from fipo_megatron.config.schema import Config, PlacementConfig
 from fipo_megatron.reshard.engine_views import ViewsRefusedError
 from fipo_megatron.reshard.execute import StaleWeightsError, WeightMismatchError
 from fipo_megatron.reshard.layout import EngineLayout, TrainerLayout
@@ -194,6 +194,9 @@ def test_layouts_and_transport_of_a_configuration(tmp_path: Path) -> None:
     assert engine_layout(config.rollout) == EngineLayout(4, 2, True, 3)
     assert pick_transport(config, on_cpu=True) == "shared_memory"
     assert pick_transport(config, on_cpu=False) == "collective"
+    shared = config.model_copy(update={"placement": PlacementConfig(mode="colocated")})
+    assert pick_transport(shared, on_cpu=True) == "shared_memory"
+    assert pick_transport(shared, on_cpu=False) == "cuda_ipc"
     elsewhere = Config.model_validate({"cluster": {"address": "10.0.0.1"}})
     assert pick_transport(elsewhere, on_cpu=True) == "collective"
     asked_for = Config.model_validate({"sync": {"transport": "disk", "folder": str(tmp_path)}})
