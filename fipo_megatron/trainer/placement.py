@@ -115,7 +115,8 @@ class Workers:
     async def start_policy(self) -> None:
         """Start the policy's ranks and form their process groups; engines that share their devices make room first."""
         if self._is_colocated:
-            await self._release_engines()  # which find out at their start how much memory is free
+            await self.engines_ready()  # which find out at their start how much memory is free
+            await self._release_engines()
         actor = ray.remote(MegatronPolicy)
         self.policy = PolicyClient(
             [
@@ -172,7 +173,6 @@ class Workers:
         await self._release_engines()
 
     async def _release_engines(self) -> None:
-        await self.engines_ready()
         await asyncio.gather(*(engine.release_memory() for engine in self._engines))
         self._engines_hold_weights = False
 

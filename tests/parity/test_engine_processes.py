@@ -172,6 +172,19 @@ def test_requests_of_a_server_can_be_ended(server: SimpleNamespace) -> None:
     assert failures == ["a request was aborted"]
 
 
+def test_a_server_gives_its_memory_back_and_goes_on_with_what_is_pushed_next(server: SimpleNamespace) -> None:
+    server.engine.release_memory()
+    with pytest.raises(RuntimeError, match="push the policy's"):
+        collect(server.engine, make_requests(), SHORT)
+    server.engine.resume_memory(["weights"])
+    server.version += 1
+    policy = server.policies[server.version % 2]
+    server.trainer.push(server.pushed, policy, server.version)
+    server.engine.resume_memory(["kv_cache"])
+    check_versions(collect(server.engine, make_requests(), SHORT), {server.version: policy})
+    server.engine.resume_memory()  # all is there
+
+
 def test_a_dead_process_of_a_server_is_an_error_at_once(server: SimpleNamespace) -> None:  # the last of its server
     engine = server.engine
     processes = descendants(engine._client._server.pid)
@@ -205,7 +218,7 @@ def config_of(folder: Path, **rollout: Any) -> Config:
     return make_config(folder, rollout=LIMITS | rollout)
 
 
-def test_expert_parallel_workers_are_updated_in_the_middle_and_die(tmp_path: Path) -> None:
+def test_expert_parallel_workers_are_updated_in_the_middle_sleep_and_die(tmp_path: Path) -> None:
     policy = write_random("qwen3_moe", tmp_path)
     other = other_policy(policy)
     config = config_of(tmp_path, tensor=2, expert_parallel=True)
@@ -221,6 +234,13 @@ def test_expert_parallel_workers_are_updated_in_the_middle_and_die(tmp_path: Pat
 
         finished = trainer.push(SimpleNamespace(call=sample), other, 1)
         assert check_versions(in_request_order(finished, 8), {0: policy, 1: other}) > 0
+        engine.call("release_memory")
+        with pytest.raises(RuntimeError, match="push the policy's"):
+            engine.generate(make_requests(), LONG)
+        engine.call("resume_memory", ["weights"])
+        trainer.push(engine, policy, 2)
+        engine.call("resume_memory", ["kv_cache"])
+        check_versions(engine.generate(make_requests(), LONG), {2: policy})
         processes = engine.processes
         check_processes(processes)
         worker = next(process for process in processes[1:] if "Worker" in process.name())

@@ -107,7 +107,7 @@ def test_sound_configurations_pass_and_pass_again_when_saved(overrides, small_ru
     ("overrides", "line"),
     [
         (["warm_start=null"], "model.path = None: no policy; "),
-        (["placement.mode=colocated"], "trainer.offload = False: placement.mode = 'colocated' needs "),
+        (["placement.mode=colocated", "rollout.replicas=2"], "trainer.offload = False: placement.mode = "),
         ([*COLOCATED, "rollout.engine=hf"], "rollout.engine = 'hf': can't give its memory back"),
         (
             [*COLOCATED, "parallel.data=4", "rollout.tensor=2"],

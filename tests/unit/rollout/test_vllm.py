@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 import torch
 
+from fipo_megatron.config.schema import PlacementConfig
 from fipo_megatron.reshard.engine_views import ViewsRefusedError
 from fipo_megatron.rollout.vllm import (
     engine_arguments,
@@ -37,9 +38,9 @@ def test_an_engine_that_shares_its_device_can_sleep(
 ) -> None:
     """Where vLLM has the mode: its CPU build refuses it."""
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-    config = make_config(Path("/m"), placement={"mode": "colocated"}, platform=platform)
-    assert engine_arguments(Path("/m"), config, load_weights=False).get("enable_sleep_mode", False) == sleeps
-    apart = make_config(Path("/m"), platform=platform)
+    apart = make_config(Path("/m")).model_copy(update={"platform": platform})
+    shared = apart.model_copy(update={"placement": PlacementConfig(mode="colocated")})
+    assert engine_arguments(Path("/m"), shared, load_weights=False).get("enable_sleep_mode", False) == sleeps
     assert "enable_sleep_mode" not in engine_arguments(Path("/m"), apart, load_weights=False)
 
 
