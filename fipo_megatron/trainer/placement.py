@@ -149,7 +149,10 @@ class Workers:
             self._sync = WeightSync(self.config, session, self.policy, self._engines, self._restart_engine)
         if self._is_colocated:
             await self.policy.offload()
-            await asyncio.gather(*(engine.resume_memory("weights") for engine in self._engines))
+            resumed = (engine.resume_memory("weights") for engine in self._engines)
+            for result in await asyncio.gather(*resumed, return_exceptions=True):
+                if isinstance(result, Exception):  # the sync rebuilds an engine that is gone
+                    logger.warning("an engine did not take its memory again before weights %d (%s)", version, result)
         metrics = await self._sync.sync(version)
         if self.config.trainer.offload:
             await self.policy.offload()

@@ -73,6 +73,9 @@ class WeightSync:
                 *(engine.check_session(self.session.to_info(replica)) for replica, engine in enumerate(self._engines))
             )
         except ViewsRefusedError as error:
+            if self.config.placement.mode == "colocated" and self.session.transport == "cuda_ipc":
+                error.add_note("NCCL, for whole tensors, takes one process a device: set placement.mode=disaggregated")
+                raise
             if self.config.sync.transport != "auto":
                 raise
             logger.warning("an engine takes no shards (%s); it is sent whole tensors: sync.transport=broadcast", error)

@@ -139,6 +139,16 @@ def test_a_rank_of_the_policy_that_fails_is_the_cause() -> None:
     assert restarted == []
 
 
+def test_whole_tensors_are_no_way_out_on_a_shared_gpu() -> None:
+    sync, policy, _ = make_sync([Engine(takes_shards=False)])
+    sync.config = sync.config.model_copy(update={"placement": PlacementConfig(mode="colocated")})
+    sync.session = replace(sync.session, transport="cuda_ipc")
+    with pytest.raises(ViewsRefusedError, match="lm_head.weight") as refused:
+        asyncio.run(sync.sync(0))
+    assert "set placement.mode=disaggregated" in refused.value.__notes__[0]
+    assert policy.sessions == []
+
+
 def test_an_engine_that_takes_no_shards_is_sent_whole_tensors_and_this_is_said(
     caplog: pytest.LogCaptureFixture,
 ) -> None:
