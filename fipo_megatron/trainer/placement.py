@@ -182,10 +182,8 @@ class Workers:
     def describe_sharing(self) -> str:
         """What shares devices, on one line."""
         rollout, plan = self.config.rollout, self._reservation.plan
-        line = (
-            f"placement: {len(plan.ranks)} ranks share {plan.num_devices} devices with {len(plan.engines)} engines of "
-            f"{rollout.tensor * rollout.pipeline} workers"
-        )
+        workers = f"{len(plan.engines)} x {rollout.tensor * rollout.pipeline} engine workers"
+        line = f"placement: colocated, {plan.num_devices} devices shared by {len(plan.ranks)} ranks and {workers}"
         if self._on_cpu and rollout.engine == "vllm":
             line += "; vLLM's CPU build keeps its memory, also when it is told to give it back"
         return line
