@@ -52,7 +52,7 @@ def plan_bundles(config: Config, devices_per_node: int) -> BundlePlan:
     has the devices of ranks i * workers to (i + 1) * workers - 1.
 
     Raises:
-        ValueError: a tensor-parallel group, or an engine, would lie on two nodes.
+        ValueError: an engine, or on GPUs a tensor-parallel group, would lie on two nodes.
     """
     world_size, per_node = config.parallel.world_size, devices_per_node
     _check_nodes(config, per_node)
@@ -73,7 +73,8 @@ def plan_bundles(config: Config, devices_per_node: int) -> BundlePlan:
 def _check_nodes(config: Config, per_node: int) -> None:
     parallel, rollout = config.parallel, config.rollout
     workers = rollout.tensor * rollout.pipeline
-    if parallel.world_size > per_node and per_node % parallel.tensor:
+    # Between CPUs it makes no difference which way a group's messages take.
+    if config.platform != "cpu" and parallel.world_size > per_node and per_node % parallel.tensor:
         raise ValueError(
             f"parallel.tensor = {parallel.tensor}: its groups would lie on two nodes of {per_node} devices; set it to "
             "a divisor of placement.gpus_per_node"

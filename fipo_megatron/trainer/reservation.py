@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 import ray
@@ -31,7 +32,8 @@ class Reservation:
         RuntimeError: the devices are not free within `timeouts.startup_s`.
     """
 
-    def __init__(self, config: Config, on_cpu: bool) -> None:
+    def __init__(self, config: Config, on_cpu: bool, pools: Mapping[str, Mapping[str, float]] | None = None) -> None:
+        """`pools`: what the ranks' bundles (`policy`) and the engines' (`engine`) need of a node beside devices."""
         self._resource = "CPU" if on_cpu else "GPU"
         nodes = [node for node in ray.nodes() if node["Alive"]]
         devices = {node["NodeID"]: int(node["Resources"].get(self._resource, 0)) for node in nodes}
@@ -45,10 +47,15 @@ class Reservation:
                 f"cluster have {sorted(devices.values(), reverse=True)}; use smaller sizes, or more nodes"
             )
         addresses = {node["NodeID"]: node["NodeManagerAddress"] for node in nodes}
-        homes = [key for key, address in addresses.items() if address == config.cluster.address]
-        bundles: list[dict[str, float]] = [{"CPU": size, self._resource: size} for size in self.plan.sizes]
-        if any(devices[home] >= self.plan.sizes[0] for home in homes):
-            bundles[0][f"node:{config.cluster.address}"] = PIN  # rank 0 listens there
+        parts = ["policy"] * self.plan.num_rank_bundles
+        parts += ["engine"] * (len(self.plan.sizes) - self.plan.num_rank_bundles)
+        bundles: list[dict[str, float]] = [
+            {"CPU": size, self._resource: size, **(pools or {}).get(part, {})}
+            for size, part in zip(self.plan.sizes, parts, strict=True)
+        ]
+        home = {f"node:{config.cluster.address}": PIN}  # of rank 0, which listens there
+        if any(_has(node["Resources"], bundles[0] | home) for node in nodes):
+            bundles[0] |= home
         self._group = _reserve(bundles, config.placement.strategy.upper(), config.timeouts.startup_s)
         nodes_of = placement_group_table(self._group)["bundles_to_node_id"]
         self._nodes = [nodes_of[i] for i in range(len(bundles))]
@@ -101,6 +108,10 @@ def _reserve(bundles: list[dict[str, float]], strategy: str, timeout_s: float) -
             f"the Ray cluster did not give {bundles} within {timeout_s:g} s: it has {ray.available_resources()} free"
         )
     return group
+
+
+def _has(resources: Mapping[str, float], needed: Mapping[str, float]) -> bool:
+    return all(resources.get(name, 0) >= amount for name, amount in needed.items())
 
 
 def _accelerator_ids() -> list[str]:

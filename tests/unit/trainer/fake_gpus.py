@@ -27,7 +27,7 @@ class Process:
 def find_devices(config: Config) -> dict[str, Any]:
     """What each rank sees, and each engine, of actors that all live at once; or why they can't."""
     try:
-        reservation = Reservation(config, on_cpu=False)
+        reservation = Reservation(config, on_cpu=False, pools={"policy": {"fipo_trainer": 1e-3}})
     except ValueError as error:
         return {"error": str(error)}
     plan = reservation.plan
@@ -52,6 +52,7 @@ def main() -> None:
         ray.init(
             num_cpus=8,
             num_gpus=8,
+            resources={"fipo_trainer": 1},
             include_dashboard=False,
             log_to_driver=False,
             logging_level="ERROR",

@@ -75,6 +75,11 @@ def test_what_would_lie_on_two_nodes_is_refused(mode: str, layouts: Any, per_nod
         plan_bundles(make_config(mode, *layouts), per_node)
 
 
+def test_a_group_may_lie_on_two_nodes_of_cpus() -> None:
+    config = make_config("disaggregated", {"tensor": 2}, {}).model_copy(update={"platform": "cpu"})
+    assert plan_bundles(config, 1).sizes == (1, 1, 1)
+
+
 def test_ranks_follow_the_order_of_their_nodes() -> None:
     """Ray gave the bundles to nodes as it liked; rank 0 is where it listens, then the addresses rise as numbers."""
     config = make_config("disaggregated", {"tensor": 2, "data": 7}, {"replicas": 2})
