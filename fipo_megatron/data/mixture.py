@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Sequence
 from dataclasses import replace
 from fractions import Fraction
@@ -22,9 +23,14 @@ class MixtureSampler:
     on seed, prompts and weights alone: the whole state is how many each file has given.
     """
 
-    def __init__(self, files: Sequence[Sequence[Prompt]], weights: Sequence[float], seed: int) -> None:
+    def __init__(
+        self, files: Sequence[Sequence[Prompt]], weights: Sequence[float], seed: int, names: Sequence[str]
+    ) -> None:
+        """`names` are the files' own, for messages."""
         assert all(files), "a file without prompts"
+        assert len(names) == len(files)
         self._files = files
+        self._names = names
         # Exact: rounding would add up over a long run.
         total = sum(map(Fraction, weights))
         self._shares = [Fraction(weight) / total for weight in weights]
@@ -51,10 +57,24 @@ class MixtureSampler:
 
     def state_dict(self) -> dict[str, Any]:
         """The position in the stream, as plain values."""
-        return {"seed": self._seed, "num_drawn": list(self._num_drawn), "num_prompts": [*map(len, self._files)]}
+        return {
+            "seed": self._seed,
+            "num_drawn": list(self._num_drawn),
+            "num_prompts": [*map(len, self._files)],
+            "sha256": self._hashes(),
+        }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Continues the stream where `state` was taken; another seed or files of other sizes are a ValueError."""
+        """Continues the stream where `state` was taken.
+
+        Raises:
+            ValueError: it is of another seed, of files with other prompts, or of a version that kept no hashes.
+        """
+        if "sha256" not in state:
+            raise ValueError(
+                "data.train: the saved place in the files has no hash of their prompts, so it is of another version of "
+                "this project; resume with that version, or start a new run"
+            )
         if state["seed"] != self._seed:
             raise ValueError(
                 f"seed: {self._seed} differs from {state['seed']}, with which the saved prompt order began; "
@@ -66,7 +86,24 @@ class MixtureSampler:
                 f"data.train: the files give {num_prompts} prompts, {state['num_prompts']} when the run was saved; "
                 "resume with the same files and rollout.max_prompt_tokens, or start a new run"
             )
+        for name, found, saved in zip(self._names, self._hashes(), state["sha256"], strict=True):
+            if found != saved:
+                raise ValueError(
+                    f"data.train: {name} has other prompts, or in another order, than when the run was saved; resume "
+                    "with the file as it was, or start a new run"
+                )
         self._num_drawn = list(state["num_drawn"])
+
+    def _hashes(self) -> list[str]:
+        """SHA-256 of each file's prompts in order: of a file that numbers them the uids alone would never differ."""
+        hashes = []
+        for prompts in self._files:
+            digest = hashlib.sha256()
+            for prompt in prompts:
+                digest.update(repr((prompt.uid, prompt.ground_truth)).encode())
+                digest.update(np.array([len(prompt.token_ids), *prompt.token_ids], np.int64).tobytes())
+            hashes.append(digest.hexdigest())
+        return hashes
 
 
 def next_file(num_drawn: Sequence[int], shares: Sequence[Fraction]) -> int:

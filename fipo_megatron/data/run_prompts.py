@@ -67,7 +67,7 @@ def make_run_prompts(config: Config, files: ProblemFiles, encoder: PromptEncoder
         )
     num_over_limit = sum(len(result.problems) for result in files.train) - sum(map(len, within))
     weights = [file.weight for file in config.data.train]
-    stream = MixtureSampler(within, weights, config.seed)
+    stream = MixtureSampler(within, weights, config.seed, [str(result.path) for result in files.train])
     return RunPrompts(stream, evaluation, rules, num_over_limit, (*lengths, *sets, *rejected))
 
 

@@ -2,6 +2,7 @@
 
 import json
 from collections import Counter
+from dataclasses import replace
 from fractions import Fraction
 
 import pytest
@@ -18,7 +19,7 @@ def make_file(name: str, size: int) -> list[Prompt]:
 
 def sampler(*sizes: int, weights: tuple[float, ...] | None = None, seed: int = 0) -> MixtureSampler:
     files = [make_file("abcdefgh"[i], size) for i, size in enumerate(sizes)]
-    return MixtureSampler(files, weights or (1.0,) * len(sizes), seed)
+    return MixtureSampler(files, weights or (1.0,) * len(sizes), seed, "abcdefgh"[: len(sizes)])
 
 
 def test_every_epoch_gives_each_prompt_once_in_an_order_of_its_own():
@@ -60,7 +61,7 @@ def test_shares_that_a_greedy_choice_would_miss():
     """Large and small shares that come due together: the largest deficit first would leave one off by 1.4."""
     weights = (3, 1, 5, 50, 3, 50, 50, 1, 1, 1, 1, 50)
     files = [[Prompt(str(i), (), "", str(i))] for i in range(len(weights))]
-    stream, counts = MixtureSampler(files, weights, 0), Counter[str]()
+    stream, counts = MixtureSampler(files, weights, 0, [*map(str, weights)]), Counter[str]()
     for num_draws in range(1, 2 * sum(weights)):
         counts[stream.next_prompts(1)[0].data_source] += 1
         shares = [Fraction(num_draws * weight, sum(weights)) for weight in weights]
@@ -88,3 +89,32 @@ def test_a_state_of_another_seed_or_of_other_files_is_refused():
         sampler(5, 8, seed=6).load_state_dict(state)
     with pytest.raises(ValueError, match=r"data.train: the files give \[5, 9\] prompts, \[5, 8\] when"):
         sampler(5, 9, seed=5).load_state_dict(state)
+    del state["sha256"]
+    with pytest.raises(ValueError, match=r"data.train: the saved place .* another version.* start a new run"):
+        sampler(5, 8, seed=5).load_state_dict(state)
+
+
+def turned(prompts: list[Prompt]) -> list[Prompt]:
+    return prompts[::-1]
+
+
+def asked_otherwise(prompts: list[Prompt]) -> list[Prompt]:
+    return [replace(prompts[0], token_ids=(77,)), *prompts[1:]]
+
+
+def answered_otherwise(prompts: list[Prompt]) -> list[Prompt]:
+    return [*prompts[:-1], replace(prompts[-1], ground_truth="77")]
+
+
+def renamed(prompts: list[Prompt]) -> list[Prompt]:
+    return [replace(prompts[0], uid="x"), *prompts[1:]]
+
+
+@pytest.mark.parametrize("change", [turned, asked_otherwise, answered_otherwise, renamed])
+def test_a_file_of_as_many_other_prompts_is_refused_by_name(change):
+    first, second = make_file("a", 5), make_file("b", 5)
+    state = MixtureSampler([first, second], (1, 1), 0, ["a.jsonl", "b.jsonl"]).state_dict()
+    MixtureSampler([first, list(second)], (1, 1), 0, ["moved/a.jsonl", "b.jsonl"]).load_state_dict(state)
+    other = MixtureSampler([first, change(second)], (1, 1), 0, ["a.jsonl", "b.jsonl"])
+    with pytest.raises(ValueError, match=r"data.train: b.jsonl has other prompts.*start a new run"):
+        other.load_state_dict(state)
