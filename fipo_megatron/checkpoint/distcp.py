@@ -8,9 +8,12 @@ from __future__ import annotations
 
 import io
 import json
+import os
 import pickle
 import zipfile
 from collections import OrderedDict
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -33,10 +36,13 @@ from fipo_megatron.checkpoint.tensor_files import DTYPES, HashedFile, OpenFiles,
 METADATA, CONFIG, COMMON = ".metadata", "metadata.json", "common.pt"
 FORMAT = {"sharded_backend": "torch_dist", "sharded_backend_version": 1, "common_backend": "torch"}
 FORMAT["common_backend_version"] = 1
+FORCE_WEIGHTS_ONLY = "TORCH_FORCE_WEIGHTS_ONLY_LOAD"  # read by torch.load, over what it is called with
 COPY_BYTES = 8 << 20  # of a chunk's rows, read at a time where only some of their columns are wanted
 
 _CHECKPOINT = "torch.distributed.checkpoint"
 _MEGATRON = "megatron.core.dist_checkpointing.strategies.torch"
+# By these names alone: what else the module holds, it imports, and a dotted name would reach that.
+_MEGATRON_NAMES = ("MCoreMetadata", "MCoreSavePlan")
 ALLOWED = {
     *((f"{_CHECKPOINT}.metadata", kind.__name__) for kind in (BytesStorageMetadata, ChunkStorageMetadata, Metadata)),
     *((f"{_CHECKPOINT}.metadata", kind.__name__) for kind in (MetadataIndex, StorageMeta, TensorProperties)),
@@ -62,7 +68,7 @@ class _Placeholder:
 
 class _MetadataUnpickler(pickle.Unpickler):
     def find_class(self, module: str, name: str) -> Any:
-        if module == _MEGATRON:
+        if module == _MEGATRON and name in _MEGATRON_NAMES:
             return _Placeholder
         if (module, name) not in ALLOWED:
             raise pickle.UnpicklingError(f"it names {module}.{name}, which no checkpoint's metadata has")
@@ -210,6 +216,44 @@ class _FileSlice(io.RawIOBase):
     def close(self) -> None:
         self._file.close()
         super().close()
+
+
+def check_pickles(folder: Path) -> None:
+    """Return if the pickles of a checkpoint that torch would run, `.metadata` and common.pt, name nothing but what such
+    files hold. Nothing that they name is called.
+
+    Raises:
+        DamagedError: one names something else, or can't be read.
+    """
+    _read_metadata(folder)
+    if (folder / COMMON).exists():
+        try:
+            torch.load(folder / COMMON, map_location="cpu", weights_only=True)
+        except Exception as error:  # whatever a damaged pickle makes it raise
+            raise DamagedError(
+                f"{folder / COMMON} can't be read: {pickle_failure(error)}; use another checkpoint"
+            ) from error
+
+
+@contextmanager
+def weights_only() -> Iterator[None]:
+    """Let torch load nothing but tensors and plain values meanwhile, also where its callers ask for more: it reads the
+    objects among a checkpoint's tensors as any pickle. For one thread of the process."""
+    before = os.environ.get(FORCE_WEIGHTS_ONLY)
+    os.environ[FORCE_WEIGHTS_ONLY] = "1"
+    try:
+        yield
+    finally:
+        if before is None:
+            del os.environ[FORCE_WEIGHTS_ONLY]
+        else:
+            os.environ[FORCE_WEIGHTS_ONLY] = before
+
+
+def pickle_failure(error: BaseException) -> str:
+    """What torch says of a pickle that it refused, without its advice to read it all the same."""
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()] or [repr(error)]
+    return next((line for line in lines if "Unsupported" in line or "GLOBAL" in line), lines[0])
 
 
 def _read_metadata(folder: Path) -> Any:

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import inspect
 import logging
+import pickle
 import queue
 import threading
 from collections.abc import Iterator, Mapping, Sequence
@@ -30,6 +31,9 @@ from megatron.core.optimizer import MegatronOptimizer
 from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
 from megatron.core.tensor_parallel.random import get_cuda_rng_tracker, model_parallel_cuda_manual_seed
 from safetensors.torch import load_file, save_file
+from torch.distributed.checkpoint.api import CheckpointException
+
+from fipo_megatron.checkpoint.distcp import check_pickles, pickle_failure, weights_only
 
 NUM_FILES = 2  # that each rank writes of its tensors
 
@@ -127,23 +131,29 @@ def load_policy_state(state: RankState, folder: Path, seed: int) -> int:
     Every number of weights, main parameters and moments is the saved one. Settings of the optimizer stay those it was
     built with. Random generators are the saved ones in the same layout; in another they start from `seed`.
 
-    The files hold pickles: only a folder whose hashes were compared with its manifest may be loaded.
+    The files hold pickles. What they name is checked before torch reads them, which then takes tensors and plain values
+    alone; a damaged file is for the manifest to find, before this is called.
 
     Raises:
-        ValueError: the folder holds no checkpoint of Megatron-Core, or one of another model.
+        ValueError: the folder holds no checkpoint of Megatron-Core, or one of another model, or its pickles name what
+            no checkpoint has.
     """
     if not (folder / "metadata.json").is_file():
         raise ValueError(
             f"{folder}: no policy state, metadata.json is missing: the save did not end, or the path is wrong"
         )
+    check_pickles(folder)
     requested = _sharded_state(state, is_loading=True)
     _check_all_is_asked_for(requested, folder)
     try:
         # One level deeper than what was saved: what the file has beside tensors (param_groups, whose number depends on
         # the layout) is not merged into what is asked for.
-        loaded = dist_checkpointing.load({"requested": requested}, str(folder))
+        with weights_only():
+            loaded = dist_checkpointing.load({"requested": requested}, str(folder))
     except (dist_checkpointing.core.CheckpointingException, KeyError) as error:
         raise ValueError(f"{folder}: can't be loaded into this model; is it of another one? {error}") from error
+    except (CheckpointException, pickle.UnpicklingError) as error:
+        raise ValueError(f"{folder}: can't be read: {pickle_failure(error)}; use another checkpoint") from error
     num_updates = int(loaded["num_updates"])
     for i, chunk in enumerate(state.chunks):
         chunk.module.load_state_dict(loaded["requested"][_chunk_key(state, i)])

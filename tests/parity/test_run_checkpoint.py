@@ -3,10 +3,12 @@ as a Hugging Face folder."""
 
 from __future__ import annotations
 
+import io
 import json
 import os
 import pickle
 import shutil
+import struct
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,7 +17,9 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file
+from torch.distributed.checkpoint.metadata import BytesStorageMetadata
 
+from fipo_megatron.checkpoint.distcp import COMMON, METADATA
 from fipo_megatron.checkpoint.manifest import MANIFEST, write_manifest
 from fipo_megatron.checkpoint.store import CheckpointStore
 from fipo_megatron.config.load import save_config
@@ -134,6 +138,89 @@ def test_every_damage_of_every_file_is_found_before_it_is_opened(
     found = run.store.newest()
     assert found is not None
     assert (found.step, found.refused) == (STEPS[1], ())
+
+
+def forge_metadata(policy: Path, exploded: Path) -> None:
+    (policy / METADATA).write_bytes(pickle.dumps(Bomb(exploded)))
+
+
+def forge_metadata_by_megatrons_module(policy: Path, exploded: Path) -> None:
+    """Which imports os: a dotted name reaches os.mkdir through it."""
+    text = b"\x80\x04" + b"".join(
+        b"\x8c" + bytes([len(part)]) + part
+        for part in (b"megatron.core.dist_checkpointing.strategies.torch", b"os.mkdir")
+    )
+    path = str(exploded).encode()
+    (policy / METADATA).write_bytes(text + b"\x93X" + struct.pack("<I", len(path)) + path + b"\x85R.")
+
+
+def forge_common(policy: Path, exploded: Path) -> None:
+    torch.save(Bomb(exploded), policy / COMMON)  # read by newer Megatron, too, if there is one
+
+
+def forge_object(policy: Path, exploded: Path) -> None:
+    """One of those among the tensors, which torch would read as any pickle."""
+    metadata = pickle.loads((policy / METADATA).read_bytes())
+    held = io.BytesIO()
+    torch.save([Bomb(exploded)], held)
+    for index, info in metadata.storage_data.items():
+        if isinstance(metadata.state_dict_metadata[index.fqn], BytesStorageMetadata):
+            path = policy / info.relative_path
+            info.offset, info.length = path.stat().st_size, len(held.getvalue())
+            path.write_bytes(path.read_bytes() + held.getvalue())
+    (policy / METADATA).write_bytes(pickle.dumps(metadata))
+
+
+def load_each(policy: Any, folders: list[Path]) -> list[str]:
+    """What loading each folder fails with."""
+    found = []
+    for folder in folders:
+        try:
+            policy.load_state(folder)
+            found.append("loaded")
+        except ValueError as error:
+            found.append(str(error))
+    return found
+
+
+def test_forged_pickles_are_refused_where_the_manifest_agrees(run: RealRun, tmp_path: Path) -> None:
+    forgeries = [forge_metadata, forge_metadata_by_megatrons_module, forge_common, forge_object]
+    store = CheckpointStore(tmp_path, keep_last=9, keep_best=0)
+    exploded = [tmp_path / f"exploded{i}" for i in range(len(forgeries))]
+    folders = []
+    for i, forge in enumerate(forgeries):
+        policy = store.partial(i) / POLICY
+        shutil.copytree(run.newest / POLICY, policy)
+        forge(policy, exploded[i])
+        folders.append(store.complete(i, {}, None) / POLICY)
+    found = store.newest()
+    assert found is not None
+    assert (found.step, found.refused) == (len(forgeries) - 1, ())
+    config = make_config(run.model, model={"dtype": "bfloat16"})
+    calls: list[Call] = [("load", (run.model, OPTIMIZER)), (load_each, ([*folders, run.newest / POLICY],))]
+    ((errors,),) = run_policy(config, calls)[1:]
+    assert not any(path.exists() for path in exploded)
+    assert errors[-1] == "loaded"
+    for folder, error, names in zip(folders, errors, (METADATA, METADATA, COMMON, ""), strict=False):
+        assert str(folder / names) in error
+        assert "can't be read" in error
+        assert "mkdir" in error
+    for i in (0, 1, 3):
+        read_as_torch_would(folders[i], i == 3)
+        assert exploded[i].exists(), "the bomb is none"
+
+
+def read_as_torch_would(policy: Path, objects: bool) -> None:
+    metadata = pickle.loads((policy / METADATA).read_bytes())
+    if objects:
+        index = next(
+            each
+            for each in metadata.storage_data
+            if isinstance(metadata.state_dict_metadata[each.fqn], BytesStorageMetadata)
+        )
+        info = metadata.storage_data[index]
+        content = (policy / info.relative_path).read_bytes()[info.offset : info.offset + info.length]
+        torch.load(io.BytesIO(content), weights_only=False)
 
 
 def test_a_policy_that_finds_no_room_says_so_and_leaves_the_one_before(run: RealRun, tmp_path: Path) -> None:
