@@ -20,6 +20,7 @@ examples:
   tools/convert.py hf-to-megatron --model Qwen2.5-32B --out Qwen2.5-32B-megatron --tp 4 --pp 4 --check
   tools/convert.py megatron-to-hf --model Qwen2.5-32B-megatron --out Qwen2.5-32B-again
   tools/convert.py megatron-to-hf --model runs/x/checkpoints/step-00000012 --out trained
+  tools/convert.py megatron-to-hf --model runs/x --out trained          its newest whole checkpoint
   tools/convert.py megatron-to-hf --model other/iter_0000100 --hf-folder Qwen2.5-32B --out trained --allow-foreign
 
 A checkpoint can be loaded by any layout, whatever --tp, --pp and --ep cut it into. Nothing is left at --out unless all
@@ -54,7 +55,7 @@ def hf_to_megatron(options: argparse.Namespace) -> None:
     with progress_bar("convert", total_bytes(options.model)) as progress:
         conversion.hf_to_megatron(options.model, options.out, layout, options.jobs, progress)
     if options.check:
-        source = find_megatron_source(options.out, None, False, options.jobs)
+        source = find_megatron_source(options.out, None, False)
         with progress_bar("check", total_bytes(options.model)) as progress:
             print(f"equal: {compare(source, options.model, options.jobs, progress)} tensors")
     print(f"written: {options.out}")
@@ -65,13 +66,30 @@ def megatron_to_hf(options: argparse.Namespace) -> None:
     from fipo_megatron.checkpoint.megatron_to_hf import compare, find_megatron_source
     from fipo_megatron.checkpoint.megatron_to_hf import megatron_to_hf as convert
 
-    source = find_megatron_source(options.model, options.hf_folder, options.allow_foreign, options.jobs)
+    source = find_megatron_source(checkpoints_of(options.model), options.hf_folder, options.allow_foreign)
+    for note in source.notes:
+        print(note, file=sys.stderr)
     with progress_bar("convert", total_bytes(source.folder)) as progress:
         convert(source, options.out, options.jobs, progress)
     if options.check:
         with progress_bar("check", total_bytes(options.out)) as progress:
             print(f"equal: {compare(source, options.out, options.jobs, progress)} tensors")
     print(f"written: {options.out}")
+
+
+def checkpoints_of(model: Path) -> Path:
+    """Of a run's folder that of its checkpoints; else the folder itself."""
+    from fipo_megatron.checkpoint.manifest import MANIFEST
+
+    if (model / MANIFEST).exists() or not (model / "config.yaml").is_file():
+        return model
+    from fipo_megatron.config.load import load_config
+    from fipo_megatron.trainer.run_folder import checkpoint_store
+
+    store = checkpoint_store(load_config(model / "config.yaml"), model.resolve())
+    if not store.steps():
+        raise ValueError(f"--model {model}: the run has no checkpoint in {store.folder}; give another folder")
+    return store.folder
 
 
 def total_bytes(folder: Path) -> int:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -10,6 +9,7 @@ from typing import Any
 
 import torch
 
+from fipo_megatron.checkpoint.contents import POLICY, describe_model, find_difference
 from fipo_megatron.checkpoint.conversion import (
     CARRIED,
     MemoryBudget,
@@ -33,6 +33,7 @@ from fipo_megatron.checkpoint.manifest import (
     write_manifest,
 )
 from fipo_megatron.checkpoint.megatron_format import GlobalTensor, find_global_tensors, rows_of_tensor
+from fipo_megatron.checkpoint.store import PARTIAL, SET_ASIDE, STEP_NAME, CheckpointStore, read_checkpoint
 from fipo_megatron.checkpoint.tensor_files import (
     DTYPE_NAMES,
     HashedFile,
@@ -46,7 +47,6 @@ from fipo_megatron.model.weight_map.entry import WeightMapEntry, hf_tensor_shape
 from fipo_megatron.model.weight_map.families import make_entries
 
 HF_FILE_BYTES = 1 << 30
-POLICY = "policy"  # of a run's checkpoint
 
 
 @dataclass(frozen=True)
@@ -57,64 +57,108 @@ class MegatronSource:
     whole: Path  # that its manifest covers: this folder, or the one above it
     hf_folder: Path  # config and tokenizer
     hashes: dict[str, str]  # of the tensors, by Hugging Face name; empty where no manifest has them
+    notes: tuple[str, ...] = ()  # for people: which checkpoint of several it is, and why no newer one
 
 
-def find_megatron_source(model: Path, hf_folder: Path | None, allow_foreign: bool, jobs: int) -> MegatronSource:
-    """The checkpoint in a folder: converted weights, a run's checkpoint or its `policy`, or with `allow_foreign` one of
-    another program. `hf_folder` has its config.json and tokenizer; None: what was carried along, or the folder that the
-    run took its model from, if that still holds it.
+def find_megatron_source(model: Path, hf_folder: Path | None, allow_foreign: bool) -> MegatronSource:
+    """The checkpoint in a folder: converted weights, a run's checkpoint or its `policy`, the newest whole one of a
+    folder of a run's checkpoints, or with `allow_foreign` one of another program. `hf_folder` has its config.json and
+    tokenizer; None: what was carried along, or the folder that the run took its model from, if that still holds it.
 
     Raises:
-        ValueError: no manifest covers it, it is damaged or of another kind, or config.json is missing or another one.
+        ValueError: no manifest covers it, it is damaged, unfinished or of another kind, or the model's folder is
+            missing or another one's.
     """
-    folder, hashes, trained = model, {}, None
+    checkpoint = _find_checkpoint(model)
+    if checkpoint is not None:
+        return _read_trained(checkpoint, model, hf_folder)
     if (model / MANIFEST).exists():
-        manifest = read_manifest(model)
-        if manifest["kind"] == "weights":  # each tensor is compared with its hash when it is read
-            check_folder(model, contents=False)
-            known = {file["name"]: file["xxh3"] for file in manifest["files"]}
-            for name in (METADATA, *(name for name in known if name.startswith(f"{CARRIED}/"))):
-                if hash_file(model / name) != known.get(name):
-                    raise DamagedError(f"{model}: {name} is not what its manifest says; copy the checkpoint again")
-            hashes = {tensor["name"]: tensor["xxh3"] for tensor in manifest["tensors"]}
-        else:
-            folder, trained = _check_trained(model, POLICY, manifest["kind"], jobs)
-    elif (model.parent / MANIFEST).exists():
-        folder, trained = _check_trained(model.parent, model.name, read_manifest(model.parent)["kind"], jobs)
-    elif not allow_foreign:
+        return _read_weights(model, hf_folder)
+    if not allow_foreign and CheckpointStore(model, 1, 0).steps():
+        found = CheckpointStore(model, 1, 0).newest()
+        assert found is not None
+        notes = (*found.refused, f"{found.folder}: the newest whole checkpoint")
+        return _trained(found.folder, POLICY, found.manifest, hf_folder, notes)
+    if not allow_foreign:
         raise ValueError(
             f"{model} has no {MANIFEST}, so another program wrote it, and its files are pickles; if you trust them, "
             "add --allow-foreign"
         )
-    if trained is not None:
-        return MegatronSource(folder, folder.parent, _check_model(model, trained, hf_folder), hashes)
-    carried = hf_folder or folder / CARRIED
-    if not (carried / "config.json").is_file():
-        raise ValueError(f"{carried} has no config.json; name the model's Hugging Face folder with --hf-folder")
-    return MegatronSource(folder, folder, carried, hashes)
+    return MegatronSource(model, model, _carried(model, hf_folder), {})
 
 
-def _check_trained(checkpoint: Path, part: str, kind: str, jobs: int) -> tuple[Path, dict[str, Any]]:
-    """Folder of the policy's state in a run's checkpoint, every byte of which was compared with the manifest, and what
-    that says of the model."""
+def _find_checkpoint(model: Path) -> Path | None:
+    """The folder of a run's checkpoint which `model` is, or lies in; None if it is none.
+
+    Raises:
+        ValueError: one that is not finished.
+    """
+    for folder in (model, model.parent if model.name else model.resolve().parent):
+        name = folder.resolve().name
+        step = STEP_NAME.match(name)
+        if step is not None and name.startswith(PARTIAL, step.end()):
+            raise ValueError(
+                f"{folder}: this checkpoint was not written to its end, or is being removed; name one without {PARTIAL}"
+            )
+        is_put_aside = step is not None and name.startswith(SET_ASIDE, step.end())
+        if is_put_aside or (step is not None and step.end() == len(name) and (folder / POLICY).is_dir()):
+            return folder
+        if (folder / MANIFEST).exists():
+            return None if folder == model and read_manifest(folder)["kind"] == "weights" else folder
+    return None
+
+
+def _read_trained(checkpoint: Path, model: Path, hf_folder: Path | None) -> MegatronSource:
+    kind = read_manifest(checkpoint)["kind"]
     if kind != "checkpoint":
         hint = "it is a Hugging Face folder already" if kind == "huggingface" else "is it of a newer version?"
         raise ValueError(f"{checkpoint}: its manifest is of kind {kind!r}, which holds no Megatron checkpoint; {hint}")
-    manifest = check_folder(checkpoint, jobs=jobs)
+    part = POLICY if checkpoint == model else model.resolve().name
+    return _trained(checkpoint, part, read_checkpoint(checkpoint), hf_folder, ())
+
+
+def _trained(
+    checkpoint: Path, part: str, manifest: dict[str, Any], hf_folder: Path | None, notes: tuple[str, ...]
+) -> MegatronSource:
+    """The policy of a run's checkpoint, every byte of which was compared with its manifest."""
     if f"{part}/{METADATA}" not in {file["name"] for file in manifest["files"]}:
         raise DamagedError(f"{checkpoint / part} has no checkpoint in the manifest; name {checkpoint}")
-    return checkpoint / part, manifest.get("model", {})
+    found = _check_model(checkpoint, manifest.get("model", {}), hf_folder)
+    return MegatronSource(checkpoint / part, checkpoint, found, {}, notes)
+
+
+def _read_weights(model: Path, hf_folder: Path | None) -> MegatronSource:
+    """Converted weights. Each tensor is compared with its hash when it is read."""
+    manifest = check_folder(model, contents=False)
+    known = {file["name"]: file["xxh3"] for file in manifest["files"]}
+    for name in (METADATA, *(name for name in known if name.startswith(f"{CARRIED}/"))):
+        if hash_file(model / name) != known.get(name):
+            raise DamagedError(f"{model}: {name} is not what its manifest says; copy the checkpoint again")
+    hashes = {tensor["name"]: tensor["xxh3"] for tensor in manifest["tensors"]}
+    return MegatronSource(model, model, _carried(model, hf_folder), hashes)
+
+
+def _carried(model: Path, hf_folder: Path | None) -> Path:
+    carried = hf_folder or model / CARRIED
+    if not (carried / "config.json").is_file():
+        raise ValueError(f"{carried} has no config.json; name the model's Hugging Face folder with --hf-folder")
+    return carried
 
 
 def _check_model(checkpoint: Path, trained: dict[str, Any], hf_folder: Path | None) -> Path:
-    """The folder with config and tokenizer of the model that a run has trained; refused if it is another one's."""
+    """The folder with config and tokenizer of the model that a run has trained; refused if it is another one's. One
+    without weights will do: they are not read."""
     found = hf_folder or Path(trained.get("path", CARRIED))
     remedy = "name the model's folder with --hf-folder" if hf_folder is None else "give --hf-folder the model's own"
     if not (found / "config.json").is_file():
         raise ValueError(f"{checkpoint}: its run took its model from {found}, which has no config.json; {remedy}")
-    expected = trained.get("config")
-    if expected is not None and json.loads((found / "config.json").read_text(encoding="utf-8")) != expected:
-        raise ValueError(f"{checkpoint}: {found / 'config.json'} is not that of the model that was trained; {remedy}")
+    if not trained:
+        return found
+    if not describe_model(found)["weights"]:
+        trained = {**trained, "weights": {}}
+    part = find_difference(trained, found)
+    if part is not None:
+        raise ValueError(f"{checkpoint}: {part} of {found} is not that of the model that was trained; {remedy}")
     return found
 
 

@@ -50,6 +50,14 @@ class RankState:
     layout: dict[str, Any]  # the settings of `parallel`, of JSON's types; equal on every rank
 
 
+@dataclass(frozen=True)
+class LoadedState:
+    """What a loaded state says beside its tensors."""
+
+    num_updates: int  # that the optimizer had made
+    is_reseeded: bool  # whether random generators start from the seed, since it is of another layout
+
+
 class PolicySave:
     """A save under way: what it writes is copied already, and a thread writes it."""
 
@@ -124,9 +132,8 @@ class PolicySave:
 
 
 @torch.no_grad()
-def load_policy_state(state: RankState, folder: Path, seed: int) -> int:
-    """Load what `PolicySave` wrote, in this or another layout, into model and optimizer; the updates it had made.
-    Collective.
+def load_policy_state(state: RankState, folder: Path, seed: int) -> LoadedState:
+    """Load what `PolicySave` wrote, in this or another layout, into model and optimizer. Collective.
 
     Every number of weights, main parameters and moments is the saved one. Settings of the optimizer stay those it was
     built with. Random generators are the saved ones in the same layout; in another they start from `seed`.
@@ -161,8 +168,9 @@ def load_policy_state(state: RankState, folder: Path, seed: int) -> int:
     for i, optimizer in optimizers:
         part = loaded["requested"]["optimizer"]
         _load_optimizer(optimizer, part if len(_chained(state.optimizer)) == 1 else part[i], num_updates)
-    _load_random_states(folder, loaded["layout"] == state.layout, seed)
-    return num_updates
+    same_layout = loaded["layout"] == state.layout
+    _load_random_states(folder, same_layout, seed)
+    return LoadedState(num_updates, is_reseeded=not same_layout)
 
 
 # ---------------------------------------------------------------- tensors

@@ -98,17 +98,17 @@ class PolicyClient:
         """Whether every rank has written its part, or failed to: then `finish_save` returns at once."""
         return all(await self._call("is_save_written"))
 
-    async def finish_save(self) -> None:
-        """Wait for the files of all ranks.
+    async def finish_save(self) -> list[str]:
+        """Wait for the files of all ranks; their names, relative to the folder, sorted.
 
         Raises:
             RuntimeError: a rank could not write.
         """
-        await self._call("finish_save")
+        return sorted({name for of_rank in await self._call("finish_save") for name in of_rank})
 
-    async def load_state(self, folder: Path) -> None:
-        """Go on from a saved state."""
-        await self._call("load_state", folder)
+    async def load_state(self, folder: Path) -> bool:
+        """Go on from a saved state; whether random generators start anew, since it is of another layout."""
+        return any(await self._call("load_state", folder))
 
     async def random_states(self) -> list[dict[str, np.ndarray]]:
         """The random generators of every rank, uint8 arrays."""

@@ -4,27 +4,31 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import hashlib
 import json
 import random
+import shutil
 import time
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+from fipo_megatron.checkpoint.contents import GROUPS, RUN, describe_model
+from fipo_megatron.checkpoint.contents import POLICY as POLICY
+from fipo_megatron.checkpoint.contents import check_same_model as check_same_model
 from fipo_megatron.checkpoint.manifest import DamagedError, naming
 from fipo_megatron.checkpoint.sample_groups import read_groups, write_groups
 from fipo_megatron.checkpoint.store import CheckpointStore
 from fipo_megatron.config.schema import Config
-from fipo_megatron.trainer.actor import PolicyClient
+from fipo_megatron.trainer.actor import PolicyClient, WorkerError
 from fipo_megatron.trainer.run_folder import checkpoints_folder
 from fipo_megatron.types import SampleGroup
 
 FORMAT = 1  # of run.json
 POLL_S = 0.2
-POLICY, RUN, GROUPS = "policy", "run.json", "groups.safetensors"  # of a checkpoint
+VISIBLE_S = 60.0  # how long the driver waits to see what ranks on other nodes have written
 
 
 @dataclass(frozen=True)
@@ -83,16 +87,18 @@ class Checkpoints:
         `score` is the held-out accuracy after the step, None if it was not measured.
 
         Raises:
-            RuntimeError, OSError: this one or the one before could not be written.
+            RuntimeError: this one or the one before could not be written; where that may be for want of room, it says
+                how much there is and what to do.
         """
         await self.finish()
-        folder = self.store.partial(state.step)
-        write_run_state(state, folder)
-        (folder / POLICY).mkdir()
+        with self._naming_room(state.step):
+            folder = self.store.partial(state.step)
+            write_run_state(state, folder)
+            (folder / POLICY).mkdir()
         await self._policy.begin_save(folder / POLICY)
         if self.config.trainer.offload:
             await self._policy.offload()
-        self._pending = asyncio.create_task(self._complete(state.step, score))
+        self._pending = asyncio.create_task(self._complete(state.step, score, folder))
         if not self.config.checkpoint.asynchronous:
             await self.finish()
 
@@ -117,7 +123,7 @@ class Checkpoints:
                 await self._pending
             self._pending = None
 
-    async def _complete(self, step: int, score: float | None) -> None:
+    async def _complete(self, step: int, score: float | None, folder: Path) -> None:
         deadline = time.monotonic() + self.config.timeouts.call_s
         # Asked again and again, since to wait in the ranks would keep them from training.
         while not await self._policy.is_save_written():
@@ -127,7 +133,9 @@ class Checkpoints:
                     f"{self.config.timeouts.call_s:g} s; is the file system of {self.store.folder} slow or stuck?"
                 )
             await asyncio.sleep(POLL_S)
-        await self._policy.finish_save()
+        with self._naming_room(step):
+            written = await self._policy.finish_save()
+        await self._see(written, folder / POLICY)
         details = {
             "layout": self.config.parallel.model_dump(mode="json"),
             "model": self._model,
@@ -136,34 +144,52 @@ class Checkpoints:
         # In a thread, since it reads all files for their hashes; one that has begun can't be given up.
         completing = asyncio.ensure_future(asyncio.to_thread(self.store.complete, step, details, score))
         try:
-            await asyncio.shield(completing)
+            with self._naming_room(step):
+                await asyncio.shield(completing)
         except asyncio.CancelledError:
             await asyncio.wait([completing])
             raise
 
+    async def _see(self, written: Sequence[str], folder: Path) -> None:
+        """Return when the driver sees the files that the ranks wrote to a folder, and no other.
 
-def describe_model(folder: Path) -> dict[str, Any]:
-    """What tells a model's Hugging Face folder from another's, without reading the weights; of JSON's types."""
-    digest = hashlib.sha256()
-    for path in sorted(folder.glob("tokenizer*")):
-        digest.update(path.name.encode() + path.read_bytes())
-    return {
-        "path": str(folder),
-        "config": json.loads((folder / "config.json").read_text(encoding="utf-8")),
-        "weights": {path.name: path.stat().st_size for path in sorted(folder.glob("*.safetensors"))},
-        "tokenizer_sha256": digest.hexdigest(),
-    }
+        Raises:
+            RuntimeError: it does not within `VISIBLE_S`; network file systems may take that long.
+        """
+        deadline = time.monotonic() + VISIBLE_S
+        while differing := {path.name for path in folder.iterdir()} ^ set(written):
+            if time.monotonic() > deadline:
+                name = min(differing)
+                raise RuntimeError(
+                    f"{folder / name} "
+                    + ("was written by a rank and is not there" if name in written else "was written by no rank")
+                    + f" ({len(differing)} in all); is checkpoint.folder on a file system that all nodes share?"
+                )
+            await asyncio.sleep(POLL_S)
+
+    @contextlib.contextmanager
+    def _naming_room(self, step: int) -> Iterator[None]:
+        """Let a failure to write say how much room there is, and how to get more."""
+        try:
+            yield
+        except WorkerError:  # a dead or silent rank: no matter of room
+            raise
+        except (OSError, RuntimeError) as error:
+            settings = self.config.checkpoint
+            kept = settings.keep_last + settings.keep_best
+            folder = next(each for each in (self.store.folder, *self.store.folder.parents) if each.is_dir())
+            raise RuntimeError(
+                f"the checkpoint of step {step} was not written: {error}. {folder} has {_free_bytes(folder)} bytes "
+                f"free; make room for {kept + 1} checkpoints, lower checkpoint.keep_last = {settings.keep_last} or "
+                f"checkpoint.keep_best = {settings.keep_best}, or give another checkpoint.folder"
+            ) from error
 
 
-def check_same_model(saved: dict[str, Any], folder: Path) -> None:
-    """Raises ValueError unless the folder is of the model that a checkpoint's run began with; it may have moved."""
-    found = describe_model(folder)
-    for part in ("config", "weights", "tokenizer_sha256"):
-        if saved[part] != found[part]:
-            raise ValueError(
-                f"model.path: {folder} is not the model that the run began with ({saved['path']}): "
-                f"{part.removesuffix('_sha256')} differ; give that one, or start a new run"
-            )
+def _free_bytes(folder: Path) -> str:
+    try:
+        return f"{shutil.disk_usage(folder).free:,}"
+    except OSError:
+        return "an unknown number of"
 
 
 def _random_state() -> dict[str, Any]:

@@ -373,17 +373,20 @@ class MegatronPolicy:
         pending, self.pending_save = self.pending_save, None
         return pending.finish()
 
-    def load_state(self, folder: Path) -> None:
+    def load_state(self, folder: Path) -> bool:
         """Go on from a saved state, of this or another layout, after `load` of the model's folder. Collective.
 
-        The reference policy stays what `load` read. In another layout random generators start from the run's seed.
+        The reference policy stays what `load` read. In another layout random generators start from the run's seed; the
+        same on every rank, whether they do.
 
         Raises:
             ValueError: the folder has no such state, or one of another model.
         """
         from fipo_megatron.checkpoint.policy_state import load_policy_state
 
-        self.num_updates = load_policy_state(self._rank_state(), folder, self.config.seed)
+        loaded = load_policy_state(self._rank_state(), folder, self.config.seed)
+        self.num_updates = loaded.num_updates
+        return loaded.is_reseeded
 
     def random_states(self) -> dict[str, np.ndarray]:
         """This rank's random generators, a uint8 array each, for `set_random_states`."""

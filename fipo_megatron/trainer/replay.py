@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import torch.distributed as dist
 
+from fipo_megatron.checkpoint.contents import POLICY
 from fipo_megatron.checkpoint.manifest import DamagedError
 from fipo_megatron.checkpoint.replay_file import (
     RandomStates,
@@ -24,16 +25,15 @@ from fipo_megatron.checkpoint.replay_file import (
     replay_path,
     replay_steps,
 )
-from fipo_megatron.checkpoint.store import CheckpointStore
 from fipo_megatron.config.checks import check_config, check_model_folder
+from fipo_megatron.config.load import load_config
 from fipo_megatron.config.schema import Config
 from fipo_megatron.data.load import load_files
 from fipo_megatron.model.hf_config import read_model_shape
 from fipo_megatron.parallel.packed import merge_response_rows
-from fipo_megatron.trainer.checkpoints import POLICY
 from fipo_megatron.trainer.launch import initial_policy
 from fipo_megatron.trainer.layouts import parallel_settings
-from fipo_megatron.trainer.run_folder import checkpoints_folder
+from fipo_megatron.trainer.run_folder import checkpoint_store
 from fipo_megatron.trainer.updates import update_metrics
 from fipo_megatron.types import TrainingBatch
 
@@ -123,7 +123,8 @@ def load_recorded_steps(run_folder: Path, step: int | None) -> RecordedSteps:
 
 
 def find_start(run_folder: Path, config: Config, step: int) -> StartingPoint:
-    """The newest whole checkpoint before `step`, or the base policy.
+    """The newest whole checkpoint before `step`, or the base policy. `config` is the one that the step was made with;
+    where the checkpoints are now is for the run folder's present settings to say.
 
     Raises:
         ValueError: the base policy is gone.
@@ -131,8 +132,7 @@ def find_start(run_folder: Path, config: Config, step: int) -> StartingPoint:
     base, _ = initial_policy(config, load_files(config.data))
     if not (base / "config.json").is_file():
         raise ValueError(f"{base}, the policy that {run_folder} began with, is gone; train the run again")
-    settings = config.checkpoint
-    store = CheckpointStore(checkpoints_folder(config, run_folder), settings.keep_last, settings.keep_best)
+    store = checkpoint_store(load_config(run_folder / "config.yaml"), run_folder)
     try:
         found = store.newest(max_step=step - 1)
     except DamagedError as error:

@@ -73,7 +73,7 @@ def test_megatron_loads_and_saves_the_very_weights(
     unfused = ["decoder.layers.pre_mlp_layernorm.weight"] if "moe" in family else []  # what Transformer Engine asks for
     assert all(of_model == [] for _, of_model in replies[1])
     assert replies[1][0][0] == unfused
-    source = find_megatron_source(saved, folder, allow_foreign=True, jobs=1)
+    source = find_megatron_source(saved, folder, allow_foreign=True)
     megatron_to_hf(source, tmp_path / "back", jobs=1)
     expected = load_file(folder / "model.safetensors")
     for out in ("exported", "back"):

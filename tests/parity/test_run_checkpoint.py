@@ -19,11 +19,12 @@ import torch
 from safetensors.torch import load_file
 from torch.distributed.checkpoint.metadata import BytesStorageMetadata
 
+from fipo_megatron.checkpoint.contents import POLICY, describe_model
 from fipo_megatron.checkpoint.distcp import COMMON, METADATA
 from fipo_megatron.checkpoint.manifest import MANIFEST, write_manifest
 from fipo_megatron.checkpoint.store import CheckpointStore
 from fipo_megatron.config.load import save_config
-from fipo_megatron.trainer.checkpoints import POLICY, RunState, describe_model, write_run_state
+from fipo_megatron.trainer.checkpoints import RunState, write_run_state
 from fipo_megatron.trainer.policy_processes import Call, run_policy
 from fipo_megatron.trainer.tiny_models import write_model
 from tests.parity.policy_config import make_config
@@ -397,3 +398,51 @@ def test_a_manifest_of_an_unknown_kind_is_refused(
     assert to_hf(tmp_path / "other" / part, tmp_path / "out") == 1
     assert "its manifest is of kind 'critic', which holds no Megatron checkpoint" in capsys.readouterr().err
     assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("part", ["", "checkpoints"])
+def test_of_a_run_the_newest_whole_checkpoint_is_taken_and_named(
+    part: str, run: RealRun, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    shutil.copytree(run.folder, tmp_path / "x")
+    os.truncate(tmp_path / "x/checkpoints/step-00000004/run.json", 3)
+    assert to_hf(tmp_path / "x" / part, tmp_path / "out") == 0
+    error = capsys.readouterr().err
+    assert "run.json has 3 bytes" in error
+    assert "checkpoints/step-00000002: the newest whole checkpoint" in error
+    found = load_file(tmp_path / "out/model.safetensors")
+    assert same_bits(found, load_file(run.exported / "model.safetensors"))
+    shutil.rmtree(tmp_path / "x/checkpoints/step-00000002")
+    assert to_hf(tmp_path / "x" / part, tmp_path / "again") == 1
+    assert "no checkpoint is whole" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("part", ["", POLICY])
+def test_one_that_was_set_aside_is_converted_and_a_partial_one_never(
+    part: str, run: RealRun, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    aside, partial = (tmp_path / f"step-00000004.{end}" for end in ("set-aside-2", "partial"))
+    shutil.copytree(run.newest, aside)
+    shutil.copytree(run.newest, partial)
+    assert to_hf(aside / part, tmp_path / "out") == 0
+    assert to_hf(partial / part, tmp_path / "again", "--allow-foreign") == 1
+    assert f"{partial}: this checkpoint was not written to its end" in capsys.readouterr().err
+    (aside / MANIFEST).unlink()
+    assert to_hf(aside / part, tmp_path / "again") == 1
+    error = capsys.readouterr().err
+    assert f"{aside} has no {MANIFEST}" in error
+    assert "--allow-foreign" not in error
+
+
+@pytest.mark.parametrize("name", ["tokenizer.json", "model.safetensors"])
+def test_another_tokenizer_or_other_weights_are_not_the_models(
+    name: str, run: RealRun, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    shutil.copytree(run.model, tmp_path / "model")
+    with (tmp_path / "model" / name).open("ab") as file:
+        file.write(b" ")
+    assert to_hf(run.newest, tmp_path / "out", "--hf-folder", tmp_path / "model") == 1
+    part = "tokenizer" if name == "tokenizer.json" else "weights"
+    assert f"{part} of {tmp_path / 'model'} is not that of the model that was trained; give" in capsys.readouterr().err
+    (tmp_path / "model" / name).unlink()  # weights are not read: none will do
+    assert to_hf(run.newest, tmp_path / "out", "--hf-folder", tmp_path / "model") == int(name == "tokenizer.json")

@@ -66,7 +66,7 @@ def same_bits(one: dict[str, torch.Tensor], other: dict[str, torch.Tensor]) -> b
 
 
 def back(checkpoint: Path, out: Path, hf_folder: Path | None = None, allow_foreign: bool = False) -> Path:
-    megatron_to_hf(find_megatron_source(checkpoint, hf_folder, allow_foreign, jobs=2), out, jobs=2)
+    megatron_to_hf(find_megatron_source(checkpoint, hf_folder, allow_foreign), out, jobs=2)
     return out
 
 
@@ -139,7 +139,7 @@ def test_the_files_do_not_depend_on_the_number_of_threads(tmp_path: Path) -> Non
 def test_compare_names_the_tensor_that_differs(tmp_path: Path) -> None:
     folder = write_folder("qwen3", tmp_path / "model")
     hf_to_megatron(folder, tmp_path / "checkpoint", TP2_PP2, jobs=2)
-    source = find_megatron_source(tmp_path / "checkpoint", None, False, jobs=2)
+    source = find_megatron_source(tmp_path / "checkpoint", None, False)
     assert compare(source, folder, jobs=2) == len(load_weights(folder))
     tensors = load_weights(folder)
     tensors["model.layers.2.self_attn.k_proj.weight"][5, 7] += 1

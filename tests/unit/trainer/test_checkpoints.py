@@ -1,33 +1,35 @@
-"""What a run saves: the driver's state bit for bit, and which model it was; how policy and store are asked for it."""
+"""What a run saves: the driver's state bit for bit; how policy and store are asked for it."""
 
 from __future__ import annotations
 
 import asyncio
+import errno
 import json
 import os
 import random
-import shutil
 import threading
 import time
 from collections.abc import Awaitable, Callable, Coroutine
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
 import pytest
 
+from fipo_megatron.checkpoint.contents import describe_model
 from fipo_megatron.checkpoint.manifest import DamagedError
 from fipo_megatron.checkpoint.sample_groups import read_groups
 from fipo_megatron.config.schema import Config
 from fipo_megatron.trainer import checkpoints
+from fipo_megatron.trainer.actor import WorkerError
 from fipo_megatron.trainer.checkpoints import (
     Checkpoints,
     RunState,
-    check_same_model,
-    describe_model,
     read_run_state,
     write_run_state,
 )
+from tests.unit.checkpoint.test_contents import write_model_folder
 from tests.unit.checkpoint.test_sample_groups import GROUPS, assert_same
 
 VALUES = {"generation_batches": 7, "prompts": {"order": [3, 1], "seen": 0.1 + 0.2}, "steps_without_spread": 0}
@@ -93,37 +95,6 @@ def test_a_number_that_is_not_finite_is_not_written(tmp_path: Path) -> None:
 # ---------------------------------------------------------------- which model
 
 
-def write_model_folder(folder: Path) -> Path:
-    folder.mkdir()
-    (folder / "config.json").write_text('{"hidden_size": 8}')
-    (folder / "tokenizer.json").write_text("{}")
-    (folder / "model.safetensors").write_bytes(b"12345678")
-    (folder / "README.md").write_text("of no weight")
-    return folder
-
-
-@pytest.mark.parametrize(
-    ("name", "content", "part"),
-    [
-        ("config.json", '{"hidden_size": 16}', "config"),
-        ("tokenizer.json", "{ }", "tokenizer"),
-        ("tokenizer_config.json", "{}", "tokenizer"),
-        ("model.safetensors", "123456789", "weights"),
-        ("model-00002-of-00002.safetensors", "", "weights"),
-    ],
-)
-def test_another_model_is_refused_by_what_differs(name: str, content: str, part: str, tmp_path: Path) -> None:
-    folder = write_model_folder(tmp_path / "model")
-    saved = json.loads(json.dumps(describe_model(folder)))  # as a manifest holds it
-    (folder / "README.md").write_text("changed")
-    check_same_model(saved, Path(shutil.move(folder, tmp_path / "moved")))
-    (tmp_path / "moved" / name).write_text(content)
-    with pytest.raises(
-        ValueError, match=rf"model.path: .*moved is not the model .*\(.*model\): {part} differ; give that"
-    ):
-        check_same_model(saved, tmp_path / "moved")
-
-
 # ---------------------------------------------------------------- policy and store
 
 
@@ -132,6 +103,7 @@ class RecordedPolicy:
 
     def __init__(self, num_polls: float = 0, failing: str = "") -> None:
         self.calls: list[str] = []
+        self.written = ["weights"]
         self._num_polls, self._failing = num_polls, failing
 
     def _call(self, name: str) -> None:
@@ -150,8 +122,9 @@ class RecordedPolicy:
         self._num_polls -= 1
         return self._num_polls < 0
 
-    async def finish_save(self) -> None:
+    async def finish_save(self) -> list[str]:
         self._call("finish_save")
+        return self.written
 
     async def offload(self) -> None:
         self._call("offload")
@@ -289,7 +262,7 @@ def test_a_store_that_fails_is_raised_and_the_one_before_is_there(
         one, other = states(4, 8)
         await saved.save(one, score=None)
         monkeypatch.setattr(os, "fsync", fail)
-        with pytest.raises(OSError, match="No space left"):
+        with pytest.raises(RuntimeError, match="No space left.*bytes free"):
             await saved.save(other, score=None)
 
     run(train())
@@ -297,6 +270,87 @@ def test_a_store_that_fails_is_raised_and_the_one_before_is_there(
     found = saved.store.newest()
     assert found is not None
     assert (found.step, found.refused) == (4, ())
+
+
+@pytest.mark.parametrize(
+    ("written", "message"),
+    [
+        (["__1_0.distcp", "weights"], r"policy/__1_0.distcp was written by a rank and is not there \(1 in all\)"),
+        ([], r"policy/weights was written by no rank \(1 in all\)"),
+    ],
+)
+def test_files_that_the_driver_sees_otherwise_than_the_ranks_are_no_checkpoint(
+    written: list[str], message: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(checkpoints, "VISIBLE_S", 0.02)
+    policy = RecordedPolicy()
+    saved, policy.written = make_checkpoints(tmp_path, policy), written
+
+    async def train() -> None:
+        await saved.save(*states(4), score=None)
+        with pytest.raises(RuntimeError, match=message + "; is checkpoint.folder on a file system that all nodes"):
+            await saved.finish()
+
+    run(train())
+    assert saved.store.steps() == []
+
+
+def test_files_that_come_late_are_waited_for(tmp_path: Path) -> None:
+    policy = RecordedPolicy()
+    saved, policy.written = make_checkpoints(tmp_path, policy), ["late", "weights"]
+
+    async def train() -> None:
+        await saved.save(*states(4), score=None)
+        await asyncio.sleep(0.02)
+        assert saved.store.steps() == []
+        (tmp_path / "checkpoints/step-00000004.partial/policy/late").write_text("here")
+        await saved.finish()
+
+    run(train())
+    assert saved.store.steps() == [4]
+
+
+@pytest.mark.parametrize("failing", ["finish_save", "complete", "write"])
+def test_a_checkpoint_that_finds_no_room_says_how_much_there_is_and_what_to_do(
+    failing: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    saved = make_checkpoints(tmp_path, RecordedPolicy(failing=failing), keep_last=3, keep_best=2)
+
+    def full(*_: Any) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device", "weights")
+
+    if failing == "complete":
+        monkeypatch.setattr(saved.store, "complete", full)
+    elif failing == "write":
+        monkeypatch.setattr(checkpoints, "write_run_state", full)
+    monkeypatch.setattr(checkpoints.shutil, "disk_usage", lambda _: SimpleNamespace(free=12_345_678))
+
+    async def train() -> None:
+        await saved.save(*states(4), score=None)
+        await saved.finish()
+
+    with pytest.raises(RuntimeError, match=r"(?i)the checkpoint of step 4 was not written: .*no space left") as raised:
+        run(train())
+    assert f"{tmp_path / 'checkpoints'} has 12,345,678 bytes free; make room for 6 checkpoints" in str(raised.value)
+    assert "checkpoint.keep_last = 3" in str(raised.value)
+    assert "another checkpoint.folder" in str(raised.value)
+
+
+def test_a_rank_that_died_is_no_matter_of_room(tmp_path: Path) -> None:
+    policy = RecordedPolicy()
+    saved = make_checkpoints(tmp_path, policy)
+
+    async def died() -> list[str]:
+        raise WorkerError("policy rank 1 died during finish_save")
+
+    policy.finish_save = died  # type: ignore[method-assign]
+
+    async def train() -> None:
+        await saved.save(*states(4), score=None)
+        await saved.finish()
+
+    with pytest.raises(WorkerError, match="^policy rank 1 died during finish_save$"):
+        run(train())
 
 
 def test_a_policy_that_never_ends_writing_is_named_with_the_limit(tmp_path: Path) -> None:
