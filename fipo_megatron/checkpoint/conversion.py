@@ -14,8 +14,8 @@ from typing import Any
 
 import torch
 
-from fipo_megatron.checkpoint.hf_folder import OTHER_WEIGHTS
-from fipo_megatron.checkpoint.manifest import MANIFEST
+from fipo_megatron.checkpoint.hf_folder import OTHER_WEIGHTS, PARTIAL, remove_leftovers
+from fipo_megatron.checkpoint.manifest import MANIFEST, sync_to_disk
 from fipo_megatron.checkpoint.megatron_format import written_tensors
 from fipo_megatron.checkpoint.tensor_files import DTYPE_NAMES, TensorRecord
 from fipo_megatron.model.hf_config import ModelShape
@@ -63,18 +63,21 @@ def ignore_progress(_: int) -> None:
 
 @contextmanager
 def written_whole(out: Path, source: Path) -> Iterator[Path]:
-    """A folder beside `out` that becomes it at the end, or vanishes."""
+    """A folder beside `out` that becomes it at the end, or vanishes. Its files are for the caller to bring to the disk,
+    as `write_manifest` does. What a kill left of an earlier one is removed; one process writes `out` at a time."""
+    remove_leftovers(out, source)
     if out.exists():
         raise ValueError(f"--out {out} exists; remove it, or name another folder")
     if source.resolve() in (out.resolve(), *out.resolve().parents):
         raise ValueError(
             f"--out {out} lies in the model's folder {source}, which is left as it is; name another folder"
         )
-    partial = out.with_name(f"{out.name}.partial-{os.getpid()}")
+    partial = out.with_name(f"{out.name}{PARTIAL}{os.getpid()}")
     partial.mkdir(parents=True)
     try:
         yield partial
         os.rename(partial, out)
+        sync_to_disk(out.parent)
     finally:
         shutil.rmtree(partial, ignore_errors=True)
 
