@@ -10,19 +10,22 @@ from collections import Counter
 from collections.abc import Sequence
 from itertools import product
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from fipo_megatron.checkpoint.store import CheckpointStore
 
 EXAMPLES = """\
 examples:
-  tools/inspect_checkpoint.py runs/x                                   the newest whole checkpoint of a run
+  tools/inspect_checkpoint.py runs/x                                   all of a run, in detail the newest whole one
   tools/inspect_checkpoint.py runs/x/checkpoints/step-00000012 --quick names and sizes, hardly any contents
   tools/inspect_checkpoint.py Qwen2.5-32B-megatron --json              converted weights
 
 No file is opened before its hash holds. A run's checkpoints are looked for where its config.yaml says.
-exit status: 0 whole, 1 damaged, also where an older one of the run is whole, 2 unusable arguments
+exit status: 0 whole, 1 one is damaged, also where another one of the run is whole, 2 unusable arguments
 """
 SIZES = (1, 2, 4, 8)  # of tensor, pipeline and expert parallelism that are tried
-GROUPS = "groups.safetensors"  # of a run's checkpoint
+WHOLE, DAMAGED = "whole", "damaged"
 LEFT_OUT = "left out by --quick"
 
 
@@ -31,10 +34,15 @@ def main(arguments: Sequence[str] | None = None) -> int:
     options = parse(arguments)
     from fipo_megatron.checkpoint.manifest import DamagedError
 
+    table: list[dict[str, Any]] = []
     try:
-        folder, manifest, refused = find(options.path, options.quick)
+        store = find_store(options.path)
+        if store is not None:
+            table = list_checkpoints(store, options.quick)
+        folder, manifest, refused = find(options.path, store, options.quick)
         found = inspect(folder, manifest, options.quick)
     except DamagedError as error:
+        print(describe_table(table), end="")
         print(f"damaged: {error}", file=sys.stderr)
         return 1
     except ValueError as error:
@@ -42,37 +50,93 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return 2
     for line in refused:
         print(f"damaged: {line}", file=sys.stderr)
-    print(json.dumps(found | {"refused": refused}) if options.json else describe(found))
-    return 1 if refused else 0
+    if options.json:
+        print(json.dumps(found | {"refused": refused} | ({} if store is None else {"checkpoints": table})))
+    else:
+        print(describe_table(table) + describe(found))
+    return 1 if refused or any(row["state"] == DAMAGED for row in table) else 0
 
 
-def find(path: Path, quick: bool) -> tuple[Path, dict[str, Any], list[str]]:
-    """The folder that is meant, its manifest, and why newer ones are not: of a run, or of its checkpoints, the newest
-    whole one; else the path itself.
+def find_store(path: Path) -> CheckpointStore | None:
+    """The checkpoints of a run's folder, or of a folder of checkpoints; None where the path is neither.
 
     Raises:
-        DamagedError: it is not whole.
-        ValueError: there is none.
+        ValueError: there is no such folder, or the run has no checkpoint.
     """
-    from fipo_megatron.checkpoint.manifest import MANIFEST, check_folder
-    from fipo_megatron.checkpoint.store import STEP_NAME, CheckpointStore, read_checkpoint
+    from fipo_megatron.checkpoint.manifest import MANIFEST
+    from fipo_megatron.checkpoint.store import STEP_NAME, CheckpointStore
 
     if not path.is_dir():
         raise ValueError(f"{path}: no such folder")
-    if STEP_NAME.fullmatch(path.resolve().name):
-        return path, read_checkpoint(path.resolve(), not quick), []
-    store = CheckpointStore(path, 1, 0)
-    if not (path / MANIFEST).is_file() and (path / "config.yaml").is_file():
+    if (path / MANIFEST).is_file() or STEP_NAME.match(path.resolve().name):
+        return None
+    if (path / "config.yaml").is_file():
         from fipo_megatron.config.load import load_config
         from fipo_megatron.trainer.run_folder import checkpoint_store
 
         store = checkpoint_store(load_config(path / "config.yaml"), path.resolve())
         if not store.steps():
             raise ValueError(f"{path}: the run has no checkpoint in {store.folder}; give another folder")
+        return store
+    store = CheckpointStore(path, 1, 0)
+    return store if store.steps() else None
+
+
+def list_checkpoints(store: CheckpointStore, quick: bool) -> list[dict[str, Any]]:
+    """Of each checkpoint, those that don't count included, by step: `folder`, `step`, `score`, `state`, and `why` where
+    it is damaged."""
+    from fipo_megatron.checkpoint.manifest import DamagedError
+    from fipo_megatron.checkpoint.store import PARTIAL, SET_ASIDE, STEP_NAME, read_checkpoint
+
+    rows = []
+    for path in sorted(store.folder.iterdir()):
+        match = STEP_NAME.match(path.name)
+        if match is None or not path.is_dir():
+            continue
+        end = path.name[match.end() :]
+        row = {"folder": path.name, "step": int(match[1]), "score": None, "state": WHOLE, "why": ""}
+        if end.startswith(PARTIAL):
+            row["state"] = "partial: being written or removed, or left by a kill"
+        else:
+            try:
+                row["score"] = read_checkpoint(path, not quick)["score"]
+                row["state"] = "set aside, whole" if end.startswith(SET_ASIDE) else WHOLE
+            except DamagedError as error:
+                row |= {"state": DAMAGED, "why": str(error)}
+        rows.append(row)
+    return sorted(rows, key=lambda row: (row["step"], row["folder"]))
+
+
+def find(path: Path, store: CheckpointStore | None, quick: bool) -> tuple[Path, dict[str, Any], list[str]]:
+    """The folder to describe in detail, its manifest, and why newer ones are not: of a store the newest whole one, else
+    the path itself.
+
+    Raises:
+        DamagedError: it is not whole.
+    """
+    from fipo_megatron.checkpoint.manifest import check_folder
+    from fipo_megatron.checkpoint.store import STEP_NAME, read_checkpoint
+
+    if store is None:
+        whole = path.resolve()
+        is_checkpoint = STEP_NAME.match(whole.name)
+        return path, read_checkpoint(whole, not quick) if is_checkpoint else check_folder(path, not quick), []
     found = store.newest(contents=not quick)
-    if found is not None:
-        return found.folder, found.manifest, list(found.refused)
-    return path, check_folder(path, not quick), []
+    assert found is not None
+    return found.folder, found.manifest, list(found.refused)
+
+
+def describe_table(rows: Sequence[dict[str, Any]]) -> str:
+    """A line a checkpoint, with a head; nothing without checkpoints."""
+    if not rows:
+        return ""
+    width = max(len(row["folder"]) for row in rows)
+    lines = [f"{'checkpoint':{width}}  {'step':>6}  {'score':>8}  state"]
+    for row in rows:
+        score = "-" if row["score"] is None else f"{row['score']:.4f}"
+        why = f": {row['why']}" if row["why"] else ""
+        lines.append(f"{row['folder']:{width}}  {row['step']:>6}  {score:>8}  {row['state']}{why}")
+    return "\n".join(lines) + "\n\n"
 
 
 def inspect(folder: Path, manifest: dict[str, Any], quick: bool) -> dict[str, Any]:
@@ -82,7 +146,9 @@ def inspect(folder: Path, manifest: dict[str, Any], quick: bool) -> dict[str, An
         DamagedError: what is read is not what the manifest says.
     """
     found = {"folder": str(folder), "whole": "names and sizes" if quick else "every byte", "kind": manifest["kind"]}
-    found |= {key: manifest[key] for key in ("step", "score", "num_updates", "layout") if key in manifest}
+    found |= {key: manifest[key] for key in ("step", "score", "layout") if key in manifest}
+    from fipo_megatron.checkpoint.contents import GROUPS
+
     found["files"] = {file["name"]: file["size"] for file in manifest["files"]}
     if parts := tensor_bytes(folder, manifest):
         found["tensor bytes"] = parts
@@ -116,11 +182,12 @@ def check_file(folder: Path, manifest: dict[str, Any], name: str) -> bool:
 
 def tensor_bytes(folder: Path, manifest: dict[str, Any]) -> dict[str, int]:
     """Bytes of the tensors of each part; empty without Megatron's files. Of these only the metadata is read."""
+    from fipo_megatron.checkpoint.contents import POLICY
     from fipo_megatron.checkpoint.distcp import METADATA, CheckpointFiles
     from fipo_megatron.checkpoint.tensor_files import OpenFiles
 
     parts: Counter[str] = Counter()
-    for prefix in ("", "policy/"):
+    for prefix in ("", f"{POLICY}/"):
         if not check_file(folder, manifest, f"{prefix}{METADATA}"):
             continue
         with OpenFiles() as files:

@@ -6,6 +6,7 @@ import hashlib
 from collections.abc import Sequence
 from dataclasses import replace
 from fractions import Fraction
+from functools import cached_property
 from math import ceil
 from typing import Any
 
@@ -61,7 +62,7 @@ class MixtureSampler:
             "seed": self._seed,
             "num_drawn": list(self._num_drawn),
             "num_prompts": [*map(len, self._files)],
-            "sha256": self._hashes(),
+            "sha256": list(self._hashes),
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
@@ -86,7 +87,7 @@ class MixtureSampler:
                 f"data.train: the files give {num_prompts} prompts, {state['num_prompts']} when the run was saved; "
                 "resume with the same files and rollout.max_prompt_tokens, or start a new run"
             )
-        for name, found, saved in zip(self._names, self._hashes(), state["sha256"], strict=True):
+        for name, found, saved in zip(self._names, self._hashes, state["sha256"], strict=True):
             if found != saved:
                 raise ValueError(
                     f"data.train: {name} has other prompts, or in another order, than when the run was saved; resume "
@@ -94,6 +95,7 @@ class MixtureSampler:
                 )
         self._num_drawn = list(state["num_drawn"])
 
+    @cached_property
     def _hashes(self) -> list[str]:
         """SHA-256 of each file's prompts in order: of a file that numbers them the uids alone would never differ."""
         hashes = []

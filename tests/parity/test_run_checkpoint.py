@@ -304,6 +304,31 @@ def test_inspection_of_a_run_goes_to_the_newest_whole_one(
     assert "no checkpoint is whole" in capsys.readouterr().err
 
 
+def test_inspection_of_a_run_lists_every_checkpoint(
+    run: RealRun, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    shutil.copytree(run.folder / "checkpoints", tmp_path / "x")
+    for end in ("set-aside", "partial"):
+        shutil.copytree(run.newest, tmp_path / f"x/step-00000004.{end}")
+    assert inspect(tmp_path / "x", "--json") == 0
+    states = [(row["folder"], row["step"], row["state"]) for row in json.loads(capsys.readouterr().out)["checkpoints"]]
+    assert states[:2] == [("step-00000002", 2, "whole"), ("step-00000004", 4, "whole")]
+    assert states[2][0].endswith(".partial")
+    assert states[2][2].startswith("partial: ")
+    assert states[3] == ("step-00000004.set-aside", 4, "set aside, whole")
+    os.truncate(tmp_path / "x/step-00000002/run.json", 9)
+    assert inspect(tmp_path / "x") == 1
+    table, detail = capsys.readouterr().out.split("\n\n", 1)
+    assert [line.split()[0] for line in table.splitlines()] == ["checkpoint", *(name for name, *_ in states)]
+    assert "run.json has 9 bytes" in table.splitlines()[1]
+    assert "step: 4\n" in detail
+    os.truncate(tmp_path / "x/step-00000004/run.json", 9)
+    assert inspect(tmp_path / "x") == 1
+    shown = capsys.readouterr()
+    assert shown.out.count("damaged: ") == 2
+    assert "no checkpoint is whole" in shown.err
+
+
 def test_groups_that_cannot_be_read_are_damage(
     run: RealRun, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
