@@ -204,7 +204,8 @@ def test_another_layout_goes_on(folder: Path, before: dict[str, Any], after: dic
         (step_tensors, ()),
     ]
     config = make_config(folder, parallel=after)
-    _, _, steps, loaded, resumed, later = run_policy(config, resume)
+    _, reseeded, steps, loaded, resumed, later = run_policy(config, resume)
+    assert all(reseeded)
     assert all(set(each) == {2.0} and count == len(each) for each, count in steps)
     assert all(set(each) == {3.0} for each, _ in later)
     for kind, tensors in whole[0].items():

@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import AsyncIterator, Awaitable
+from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 from ray.exceptions import ActorDiedError
 
 from fipo_megatron.config.schema import TimeoutsConfig
-from fipo_megatron.trainer.actor import EngineClient, WorkerError, _cause, _gather
+from fipo_megatron.trainer.actor import EngineClient, PolicyClient, WorkerError, _cause, _gather
 from fipo_megatron.types import SamplingSettings
 
 LOST_PEER = RuntimeError("[gloo/transport/tcp/pair.cc:541] Connection closed by peer [127.0.0.1]:1234")
@@ -50,6 +52,27 @@ def test_gather_keeps_the_order_and_stops_at_the_timeout() -> None:
     assert asyncio.run(both(0.0)) == [1, 2]
     with pytest.raises(WorkerError, match="b did not answer port"):
         asyncio.run(both(5.0))
+
+
+class Replying:
+    """An actor's method that replies."""
+
+    def __init__(self, reply: Any) -> None:
+        self._reply = reply
+
+    async def remote(self, *_: Any) -> Any:
+        return self._reply
+
+
+def test_a_save_gives_the_files_of_all_ranks_and_a_load_whether_any_was_reseeded() -> None:
+    ranks = [
+        SimpleNamespace(finish_save=Replying(["__0_0.distcp", ".metadata"]), load_state=Replying(False)),
+        SimpleNamespace(finish_save=Replying(["__1_0.distcp", ".metadata"]), load_state=Replying(True)),
+    ]
+    policy = PolicyClient(ranks, TimeoutsConfig())
+    assert asyncio.run(policy.finish_save()) == [".metadata", "__0_0.distcp", "__1_0.distcp"]
+    assert asyncio.run(policy.load_state(Path("state"))) is True
+    assert asyncio.run(PolicyClient(ranks[:1], TimeoutsConfig()).load_state(Path("state"))) is False
 
 
 class StreamingActor:

@@ -19,7 +19,7 @@ from fipo_megatron.checkpoint.replay_file import (
     replay_path,
     write_replay_step,
 )
-from fipo_megatron.config.load import save_config
+from fipo_megatron.config.load import load_config, save_config
 from fipo_megatron.trainer.layout_check import make_check_batch, transformers_logprobs
 from fipo_megatron.trainer.policy_processes import run_policy
 from fipo_megatron.trainer.replay import (
@@ -136,6 +136,17 @@ def copied(run: Path, tmp_path: Path) -> Path:
         else:
             shutil.copy(source, tmp_path / name)
     return tmp_path
+
+
+def test_checkpoints_are_looked_for_where_the_runs_present_settings_say(copied: Path) -> None:
+    """Not where those of the recorded step did: they may have moved since."""
+    config = load_config(copied / "config.yaml")
+    (copied / "elsewhere").mkdir()
+    (copied / "checkpoints").rename(copied / "elsewhere" / copied.name)
+    assert load_recorded_steps(copied, 3).start.step == 0
+    settings = config.checkpoint.model_copy(update={"folder": str(copied / "elsewhere")})
+    save_config(config.model_copy(update={"checkpoint": settings}), copied / "config.yaml")
+    assert load_recorded_steps(copied, 3).start.step == 2
 
 
 @pytest.mark.multiproc
