@@ -65,7 +65,7 @@ EXTRAS = {
     # Training on NVIDIA GPUs; add `vllm` or `sglang`. NVIDIA's apex is built from source and used where importable.
     "cuda": [
         # Fused layers, FP8 and context-parallel attention of Megatron-Core; the range is Megatron-Core 0.16's.
-        "transformer-engine[core_cu13,pytorch]>=2.9,<2.12",
+        "transformer-engine[core-cu13,pytorch]>=2.9,<2.12",
         RAY,
     ],
     # Rollouts on GPU. vLLM and SGLang pin different releases of torch: one environment holds one of the two.
