@@ -145,6 +145,14 @@ def test_the_context_has_the_sources_and_nothing_else():
     assert [path for path in left_out if not run_stage.is_ignored(path, rules)] == []
 
 
+def test_the_installation_page_has_the_defaults():
+    page = (ROOT / "docs/install.md").read_text()
+    assert f"| `CUDA_IMAGE` | `{ARGUMENTS['CUDA_IMAGE']}` |" in page
+    defaults = dict(line.value.split("=") for line in STAGES["cuda"].instructions if line.name == "ARG")
+    for name, default in defaults.items():
+        assert re.search(rf"\| `{name}` \| (`?{re.escape(default)}\b|in the Dockerfile)", page), name
+
+
 def test_hadolint_has_no_complaint(capsys):
     hadolint = shutil.which("hadolint") or shutil.which("hadolint", path=ROOT / ".venv/bin")
     if hadolint is None:
