@@ -29,6 +29,7 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parent.parent
 DOCKERFILE = ROOT / "Dockerfile"
 # What every container has from its engine; --bind adds to it.
+PATH = "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin"
 SYSTEM_FOLDERS = ("/proc", "/sys", "/dev", "/dev/shm")
 
 
@@ -57,7 +58,7 @@ class State:
     shell: list[str] = field(default_factory=lambda: ["/bin/sh", "-c"])
     user: str = "root"
     folder: str = "/"
-    variables: dict[str, str] = field(default_factory=dict)  # ENV and ARG
+    variables: dict[str, str] = field(default_factory=lambda: {"PATH": PATH})  # ENV and ARG
     entrypoint: list[str] = field(default_factory=list)
     command: list[str] = field(default_factory=list)
     health: list[str] = field(default_factory=list)
@@ -264,10 +265,13 @@ def run(step: Step, tree: Path) -> None:
         keys = dict(key.partition("=")[::2] for key in mount.split(","))
         make_owned(tree, keys["target"], int(keys.get("uid", 0)), int(keys.get("gid", 0)))
     make_owned(tree, step.folder, 0, 0)
-    path = "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin"
-    environment = {"PATH": path, "HOME": home, **step.environment}
+    environment = {"HOME": home, **step.environment}
     inside = f"cd {shlex.quote(step.folder)} && exec {shlex.join(step.words)}"
-    command = ["chroot", f"--userspec={uid}:{gid}", str(tree), "/bin/sh", "-c", inside]
+    # By its path: it would be looked for in the environment's PATH, which is the tree's.
+    chroot = shutil.which("chroot", path=PATH)
+    if chroot is None:
+        raise ValueError("chroot is not in PATH; install coreutils")
+    command = [chroot, f"--userspec={uid}:{gid}", str(tree), "/bin/sh", "-c", inside]
     status = subprocess.run(command, env=environment, check=False).returncode
     if status != 0:
         raise ValueError(f"{step.kind} of line {step.line} ended with status {status}: {shlex.join(step.words)}")

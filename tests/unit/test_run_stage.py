@@ -13,7 +13,7 @@ ARG BASE=debian:12
 FROM ${BASE} AS first
 SHELL ["/bin/bash", "-o", "pipefail", "-c"]
 ARG BASE
-ENV A=one B="two words" C=$BASE
+ENV A=one B="two words" C=$BASE PATH=/a/bin:$PATH
 # a comment
 RUN --mount=type=cache,target=/cache/a,uid=7,gid=8 --mount=type=cache,target=/cache/b \
     make a \
@@ -45,7 +45,10 @@ def test_a_stage_is_its_bases_lines_and_its_own(dockerfile):
     first, copied, second, health, command = run_stage.list_steps("second", ["other"])
     assert first.words == ("/bin/bash", "-o", "pipefail", "-c", 'make a && make "b"')
     assert (first.user, first.folder) == ("root", "/")
-    assert first.environment == {"BASE": "debian:12", "A": "one", "B": "two words", "C": "debian:12"}
+    assert first.environment == {
+        **{"PATH": "/a/bin:" + run_stage.PATH, "BASE": "debian:12"},
+        **{"A": "one", "B": "two words", "C": "debian:12"},
+    }
     assert first.mounts == ("type=cache,target=/cache/a,uid=7,gid=8", "type=cache,target=/cache/b")
     assert (copied.user, copied.folder, copied.words) == ("u:u", "/opt/x/sub", ("a/", "b.txt", "./"))
     assert (second.kind, second.user, second.line) == ("RUN", "7", 19)
