@@ -14,9 +14,11 @@ ARG PYTHON_IMAGE=python:3.11.15-slim-bookworm
 
 FROM ${CPU_IMAGE} AS cpu
 SHELL ["/bin/bash", "-o", "pipefail", "-c"]
+# Without docker-clean, which would empty the cache.
 RUN --mount=type=cache,target=/var/cache/apt,sharing=locked \
     --mount=type=cache,target=/var/lib/apt/lists,sharing=locked \
-    apt-get update \
+    rm -f /etc/apt/apt.conf.d/docker-clean \
+    && apt-get update \
     && apt-get install -y --no-install-recommends \
         libnuma1=2.0.16-* \
         python3.11=3.11.2-* \
@@ -51,7 +53,8 @@ SHELL ["/bin/bash", "-o", "pipefail", "-c"]
 COPY --from=python /usr/local /usr/local
 RUN --mount=type=cache,target=/var/cache/apt,sharing=locked \
     --mount=type=cache,target=/var/lib/apt/lists,sharing=locked \
-    ldconfig \
+    rm -f /etc/apt/apt.conf.d/docker-clean \
+    && ldconfig \
     && apt-get update \
     && apt-get install -y --no-install-recommends \
         build-essential=12.10* \
