@@ -71,8 +71,14 @@ def test_a_recipe_passes_the_dry_run(name: str, tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("overrides", "cause"),
     [
-        (["parallel.tensor=16", "placement.mode=disaggregated"], "num_key_value_heads = 8: must be a multiple of parallel.tensor = 16"),
-        (["parallel.pipeline=3", "placement.mode=disaggregated"], "num_hidden_layers = 64: must be a multiple of parallel.pipeline = 3"),
+        (
+            ["parallel.tensor=16", "placement.mode=disaggregated"],
+            "num_key_value_heads = 8: must be a multiple of parallel.tensor = 16",
+        ),
+        (
+            ["parallel.pipeline=3", "placement.mode=disaggregated"],
+            "num_hidden_layers = 64: must be a multiple of parallel.pipeline = 3",
+        ),
         (["parallel.expert=2"], "parallel.expert = 2: the model has no experts"),
         (["rollout.tensor=3"], "rollout.tensor"),
         (["rollout.max_response_tokens=200000"], "the model has 131072 positions"),
