@@ -211,8 +211,12 @@ def _find_sampling_problems(config: Config) -> Iterator[str]:
             f"timeouts.call_s = {config.timeouts.call_s:g}: must exceed timeouts.collective_s = "
             f"{config.timeouts.collective_s:g}, which has to end first to name a stalled peer"
         )
-    if config.cluster.address in ("0.0.0.0", "::"):
-        yield f"cluster.address = {config.cluster.address!r}: would listen on every interface; give one address"
+    cluster = config.cluster
+    if cluster.address in ("0.0.0.0", "::"):
+        yield f"cluster.address = {cluster.address!r}: would listen on every interface; give one address"
+    if cluster.ray_address is not None:
+        why = f"in a Ray cluster (cluster.ray_address = {cluster.ray_address!r}): each process listens on the address "
+        yield from _idle_keys("cluster", cluster, ("address",), why + "of its node; remove it")
 
 
 def _find_layout_problems(parallel: ParallelConfig) -> Iterator[str]:
@@ -293,6 +297,11 @@ def _find_sync_problems(config: Config) -> Iterator[str]:
         yield (
             f"sync.transport = {transport!r}: for processes of one machine, and cluster.address = {address} is for "
             "several; set sync.transport=collective"
+        )
+    elif transport in ("shared_memory", "cuda_ipc") and config.cluster.ray_address is not None:
+        yield (
+            f"sync.transport = {transport!r}: for processes of one machine, and cluster.ray_address = "
+            f"{config.cluster.ray_address!r} is for several; set sync.transport=collective"
         )
     if transport == "cuda_ipc" and config.platform == "cpu":
         yield "sync.transport = 'cuda_ipc': platform = 'cpu' has no CUDA; set sync.transport=shared_memory"

@@ -378,12 +378,17 @@ class TimeoutsConfig(Section):
 
 
 class ClusterConfig(Section):
-    """Processes and addresses. Everything listens on `address` only."""
+    """Processes and addresses. Everything listens on `address` only; in a Ray cluster that is joined, on its node's."""
 
     address: str = Field(
         "127.0.0.1", min_length=1, description="of this machine; 127.0.0.1: nothing is seen from outside"
     )
     master_port: int = Field(0, ge=0, le=65535, description="rendezvous of the trainer ranks; 0: any free port")
+    ray_address: str | None = Field(
+        None,
+        pattern=r"^(auto|[^\s:/]+:\d+)$",
+        description="Ray cluster to join: host:port, or auto (RAY_ADDRESS); null: a Ray of the run's own here",
+    )
 
 
 class Config(Section):

@@ -42,8 +42,8 @@ class PolicyClient:
     async def connect(self) -> None:
         """Form the trainer's process groups, once every rank is up."""
         await self._call("__ray_ready__", timeout_s=self.timeouts.startup_s)
-        (port,) = await self._call("port", first_only=True, timeout_s=self.timeouts.startup_s)
-        await self._call("connect", port, timeout_s=self.timeouts.startup_s)
+        (rendezvous,) = await self._call("rendezvous", first_only=True, timeout_s=self.timeouts.startup_s)
+        await self._call("connect", *rendezvous, timeout_s=self.timeouts.startup_s)
 
     async def load(self, folder: Path, optimizer: OptimizerConfig, random_seed: int | None = None) -> None:
         """Build model and optimizer from a Hugging Face folder."""
@@ -78,8 +78,8 @@ class PolicyClient:
         """Write a Hugging Face folder."""
         await self._call("export", source, target)
 
-    async def listen_for_engines(self) -> int:
-        """The port on which rank 0 will meet the engines' workers."""
+    async def listen_for_engines(self) -> tuple[str, int]:
+        """Address and port where rank 0 will meet the engines' workers."""
         return (await self._call("listen_for_engines", first_only=True))[0]
 
     async def connect_engines(self, session: WeightSession) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import os
 from collections.abc import Coroutine
 from contextlib import ExitStack, closing
 from dataclasses import dataclass
@@ -39,6 +40,7 @@ from fipo_megatron.trainer.bundles import num_devices, plan_bundles
 from fipo_megatron.trainer.checkpoints import POLICY, RunState, check_same_model, read_run_state
 from fipo_megatron.trainer.loop import train
 from fipo_megatron.trainer.placement import Workers
+from fipo_megatron.trainer.ray_cluster import check_token
 from fipo_megatron.trainer.resume import Resumption
 from fipo_megatron.trainer.run import Run
 from fipo_megatron.trainer.run_folder import check_run_folder, checkpoint_store
@@ -68,7 +70,8 @@ def check_before_start(config: Config, is_resumed: bool = False) -> ProblemFiles
     else:
         if config.rollout.engine == "hf":
             raise ValueError("rollout.engine = 'hf': the oracle of tests on a CPU; set rollout.engine=vllm on GPUs")
-        check_num_gpus(config, torch.cuda.device_count())
+        if config.cluster.ray_address is None:  # else of all nodes, known when it is joined
+            check_num_gpus(config, torch.cuda.device_count())
     files = load_files(config.data)
     check_judging_keys(config.reward, {config.reward.rule, *evaluation_rules(config, files.evaluation).values()})
     if not config.data.eval:
@@ -82,7 +85,10 @@ def check_before_start(config: Config, is_resumed: bool = False) -> ProblemFiles
         check_vocabulary(Path(config.model.path), shape)
         check_positions(shape, config.rollout)
         make_plan(shape, trainer_layout(config.parallel), engine_layout(config.rollout))
-    check_port(config.cluster.address, config.cluster.master_port)
+    if config.cluster.ray_address is None:  # else rank 0 may be on another node
+        check_port(config.cluster.address, config.cluster.master_port)
+    else:
+        check_token(config.cluster.ray_address, os.environ)
     return files
 
 

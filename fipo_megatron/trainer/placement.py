@@ -1,14 +1,16 @@
-"""Where the processes run: Ray starts them, loopback only, and every one of them is gone at the end."""
+"""Where the processes run: Ray starts them, its own on loopback or one that is joined, and all are gone at the end."""
 
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import logging
 import os
+import secrets
 import shutil
 import signal
 import tempfile
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
 from pathlib import Path
 from types import TracebackType
@@ -28,6 +30,7 @@ from fipo_megatron.rollout.vllm_server import VllmServerEngine
 from fipo_megatron.trainer.actor import EngineClient, PolicyClient
 from fipo_megatron.trainer.bundles import Place, num_devices
 from fipo_megatron.trainer.policy import MegatronPolicy
+from fipo_megatron.trainer.ray_cluster import at_its_node, join, pools, with_address
 from fipo_megatron.trainer.reservation import Reservation
 from fipo_megatron.trainer.sync import WeightSync, make_session
 
@@ -52,6 +55,10 @@ class Workers:
         self.config = config
         self.log_folder = log_folder
         self.platform = resolve_platform(config.platform)
+        self._joins = config.cluster.ray_address is not None
+        self._actors: list[Any] = []
+        self._releases: list[Callable[[], None]] = []
+        self._mark = secrets.token_hex(8)  # in the environment of the processes that a cluster runs for us
         self._processes: set[psutil.Process] = set()
         self._sync: WeightSync | None = None
         self._is_colocated = config.placement.mode == "colocated"
@@ -59,15 +66,18 @@ class Workers:
         self._engines_hold_weights = False
 
     def __enter__(self) -> Self:
-        address = self.config.cluster.address
         self._foreign = set(psutil.Process().children(recursive=True))
         # Ray makes its folder writable for everyone, so it lies in one that is not. Unix sockets allow 107 characters.
         self._temp_dir = tempfile.mkdtemp(prefix="fipo-", dir="/tmp")
         os.environ["RAY_USAGE_STATS_ENABLED"] = "0"
         on_sigterm = signal.getsignal(signal.SIGTERM)
         try:
-            self._init_ray(address)
-            self._reservation = Reservation(self.config, self._on_cpu)
+            if self._joins:
+                self._join_ray()
+            else:
+                self._init_ray(self.config.cluster.address)
+            self._reservation = Reservation(self.config, self._on_cpu, pools() if self._joins else None)
+            self._releases.append(self._reservation.release)
         except BaseException as error:
             self._end_everything()
             if isinstance(error, SystemExit):  # raised by Ray's handler of SIGTERM
@@ -76,6 +86,18 @@ class Workers:
         finally:
             signal.signal(signal.SIGTERM, on_sigterm)  # Ray puts its own in place
         return self
+
+    def _join_ray(self) -> None:
+        config = self.config
+        assert config.cluster.ray_address is not None
+        address = join(
+            config.cluster.ray_address,
+            num_cpus=num_devices(config),
+            num_gpus=0 if self._on_cpu else num_devices(config),
+            object_store_bytes=object_store_bytes(config.rollout),
+            timeout_s=config.timeouts.startup_s,
+        )
+        self.config = with_address(config, address)
 
     def _init_ray(self, address: str) -> None:
         ray.init(
@@ -101,7 +123,12 @@ class Workers:
         numbers = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)  # a second Ctrl-C must not leave half of it behind
         handlers = {number: signal.signal(number, signal.SIG_IGN) for number in numbers}
         self._remember_processes()
-        ray.shutdown()
+        if self._joins and ray.is_initialized():
+            for actor in self._actors:
+                ray.kill(actor)
+            for release in self._releases:
+                release()
+        ray.shutdown()  # a cluster that was joined goes on
         _, alive = psutil.wait_procs(self._processes, timeout=0.5)
         for process in alive:  # also those that are stopped and can't end by themselves
             process.kill()
@@ -117,10 +144,9 @@ class Workers:
         if self._is_colocated:
             await self.engines_ready()  # which find out at their start how much memory is free
             await self._release_engines()
-        actor = ray.remote(MegatronPolicy)
         self.policy = PolicyClient(
             [
-                actor.options(**self._options(place, environment={})).remote(self.config, rank)
+                self._start_actor(MegatronPolicy, self._options(place, environment={}), self.config, rank)
                 for rank, place in enumerate(self._reservation.plan.ranks)
             ],
             self.config.timeouts,
@@ -193,17 +219,25 @@ class Workers:
         if engine == "vllm":
             options = self._options(place, vllm_environment(config, self._on_cpu, replica))
             if config.rollout.mode == "server":
-                server = ray.remote(VllmServerEngine).options(**options)
-                actor = server.remote(self.model_folder, config, on_cpu=self._on_cpu)
+                arguments = {"on_cpu": self._on_cpu}
+                actor = self._start_actor(VllmServerEngine, options, self.model_folder, config, **arguments)
             else:
-                actor = ray.remote(VllmEngine).options(**options).remote(self.model_folder, config)
+                actor = self._start_actor(VllmEngine, options, self.model_folder, config)
         elif engine == "sglang":
+            arguments = {"on_cpu": self._on_cpu}
             options = self._options(place, {})
-            actor = ray.remote(SglangEngine).options(**options).remote(self.model_folder, config, on_cpu=self._on_cpu)
+            actor = self._start_actor(SglangEngine, options, self.model_folder, config, **arguments)
         else:
-            actor = ray.remote(HfEngine).options(**self._options(place, {})).remote(self.model_folder, config)
+            actor = self._start_actor(HfEngine, self._options(place, {}), self.model_folder, config)
         name = "engine" if config.rollout.replicas == 1 else f"engine {replica}"
         return EngineClient(actor, config.timeouts, name)
+
+    def _start_actor(self, kind: type, options: dict[str, Any], *arguments: Any, **named: Any) -> Any:
+        if self._joins:
+            kind = at_its_node(kind)
+        actor = ray.remote(kind).options(**options).remote(*arguments, **named)
+        self._actors.append(actor)
+        return actor
 
     def _restart_engine(self, replica: int) -> EngineClient:
         ray.kill(self._engines[replica].actor)
@@ -218,11 +252,14 @@ class Workers:
     def _options(self, place: Place, environment: dict[str, str]) -> dict[str, Any]:
         base = {
             "OMP_NUM_THREADS": "1",
-            "TMPDIR": self._temp_dir,  # what a killed process leaves goes with the run's
             "HF_HUB_OFFLINE": "1",
             "TOKENIZERS_PARALLELISM": "false",
             "CUDA_DEVICE_MAX_CONNECTIONS": "1",  # Megatron's tensor parallelism relies on the order of launches
         }
+        if self._joins:
+            base["FIPO_RUN"] = self._mark
+        else:
+            base["TMPDIR"] = self._temp_dir  # what a killed process leaves goes with the run's
         if self.config.cluster.address.startswith("127."):
             base["GLOO_SOCKET_IFNAME"] = "lo"
         devices = self._reservation.environment(place)
@@ -230,6 +267,8 @@ class Workers:
 
     def _remember_processes(self) -> None:
         self._processes.update(set(psutil.Process().children(recursive=True)) - self._foreign)
+        if self._joins:  # the raylet's children, not ours
+            self._processes.update(find_marked("FIPO_RUN", self._mark))
 
     def _keep_worker_logs(self) -> None:
         """Copy what the workers printed into the run's folder: a crash in native code is told nowhere else."""
@@ -237,6 +276,16 @@ class Workers:
             if log.stat().st_size and not log.is_symlink():
                 (self.log_folder / "worker_logs").mkdir(exist_ok=True)
                 shutil.copy(log, self.log_folder / "worker_logs")
+
+
+def find_marked(name: str, value: str) -> list[psutil.Process]:
+    """The processes on this machine that have a variable of this value in their environment."""
+    found = []
+    for process in psutil.process_iter():
+        with contextlib.suppress(psutil.Error):
+            if process.environ().get(name) == value:
+                found.append(process)
+    return found
 
 
 def object_store_bytes(rollout: RolloutConfig) -> int:

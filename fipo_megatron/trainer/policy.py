@@ -55,10 +55,10 @@ class MegatronPolicy:
         self.sender: WeightsOut | None = None
         self.pending_save: PolicySave | None = None
 
-    def port(self) -> int:
-        """The port of the rendezvous; rank 0 holds it open until `connect`."""
+    def rendezvous(self) -> tuple[str, int]:
+        """Address and port where the ranks meet; rank 0 holds the port open until `connect`."""
         assert self.listener is not None
-        return int(self.listener.getsockname()[1])
+        return self.config.cluster.address, int(self.listener.getsockname()[1])
 
     def close(self) -> None:
         """Say goodbye to the engines' workers, which would take this rank for dead, and leave the process groups."""
@@ -66,11 +66,11 @@ class MegatronPolicy:
             self.sender.close()
         dist.destroy_process_group()
 
-    def connect(self, port: int) -> None:
-        """Join the trainer's process groups. Collective."""
+    def connect(self, address: str, port: int) -> None:
+        """Join the trainer's process groups, at rank 0's rendezvous. Collective."""
         config = self.config
         timeout_s = config.timeouts.startup_s
-        store = make_store(config.cluster.address, port, config.parallel.world_size, timeout_s, self.listener)
+        store = make_store(address, port, config.parallel.world_size, timeout_s, self.listener)
         self.groups = initialize_groups(
             config.parallel, self.rank, store, self.platform.backend, config.timeouts.collective_s
         )
@@ -299,10 +299,10 @@ class MegatronPolicy:
 
     # ---------------------------------------------------------------- weights out
 
-    def listen_for_engines(self) -> int:
-        """The port on which rank 0 will meet the engines' workers."""
+    def listen_for_engines(self) -> tuple[str, int]:
+        """Address and port where rank 0 will meet the engines' workers."""
         self.listener = listening_socket(self.config.cluster.address)
-        return self.port()
+        return self.rendezvous()
 
     def connect_engines(self, session: WeightSession) -> None:
         """Meet the engines' workers; every rank, while the engines connect.

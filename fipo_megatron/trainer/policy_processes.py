@@ -84,8 +84,8 @@ def _run_rank(config: Config, rank: int, calls: list[Call], ports: Any, results:
         policy = MegatronPolicy(config, rank)
         if rank == 0:
             for _ in range(config.parallel.world_size):
-                ports.put(policy.port())
-        policy.connect(ports.get(timeout=timeout_s))
+                ports.put(policy.rendezvous())
+        policy.connect(*ports.get(timeout=timeout_s))
         values = [_make_call(policy, method, arguments) for method, arguments in calls]
         policy.close()
         results.send((values, None))

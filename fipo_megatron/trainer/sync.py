@@ -80,7 +80,8 @@ class WeightSync:
                 raise
             logger.warning("an engine takes no shards (%s); it is sent whole tensors: sync.transport=broadcast", error)
             self.session = replace(self.session, transport="broadcast")
-        self.session = replace(self.session, port=await self._policy.listen_for_engines())
+        address, port = await self._policy.listen_for_engines()
+        self.session = replace(self.session, address=address, port=port)
         connecting = [
             engine.connect_weights(self.session.to_info(replica)) for replica, engine in enumerate(self._engines)
         ]
@@ -141,7 +142,7 @@ class WeightSync:
 def make_session(
     config: Config, model_folder: Path, on_cpu: bool, socket_folder: Path, run_folder: Path
 ) -> WeightSession:
-    """The session that a configuration asks for; its port is known when the policy listens."""
+    """The session that a configuration asks for; its address and port are known when the policy listens."""
     transport = pick_transport(config, on_cpu)
     folder = socket_folder
     if transport in ON_DISK:
@@ -184,7 +185,7 @@ def pick_transport(config: Config, on_cpu: bool) -> TransportName:
     """The transport that `sync.transport` stands for."""
     if config.sync.transport != "auto":
         return config.sync.transport
-    if config.cluster.address.startswith("127."):
+    if config.cluster.ray_address is None and config.cluster.address.startswith("127."):
         if on_cpu:
             return "shared_memory"
         if config.placement.mode == "colocated":

@@ -39,7 +39,7 @@ ONLY = {
 
 # The only files that may import an engine, the training library or the scheduler.
 THIRD_PARTY = {
-    "ray": ("trainer/placement.py", "trainer/reservation.py", "trainer/actor.py"),
+    "ray": ("trainer/placement.py", "trainer/reservation.py", "trainer/actor.py", "trainer/ray_cluster.py"),
     "megatron": ("parallel/groups.py", "model/*", "trainer/step.py", "checkpoint/*", "ops/*", "benchmarks/*"),
     "vllm": ("rollout/*", "reshard/engine_worker.py", "reshard/vllm_patches.py"),
     "sglang": ("rollout/*", "reshard/sglang_worker.py"),

@@ -32,8 +32,8 @@ class Policy:
         self.sessions: list[WeightSession] = []
         self.pushed: list[int] = []
 
-    async def listen_for_engines(self) -> int:
-        return 4321
+    async def listen_for_engines(self) -> tuple[str, int]:
+        return "10.0.0.7", 4321
 
     async def connect_engines(self, session: WeightSession) -> None:
         self.sessions.append(session)
@@ -57,7 +57,8 @@ class Engine:
             raise ViewsRefusedError("lm_head.weight: packed")
 
     async def connect_weights(self, info: dict[str, Any]) -> None:
-        assert WeightSession.from_info(info)[0].port == 4321
+        session = WeightSession.from_info(info)[0]
+        assert (session.address, session.port) == ("10.0.0.7", 4321)
 
     async def update_weights(self, info: dict[str, Any]) -> dict[str, float]:
         failure = self.failures.pop(0) if self.failures else None
