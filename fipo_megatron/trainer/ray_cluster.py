@@ -45,9 +45,8 @@ def join(ray_address: str, num_cpus: int, num_gpus: int, object_store_bytes: int
         ConnectionError: there is none, it refuses the token, or no node of it is on this machine.
         ValueError: it hasn't as many CPUs or GPUs after `timeout_s` seconds, or its nodes too little shared memory.
     """
-    os.environ.pop("RAY_AUTH_TOKEN", None)  # of a Ray of the run's own; it would hide the file
     try:
-        ray.init(address=ray_address, log_to_driver=False, logging_level="ERROR")
+        _connect(ray_address)
     except ConnectionError as error:
         raise ConnectionError(
             f"cluster.ray_address = {ray_address!r}: {error}; none is there, or it has another token than {TOKEN_PATH}"
@@ -58,6 +57,11 @@ def join(ray_address: str, num_cpus: int, num_gpus: int, object_store_bytes: int
             raise ValueError(f"cluster.ray_address = {ray_address!r}: {lack}")
         time.sleep(POLL_S)
     return str(ray.util.get_node_ip_address())
+
+
+def _connect(ray_address: str) -> None:
+    os.environ.pop("RAY_AUTH_TOKEN", None)  # of a Ray of the run's own (trainer/__init__.py); it would hide the file
+    ray.init(address=ray_address, log_to_driver=False, logging_level="ERROR")
 
 
 def find_lack(nodes: list[dict[str, Any]], num_cpus: int, num_gpus: int, object_store_bytes: int) -> str | None:
@@ -87,7 +91,7 @@ def wait_for_nodes(num_nodes: int, timeout_s: float) -> list[str]:
         TimeoutError: nodes are missing after `timeout_s` seconds; the message names those that are there.
     """
     deadline = time.monotonic() + timeout_s
-    ray.init(address="auto", log_to_driver=False, logging_level="ERROR")
+    _connect("auto")
     try:
         while True:
             addresses = sorted(node["NodeManagerAddress"] for node in ray.nodes() if node["Alive"])
