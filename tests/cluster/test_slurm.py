@@ -14,6 +14,7 @@ from pathlib import Path
 
 import pytest
 
+from fipo_megatron.trainer.placement import find_marked
 from tests.cluster.slurm_cluster import NODES, SlurmCluster, missing_program
 from tests.script_process import REPO, run_script
 from tests.smoke.train_process import ODD_REWARD, SMALL, UNTRAINED
@@ -176,13 +177,30 @@ def test_trainer_and_engines_run_in_partitions_of_their_own(
     )
     jobs.finish(job)
     assert last_step(tmp_path / "runs" / "small-seed0") == 1
-    titles = {
-        name: "".join(log.read_text(errors="replace") for log in (tmp_path / "jobs" / f"{job}-0" / name).glob("*.log"))
+    actors = {  # Ray begins a worker's output with what it is
+        name: {line for log in (tmp_path / "jobs" / f"{job}-0" / name).glob("worker-*") for line in lines_of(log)}
         for name in NODES
     }
-    assert "MegatronPolicy" in titles["n1"]
-    assert "HfEngine" in titles["n2"]
-    assert "MegatronPolicy" not in titles["n2"]
+    assert ":actor_name:MegatronPolicy" in actors["n1"]
+    assert ":actor_name:HfEngine" in actors["n2"]
+    assert ":actor_name:MegatronPolicy" not in actors["n2"]
+    assert ":actor_name:HfEngine" not in actors["n1"]
+
+
+@pytest.mark.timeout(600)
+def test_a_cancelled_job_leaves_no_process_token_or_scratch(jobs: Jobs, cluster: SlurmCluster, tmp_path: Path) -> None:
+    before = set(Path("/tmp").glob("fipo-*"))
+    job = jobs.submit("examples/quickstart_cpu/slurm.sbatch", *jobs.settings)
+    jobs.wait_for(job, lambda: "base policy" in jobs.output(job) or "kernels:" in jobs.output(job), "the policy")
+    assert find_marked("SLURM_JOB_ID", job)
+    cluster.call("scancel", job)
+    assert cluster.wait(job, 60) == "CANCELLED"
+    deadline = time.monotonic() + 30
+    while (left := find_marked("SLURM_JOB_ID", job)) and time.monotonic() < deadline:
+        time.sleep(0.3)
+    assert left == [], jobs.describe(job)
+    assert not list(tmp_path.glob("jobs/*/token"))
+    assert set(Path("/tmp").glob("fipo-*")) - before == set()
 
 
 @pytest.mark.skipif(shutil.which("shellcheck") is None, reason="no shellcheck")
@@ -190,6 +208,10 @@ def test_scripts_are_clean() -> None:
     scripts = [*REPO.glob("examples/slurm/*"), *REPO.glob("examples/*/slurm.sbatch")]
     checked = subprocess.run(["shellcheck", "-x", *scripts], cwd=REPO, capture_output=True, text=True, check=False)
     assert checked.returncode == 0, checked.stdout
+
+
+def lines_of(log: Path) -> list[str]:
+    return log.read_text(errors="replace").splitlines()
 
 
 def start_without_token(address: str) -> subprocess.Popen[str]:

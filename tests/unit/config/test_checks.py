@@ -176,6 +176,14 @@ def test_sound_configurations_pass_and_pass_again_when_saved(overrides, small_ru
         (["data.eval.gsm8k=test.jsonl"], "data.eval: the base policy of warm_start can't read text "),
         (["rollout.top_p=0.9"], "rollout.top_p = 0.9: the engine's log-probs "),
         (["timeouts={call_s: 30, collective_s: 30}"], "timeouts.call_s = 30: must exceed timeouts.collective_s = 30"),
+        (
+            ["sync.transport=shared_memory", "cluster.ray_address=10.0.0.1:6379"],
+            "sync.transport = 'shared_memory': for processes of one machine, and cluster.ray_address = '10.0.0.1:6379'",
+        ),
+        (
+            ["cluster.address=10.0.0.2", "cluster.ray_address=auto"],
+            "cluster.address = '10.0.0.2': has no effect in a Ray cluster (cluster.ray_address = 'auto')",
+        ),
         (["cluster.address=0.0.0.0"], "cluster.address = '0.0.0.0': would listen on every interface"),
         (["algorithm={objective: grpo, clip_ratio_low: 0.1}"], "algorithm.clip_ratio_low = 0.1: GRPO's clip is symm"),
         (["parallel={sequence_parallel: true}"], "parallel.sequence_parallel = True: shards "),

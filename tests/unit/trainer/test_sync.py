@@ -210,6 +210,8 @@ def test_layouts_and_transport_of_a_configuration(tmp_path: Path) -> None:
     assert pick_transport(shared, on_cpu=False) == "cuda_ipc"
     elsewhere = Config.model_validate({"cluster": {"address": "10.0.0.1"}})
     assert pick_transport(elsewhere, on_cpu=True) == "collective"
+    joined = Config.model_validate({"cluster": {"ray_address": "127.0.0.2:6379"}})
+    assert pick_transport(joined, on_cpu=True) == "collective"
     asked_for = Config.model_validate({"sync": {"transport": "disk", "folder": str(tmp_path)}})
     assert pick_transport(asked_for, on_cpu=True) == "disk"
 
