@@ -148,7 +148,7 @@ _fipo_node() {
     exec >"$FIPO_JOB/$name.log" 2>&1
     ray=$(dirname "${PYTHON:-.venv/bin/python}")/ray
     address=$(_fipo_address)
-    scratch=$(mktemp -d /tmp/fipo-XXXXXX) # short: a Unix socket's path has 107 characters at most
+    scratch=$(mktemp -d "/tmp/fipo-$SLURM_JOB_ID-XXXX") # short: a Unix socket's path has 107 characters at most
     mkdir "$scratch/tmp"
     case $part in
         trainer) resources='{"fipo_trainer": 1}' ;;
@@ -211,7 +211,7 @@ _fipo_watch_ray() {
 _fipo_address() {
     local host address
     if [[ -n ${FIPO_INTERFACE:-} ]]; then
-        address=$(ip -4 -o addr show dev "$FIPO_INTERFACE" | awk '{sub("/.*", "", $4); print $4; exit}')
+        address=$(ip -4 -o addr show dev "$FIPO_INTERFACE" | awk '{sub("/.*", "", $4); print $4; exit}') || true
         [[ -n $address ]] || _fipo_fail "FIPO_INTERFACE=$FIPO_INTERFACE: has no IPv4 address on $SLURMD_NODENAME"
     else
         host=$(scontrol show node "$SLURMD_NODENAME" | sed -n 's/.*NodeAddr=\([^ ]*\).*/\1/p')

@@ -187,9 +187,17 @@ def test_trainer_and_engines_run_in_partitions_of_their_own(
     assert ":actor_name:HfEngine" not in actors["n1"]
 
 
+def test_a_job_whose_nodes_do_not_come_up_says_where_to_look(jobs: Jobs, cluster: SlurmCluster, tmp_path: Path) -> None:
+    jobs.environment["FIPO_INTERFACE"] = "missing0"
+    job = jobs.submit("examples/quickstart_cpu/slurm.sbatch", *jobs.settings)
+    assert cluster.wait(job, 60) == "FAILED"
+    assert f"Ray ended on a node before all 2 were there; see {tmp_path}/jobs/{job}-0/*.log" in jobs.output(job)
+    assert "FIPO_INTERFACE=missing0: has no IPv4 address on n" in (tmp_path / f"jobs/{job}-0/n2.log").read_text()
+    assert not (tmp_path / "runs").exists()
+
+
 @pytest.mark.timeout(600)
 def test_a_cancelled_job_leaves_no_process_token_or_scratch(jobs: Jobs, cluster: SlurmCluster, tmp_path: Path) -> None:
-    before = set(Path("/tmp").glob("fipo-*"))
     job = jobs.submit("examples/quickstart_cpu/slurm.sbatch", *jobs.settings)
     jobs.wait_for(job, lambda: "base policy" in jobs.output(job) or "kernels:" in jobs.output(job), "the policy")
     assert find_marked("SLURM_JOB_ID", job)
@@ -200,7 +208,9 @@ def test_a_cancelled_job_leaves_no_process_token_or_scratch(jobs: Jobs, cluster:
         time.sleep(0.3)
     assert left == [], jobs.describe(job)
     assert not list(tmp_path.glob("jobs/*/token"))
-    assert set(Path("/tmp").glob("fipo-*")) - before == set()
+    assert not list(Path("/tmp").glob(f"fipo-{job}-*"))
+    assert "interrupted; all worker processes have ended" in jobs.output(job)
+    assert list(tmp_path.glob(f"jobs/{job}-0/n1/worker-*")), jobs.describe(job)
 
 
 @pytest.mark.skipif(shutil.which("shellcheck") is None, reason="no shellcheck")
