@@ -132,16 +132,12 @@ def test_a_job_is_queued_again_before_its_time_limit_and_goes_on_with_the_same_m
     jobs.wait_for(job, lambda: last_step(run) >= 1, "step 1")
     attempt = tmp_path / "jobs" / f"{job}-0"
     assert (attempt / "token").stat().st_mode & 0o777 == 0o600
-    stranger = start_without_token((attempt / "address").read_text().strip())
     # The limit comes so near that Slurm sends the signal; it looks every 30 seconds.
     cluster.call("scontrol", "update", f"JobId={job}", f"TimeLimit={minutes_of(cluster, job) + 2}")
     jobs.wait_for(job, lambda: cluster.restarts(job) == 1, "the second attempt")
     stopped_after = last_step(run)
     assert 1 <= stopped_after < NUM_STEPS, jobs.output(job)
     cluster.call("scontrol", "update", f"JobId={job}", "TimeLimit=60")
-    output, errors = stranger.communicate(timeout=60)
-    assert output.strip() == "refused"
-    assert "InvalidAuthToken" in errors
     jobs.finish(job)
     output = jobs.output(job)
     assert f"stopped after step {stopped_after}, as asked" in output
@@ -197,10 +193,15 @@ def test_a_job_whose_nodes_do_not_come_up_says_where_to_look(jobs: Jobs, cluster
 
 
 @pytest.mark.timeout(600)
-def test_a_cancelled_job_leaves_no_process_token_or_scratch(jobs: Jobs, cluster: SlurmCluster, tmp_path: Path) -> None:
-    job = jobs.submit("examples/quickstart_cpu/slurm.sbatch", *jobs.settings)
+def test_a_job_refuses_strangers_and_leaves_nothing_when_it_is_cancelled(
+    jobs: Jobs, cluster: SlurmCluster, tmp_path: Path
+) -> None:
+    job = jobs.submit("examples/quickstart_cpu/slurm.sbatch", *jobs.settings, "trainer.steps=500")
     jobs.wait_for(job, lambda: "base policy" in jobs.output(job) or "kernels:" in jobs.output(job), "the policy")
     assert find_marked("SLURM_JOB_ID", job)
+    stranger = join_without_token((tmp_path / f"jobs/{job}-0/address").read_text().strip())
+    assert stranger.stdout.strip() == "refused"
+    assert "InvalidAuthToken" in stranger.stderr
     cluster.call("scancel", job)
     assert cluster.wait(job, 60) == "CANCELLED"
     deadline = time.monotonic() + 30
@@ -224,15 +225,16 @@ def lines_of(log: Path) -> list[str]:
     return log.read_text(errors="replace").splitlines()
 
 
-def start_without_token(address: str) -> subprocess.Popen[str]:
-    """A process that tries to join the job's Ray, with another user's environment."""
+def join_without_token(address: str) -> subprocess.CompletedProcess[str]:
+    """What a process gets that tries to join the job's Ray with another user's environment."""
     environment = {key: value for key, value in os.environ.items() if not key.startswith("RAY_")}
-    return subprocess.Popen(
+    return subprocess.run(
         [sys.executable, "-c", JOIN_WITHOUT_TOKEN, address],
         env=environment | {"HOME": "/nonexistent", "RAY_AUTH_MODE": "disabled"},
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
+        capture_output=True,
         text=True,
+        timeout=120,
+        check=False,
     )
 
 
