@@ -15,9 +15,7 @@ from typing import Any
 
 import numpy as np
 
-from fipo_megatron.checkpoint.contents import GROUPS, RUN, describe_model
-from fipo_megatron.checkpoint.contents import POLICY as POLICY
-from fipo_megatron.checkpoint.contents import check_same_model as check_same_model
+from fipo_megatron.checkpoint.contents import GROUPS, POLICY, RUN, describe_model
 from fipo_megatron.checkpoint.manifest import DamagedError, naming
 from fipo_megatron.checkpoint.sample_groups import read_groups, write_groups
 from fipo_megatron.checkpoint.store import CheckpointStore

@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 
+from fipo_megatron.checkpoint.contents import POLICY, check_same_model
 from fipo_megatron.config.checks import (
     check_config,
     check_judging_keys,
@@ -37,7 +38,7 @@ from fipo_megatron.reward.judge import make_reward
 from fipo_megatron.rollout.collect import check_waiting_groups
 from fipo_megatron.rollout.sglang import check_sglang
 from fipo_megatron.trainer.bundles import num_devices, plan_bundles
-from fipo_megatron.trainer.checkpoints import POLICY, RunState, check_same_model, read_run_state
+from fipo_megatron.trainer.checkpoints import RunState, read_run_state
 from fipo_megatron.trainer.loop import train
 from fipo_megatron.trainer.placement import Workers
 from fipo_megatron.trainer.ray_cluster import check_token
@@ -171,7 +172,8 @@ async def run_training(plan: TrainingPlan, folder: Path, progress: Progress, sto
             await workers.policy.load(base, config.optimizer)
             if checkpoint is not None:
                 check_same_model(checkpoint.manifest["model"], base)
-                await workers.policy.load_state(checkpoint.folder / POLICY)
+                if await workers.policy.load_state(checkpoint.folder / POLICY):
+                    progress.note("the layout is another: random generators start anew from the run's seed")
             progress.note(f"kernels: {await workers.policy.describe_kernels()}")
             if config.placement.mode == "colocated":
                 progress.note(workers.describe_sharing())

@@ -294,7 +294,7 @@ class Run:
         """What is due after a recorded step: an export, and a checkpoint, also where the run stops.
 
         Raises:
-            RuntimeError, OSError: a checkpoint could not be written, this one or the one before.
+            RuntimeError: a checkpoint could not be written, this one or the one before.
         """
         self.checkpoints.check()
         every = self.config.checkpoint.export_hf_every_steps
