@@ -74,7 +74,7 @@ def find_megatron_source(model: Path, hf_folder: Path | None, allow_foreign: boo
         return _read_trained(checkpoint, model, hf_folder)
     if (model / MANIFEST).exists():
         return _read_weights(model, hf_folder)
-    if not allow_foreign and CheckpointStore(model, 1, 0).steps():
+    if CheckpointStore(model, 1, 0).steps():
         found = CheckpointStore(model, 1, 0).newest()
         assert found is not None
         notes = (*found.refused, f"{found.folder}: the newest whole checkpoint")
