@@ -117,7 +117,7 @@ class PolicySave:
         """
         self._thread.join()
         failures: list[str | None] = [None] * dist.get_world_size()
-        dist.all_gather_object(failures, repr(self._failure) if self._failure else None)
+        dist.all_gather_object(failures, _describe(self._failure) if self._failure else None)
         failed = [f"rank {rank}: {failure}" for rank, failure in enumerate(failures) if failure is not None]
         if failed:
             raise RuntimeError(
@@ -129,6 +129,16 @@ class PolicySave:
             shared = (".metadata", "metadata.json", "common.pt")  # newer Megatron has no common.pt
             self._names += [name for name in shared if (self._folder / name).exists()]
         return sorted(self._names)
+
+
+def _describe(failure: BaseException) -> str:
+    """An error of the disk where there is one behind it: of a full one torch tells that a position is unexpected."""
+    each: BaseException | None = failure
+    while each is not None:
+        if isinstance(each, OSError):
+            return repr(each)
+        each = each.__cause__ or each.__context__
+    return repr(failure)
 
 
 @torch.no_grad()

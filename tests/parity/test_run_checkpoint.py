@@ -80,11 +80,12 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> RealRun:
         "model": describe_model(found.model),
         "config": config.model_dump(mode="json"),
     }
+    store = found.store
     for step in STEPS:
-        partial = found.store.partial(step)
+        partial = store.partial(step)
         shutil.copytree(root / POLICY, partial / POLICY)
         write_run_state(RunState(step, {"generation_batches": step}, tuple(GROUPS)), partial)
-        found.store.complete(step, details, score=None)
+        store.complete(step, details, score=None)
     return found
 
 
