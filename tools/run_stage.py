@@ -333,7 +333,13 @@ def main(arguments: Sequence[str]) -> int:
     parser.add_argument("stage", help="the stage's name in the Dockerfile")
     parser.add_argument("--tree", type=Path, help="root of the directory tree")
     parser.add_argument("--print", action="store_true", help="only list the steps")
-    parser.add_argument("--bind", action="append", default=[], metavar="PATH", help="a path to show inside, read-only")
+    parser.add_argument(
+        "--bind",
+        action="append",
+        default=[],
+        metavar="PATH",
+        help="a path to show inside, read-only: none that a package of the stage writes, as /etc/ssl/certs",
+    )
     parser.add_argument("--env", action="append", default=[], metavar="NAME", help="a variable to hand on")
     parser.epilog = "What follows -- is run in place of the stage's command."
     end = list(arguments).index("--") if "--" in arguments else len(arguments)
