@@ -61,9 +61,8 @@ def metrics(run: Path) -> list[dict[str, float]]:
 def test_run_folder_is_complete(runs: dict[str, Path]) -> None:
     run = runs["first"]
     names = {path.name for path in run.iterdir()}
-    assert names == {
-        *("config.yaml", "metrics.jsonl", "curves.png", "samples", "evaluation", "evaluation_sets.json", "hf", "replay")
-    }
+    files = {"config.yaml", "metrics.jsonl", "curves.png", "evaluation_sets.json", ".lock"}
+    assert names == files | {"samples", "evaluation", "hf", "replay", "checkpoints"}
     assert (run / "curves.png").read_bytes()[:4] == b"\x89PNG"
     lines = metrics(run)
     assert [line["step"] for line in lines] == [0, 1, 2]
