@@ -16,6 +16,11 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parent.parent
 MODULES = ("fipo_megatron", "ray", "torch")
 TIMEOUT_S = 90
+EXAMPLES = """\
+examples:
+  tools/check_health.py
+  tools/check_health.py --gpu
+"""
 
 
 def find_problem(gpu: bool, modules: Sequence[str]) -> str | None:
@@ -41,7 +46,9 @@ def find_problem(gpu: bool, modules: Sequence[str]) -> str | None:
 
 def main(arguments: Sequence[str]) -> int:
     """The exit status: 0 when the container is healthy."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, epilog=EXAMPLES, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--gpu", action="store_true", help="ask for a GPU, too")
     problem = find_problem(parser.parse_args(arguments).gpu, MODULES)
     print(f"check_health: {problem}" if problem else "healthy")

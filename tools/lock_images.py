@@ -1,5 +1,6 @@
 """Pins everything that the images of the Dockerfile install: a file of pip's constraints each, in `containers/`.
 
+examples:
     tools/lock_images.py cpu       what `.venv` holds: the tested versions
     tools/lock_images.py vllm      what pip finds now for the extras of the image with vLLM; needs pip >= 24
     tools/lock_images.py sglang
