@@ -151,14 +151,15 @@ def read_run(folder: Path) -> Run:
     lines = read_metrics(metrics_path)
     if not lines:
         raise ValueError(f"{metrics_path}: no steps yet; leave this run out, or let it finish a step")
-    config = dict(_flatten(yaml.safe_load(config_path.read_text(encoding="utf-8"))))
+    config = dict(flatten_settings(yaml.safe_load(config_path.read_text(encoding="utf-8"))))
     return Run(folder, config, lines)
 
 
-def _flatten(section: Mapping[str, Any], prefix: str = "") -> Iterable[tuple[str, Any]]:
+def flatten_settings(section: Mapping[str, Any], prefix: str = "") -> Iterable[tuple[str, Any]]:
+    """Each setting by its path, e.g. `optimizer.lr`; an empty section is one."""
     for key, value in section.items():
         if isinstance(value, dict) and value:
-            yield from _flatten(value, f"{prefix}{key}.")
+            yield from flatten_settings(value, f"{prefix}{key}.")
         else:
             yield prefix + key, value
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -11,6 +11,7 @@ from typing import Any
 from fipo_megatron.checkpoint.store import FoundCheckpoint
 from fipo_megatron.config.load import load_config
 from fipo_megatron.config.schema import Config
+from fipo_megatron.observability.compare import flatten_settings
 from fipo_megatron.observability.metrics import last_recorded_step
 from fipo_megatron.trainer.run_folder import checkpoint_store, checkpoints_folder, is_complete
 
@@ -108,14 +109,6 @@ def find_run(config: Config, config_name: str) -> Path | None:
 
 def changed_settings(old: Config, new: Config) -> dict[str, tuple[Any, Any]]:
     """Old and new value of each setting that differs, by its path (`optimizer.lr`), but for the folder's own."""
-    before, after = dict(_flatten(old.model_dump(mode="json"))), dict(_flatten(new.model_dump(mode="json")))
+    before, after = (dict(flatten_settings(config.model_dump(mode="json"))) for config in (old, new))
     keys = [key for key in {**before, **after} if not key.startswith("run.")]
     return {key: (before.get(key), after.get(key)) for key in keys if before.get(key) != after.get(key)}
-
-
-def _flatten(values: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
-    for key, value in values.items():
-        if isinstance(value, Mapping) and value:
-            yield from _flatten(value, f"{prefix}{key}.")
-        else:
-            yield prefix + key, value
