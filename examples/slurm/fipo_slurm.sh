@@ -30,7 +30,8 @@ fipo_train() {
     _fipo_asked='' _fipo_signalled=0 _fipo_driver='' _fipo_nodes=''
     mkdir -p "$FIPO_JOB"
     trap _fipo_on_usr1 USR1
-    trap '_fipo_signalled=1' TERM # Slurm sends it to the run as well, which ends by itself
+    # Slurm sends it to the run as well, which ends by itself. Nobody joins any more, and Slurm's patience may end first.
+    trap '_fipo_signalled=1; rm -f "$FIPO_JOB/token"' TERM
     trap _fipo_end_nodes EXIT
 
     num_nodes=$(_fipo_count_nodes)

@@ -10,7 +10,7 @@ import secrets
 import shutil
 import signal
 import tempfile
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from pathlib import Path
 from types import TracebackType
@@ -57,7 +57,6 @@ class Workers:
         self.platform = resolve_platform(config.platform)
         self._joins = config.cluster.ray_address is not None
         self._actors: list[Any] = []
-        self._releases: list[Callable[[], None]] = []
         self._mark = secrets.token_hex(8)  # in the environment of the processes that a cluster runs for us
         self._processes: set[psutil.Process] = set()
         self._sync: WeightSync | None = None
@@ -77,7 +76,6 @@ class Workers:
             else:
                 self._init_ray(self.config.cluster.address)
             self._reservation = Reservation(self.config, self._on_cpu, pools() if self._joins else None)
-            self._releases.append(self._reservation.release)
         except BaseException as error:
             self._end_everything()
             if isinstance(error, SystemExit):  # raised by Ray's handler of SIGTERM
@@ -126,9 +124,9 @@ class Workers:
         if self._joins and ray.is_initialized():
             for actor in self._actors:
                 ray.kill(actor)
-            for release in self._releases:
-                release()
-        ray.shutdown()  # a cluster that was joined goes on
+        # A cluster that was joined goes on, and takes the reserved devices back. To ask it for that would hang where it
+        # ends at the same time, by the same signal to a whole job.
+        ray.shutdown()
         _, alive = psutil.wait_procs(self._processes, timeout=0.5)
         for process in alive:  # also those that are stopped and can't end by themselves
             process.kill()

@@ -56,8 +56,9 @@ class Reservation:
         home = {f"node:{config.cluster.address}": PIN}  # of rank 0, which listens there
         if any(_has(node["Resources"], bundles[0] | home) for node in nodes):
             bundles[0] |= home
-        self._group = _reserve(bundles, config.placement.strategy.upper(), config.timeouts.startup_s)
-        nodes_of = placement_group_table(self._group)["bundles_to_node_id"]
+        # Ray takes it back when this driver leaves.
+        self.group = _reserve(bundles, config.placement.strategy.upper(), config.timeouts.startup_s)
+        nodes_of = placement_group_table(self.group)["bundles_to_node_id"]
         self._nodes = [nodes_of[i] for i in range(len(bundles))]
         self._order = order_rank_bundles(self.plan, [addresses[node] for node in self._nodes], config.cluster.address)
         self._device_ids = [] if on_cpu else [self._ids_of(i, size) for i, size in enumerate(self.plan.sizes)]
@@ -85,10 +86,6 @@ class Reservation:
         others = sorted((device for device in on_node if device not in own), key=_by_number)
         return {"CUDA_VISIBLE_DEVICES": ",".join([*own, *others]), "RAY_EXPERIMENTAL_NOSET_CUDA_VISIBLE_DEVICES": "1"}
 
-    def release(self) -> None:
-        """Give the devices back, of a cluster that lives on."""
-        remove_placement_group(self._group)
-
     def _ids_of(self, bundle: int, size: int) -> list[str]:
         """What CUDA calls the devices of a bundle on its node."""
         task = ray.remote(_accelerator_ids).options(
@@ -97,7 +94,7 @@ class Reservation:
         return sorted(ray.get(task.remote()), key=_by_number)
 
     def _strategy(self, bundle: int) -> PlacementGroupSchedulingStrategy:
-        return PlacementGroupSchedulingStrategy(self._group, placement_group_bundle_index=bundle)
+        return PlacementGroupSchedulingStrategy(self.group, placement_group_bundle_index=bundle)
 
 
 def _reserve(bundles: list[dict[str, float]], strategy: str, timeout_s: float) -> PlacementGroup:

@@ -49,7 +49,7 @@ JobCompType=jobcomp/none
 AccountingStorageType=accounting_storage/none
 MpiDefault=none
 ReturnToService=2
-KillWait=20
+KillWait=30
 {nodes}
 PartitionName=both Nodes=n1,n2 Default=YES MaxTime=INFINITE State=UP
 PartitionName=trainer Nodes=n1 MaxTime=INFINITE State=UP

@@ -12,6 +12,7 @@ from typing import Any
 
 import fipo_megatron.trainer  # noqa: F401, isort: skip (before Ray, which reads what it sets)
 import ray
+from ray.util.placement_group import remove_placement_group
 
 from fipo_megatron.config.schema import Config
 from fipo_megatron.trainer.reservation import Reservation
@@ -40,7 +41,7 @@ def find_devices(config: Config) -> dict[str, Any]:
     devices = ray.get([actor.devices.remote() for actor in actors], timeout=120)
     for actor in actors:
         ray.kill(actor)
-    reservation.release()
+    remove_placement_group(reservation.group)
     return {"ranks": devices[: len(plan.ranks)], "engines": devices[len(plan.ranks) :]}
 
 
