@@ -11,7 +11,7 @@ The cluster is that of RAY_ADDRESS, its token in the file RAY_AUTH_TOKEN_PATH.
 example:
   RAY_ADDRESS=10.0.0.1:6379 RAY_AUTH_MODE=token RAY_AUTH_TOKEN_PATH=token tools/wait_for_ray.py --nodes 16
 
-exit status: 0 they are there, 1 some are missing after the timeout, or the cluster can't be reached
+exit status: 0 they are there, 1 some are missing after the timeout, or the cluster can't be reached, 2 refused
 """
 
 
@@ -23,11 +23,16 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--nodes", type=int, required=True, metavar="N", help="how many there must be")
     parser.add_argument("--timeout", type=float, default=300, metavar="S", help="seconds; default 300")
     options = parser.parse_args(arguments)
+    if options.nodes < 1:
+        parser.error(f"--nodes {options.nodes}: must be 1 or more")
     from fipo_megatron.trainer.ray_cluster import wait_for_nodes
 
     try:
         addresses = wait_for_nodes(options.nodes, options.timeout)
-    except (ConnectionError, TimeoutError) as error:
+    except ValueError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    except OSError as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
     print(f"{len(addresses)} Ray nodes: {', '.join(addresses)}")

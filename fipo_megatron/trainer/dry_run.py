@@ -34,6 +34,7 @@ from fipo_megatron.parallel.groups import simulated_groups
 from fipo_megatron.parallel.plan import microbatch_tokens
 from fipo_megatron.reshard.plan import make_plan
 from fipo_megatron.reward.judge import make_reward
+from fipo_megatron.trainer.bundles import plan_bundles
 from fipo_megatron.trainer.sync import engine_layout, trainer_layout
 from fipo_megatron.trainer.warm_start import write_skeleton
 
@@ -71,6 +72,8 @@ def run_dry(config: Config, config_folder: Path) -> None:
     """
     start = time.perf_counter()
     check_config(config)
+    if config.placement.gpus_per_node is not None:
+        plan_bundles(config, config.placement.gpus_per_node)  # refuses groups that lie on two nodes
     make_reward(config.reward, config.rollout.max_response_tokens)
     if not config.data.eval:
         check_judging_keys(config.reward, {config.reward.rule})

@@ -41,7 +41,7 @@ from fipo_megatron.trainer.bundles import num_devices, plan_bundles
 from fipo_megatron.trainer.checkpoints import RunState, read_run_state
 from fipo_megatron.trainer.loop import train
 from fipo_megatron.trainer.placement import Workers
-from fipo_megatron.trainer.ray_cluster import check_token
+from fipo_megatron.trainer.ray_cluster import check_cluster
 from fipo_megatron.trainer.resume import Resumption
 from fipo_megatron.trainer.run import Run
 from fipo_megatron.trainer.run_folder import check_run_folder, checkpoint_store
@@ -89,7 +89,7 @@ def check_before_start(config: Config, is_resumed: bool = False) -> ProblemFiles
     if config.cluster.ray_address is None:  # else rank 0 may be on another node
         check_port(config.cluster.address, config.cluster.master_port)
     else:
-        check_token(config.cluster.ray_address, os.environ)
+        check_cluster(config.cluster.ray_address, os.environ)
     return files
 
 
@@ -99,7 +99,7 @@ def check_num_gpus(config: Config, available: int) -> None:
     if needed > available:
         raise ValueError(
             f"parallel: {config.parallel.world_size} ranks and the engines take {needed} GPUs, there are {available}; "
-            "use smaller sizes in parallel"
+            "use smaller sizes in parallel, or join the Ray cluster of several machines: cluster.ray_address=HOST:PORT"
             + (", or placement.mode=colocated" if config.placement.mode == "disaggregated" else "")
         )
 

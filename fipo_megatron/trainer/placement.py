@@ -75,7 +75,9 @@ class Workers:
                 self._join_ray()
             else:
                 self._init_ray(self.config.cluster.address)
-            self._reservation = Reservation(self.config, self._on_cpu, pools() if self._joins else None)
+            self._reservation = Reservation(
+                self.config, self._on_cpu, pools(self.config.placement.mode) if self._joins else None
+            )
         except BaseException as error:
             self._end_everything()
             if isinstance(error, SystemExit):  # raised by Ray's handler of SIGTERM

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import socket
 import time
 from collections.abc import Mapping
@@ -11,6 +12,7 @@ from typing import Any
 
 import psutil
 import ray
+from ray.exceptions import AuthenticationError, RpcError
 
 from fipo_megatron.config.schema import Config
 
@@ -19,23 +21,48 @@ TOKEN_PATH = "RAY_AUTH_TOKEN_PATH"
 POOLS = {"policy": "fipo_trainer", "engine": "fipo_rollout"}
 POOL_SHARE = 0.001  # that an actor takes: no limit, but a place
 POLL_S = 1.0
+CONNECT_S = 5.0
 
 
-def check_token(ray_address: str, environment: Mapping[str, str]) -> None:
+def check_cluster(ray_address: str, environment: Mapping[str, str]) -> None:
+    """Raises ValueError unless it is known where the cluster is, and its token is here; see the two below."""
+    try:
+        find_address(ray_address, environment)
+        check_token(environment)
+    except ValueError as error:
+        raise ValueError(f"cluster.ray_address = {ray_address!r}: {error}") from None
+
+
+def find_address(ray_address: str, environment: Mapping[str, str]) -> str:
+    """host:port of the cluster; `auto` is that of RAY_ADDRESS.
+
+    Raises:
+        ValueError: it is not there. Ray itself would take any cluster of this machine, whoever's it is.
+    """
+    if ray_address != "auto":
+        return ray_address
+    address = environment.get("RAY_ADDRESS")
+    if address is None or not re.fullmatch(r"[^\s:/]+:\d+", address):
+        raise ValueError(f"RAY_ADDRESS = {address!r}: must be host:port, that of the cluster's head")
+    return address
+
+
+def check_token(environment: Mapping[str, str]) -> None:
     """Raises ValueError unless the environment names a file with the cluster's token that its owner alone can read."""
-    key = f"cluster.ray_address = {ray_address!r}: "
     if environment.get("RAY_AUTH_MODE") != "token":
         raise ValueError(
-            f"{key}RAY_AUTH_MODE = {environment.get('RAY_AUTH_MODE')!r}, and whoever reaches a cluster without a token "
+            f"RAY_AUTH_MODE = {environment.get('RAY_AUTH_MODE')!r}, and whoever reaches a cluster without a token "
             "runs code there; start its nodes and the run with RAY_AUTH_MODE=token"
         )
     path = environment.get(TOKEN_PATH)
     if path is None:
-        raise ValueError(f"{key}no token; start its nodes and the run with {TOKEN_PATH}=FILE")
+        raise ValueError(f"no token; start its nodes and the run with {TOKEN_PATH}=FILE")
     if not Path(path).is_file():
-        raise ValueError(f"{key}{TOKEN_PATH} = {path!r} is not a file; give that which the cluster was started with")
+        raise ValueError(f"{TOKEN_PATH} = {path!r} is not a file; give that which the cluster was started with")
     if Path(path).stat().st_mode & 0o077:
-        raise ValueError(f"{key}others can read {TOKEN_PATH} = {path!r}; chmod 600 it, and take another token")
+        raise ValueError(f"others can read {TOKEN_PATH} = {path!r}; chmod 600 it, and take another token")
+    if not Path(path).read_text(encoding="utf-8").strip():
+        raise ValueError(f"{TOKEN_PATH} = {path!r} is empty; give that which the cluster was started with")
 
 
 def join(ray_address: str, num_cpus: int, num_gpus: int, object_store_bytes: int, timeout_s: float) -> str:
@@ -46,11 +73,9 @@ def join(ray_address: str, num_cpus: int, num_gpus: int, object_store_bytes: int
         ValueError: it hasn't as many CPUs or GPUs after `timeout_s` seconds, or its nodes too little shared memory.
     """
     try:
-        _connect(ray_address)
-    except ConnectionError as error:
-        raise ConnectionError(
-            f"cluster.ray_address = {ray_address!r}: {error}; none is there, or it has another token than {TOKEN_PATH}"
-        ) from error
+        _connect(find_address(ray_address, os.environ))
+    except OSError as error:
+        raise ConnectionError(f"cluster.ray_address = {ray_address!r}: {error}") from error
     deadline = time.monotonic() + timeout_s
     while lack := find_lack(ray.nodes(), num_cpus, num_gpus, object_store_bytes):
         if time.monotonic() > deadline:
@@ -59,9 +84,33 @@ def join(ray_address: str, num_cpus: int, num_gpus: int, object_store_bytes: int
     return str(ray.util.get_node_ip_address())
 
 
-def _connect(ray_address: str) -> None:
+def _connect(address: str) -> None:
+    """Become a driver; first ask what Ray would wait for, for minutes and without a word on the cause."""
     os.environ.pop("RAY_AUTH_TOKEN", None)  # of a Ray of the run's own (trainer/__init__.py); it would hide the file
-    ray.init(address=ray_address, log_to_driver=False, logging_level="ERROR")
+    ask_head(address)
+    ray.init(address=address, log_to_driver=False, logging_level="ERROR")
+
+
+def ask_head(address: str) -> str:
+    """The id of the cluster whose head listens there, which it tells who has its token.
+
+    Raises:
+        PermissionError: it refuses the token.
+        ConnectionError: nobody listens there, or no Ray.
+    """
+    host, _, port = address.rpartition(":")
+    try:
+        socket.create_connection((host, int(port)), CONNECT_S).close()
+    except OSError as error:
+        raise ConnectionError(f"nobody listens at {address} ({error}); start Ray's head there") from error
+    try:
+        return str(ray._raylet.GcsClient(address=address).cluster_id.hex())
+    except AuthenticationError as error:
+        raise PermissionError(
+            f"{address} refuses the token; give the file that the cluster was started with in {TOKEN_PATH}"
+        ) from error
+    except RpcError as error:
+        raise ConnectionError(f"{address} does not answer as Ray's head; give its address ({error})") from error
 
 
 def find_lack(nodes: list[dict[str, Any]], num_cpus: int, num_gpus: int, object_store_bytes: int) -> str | None:
@@ -87,11 +136,22 @@ def wait_for_nodes(num_nodes: int, timeout_s: float) -> list[str]:
     """Addresses of the cluster at RAY_ADDRESS, once it has that many nodes.
 
     Raises:
-        ConnectionError: there is none, or it refuses the token.
-        TimeoutError: nodes are missing after `timeout_s` seconds; the message names those that are there.
+        ValueError: RAY_ADDRESS or the token is missing.
+        PermissionError: the cluster refuses the token.
+        ConnectionError: nobody listens there after `timeout_s` seconds.
+        TimeoutError: nodes are missing by then; the message names those that are there.
     """
+    address = find_address("auto", os.environ)
+    check_token(os.environ)
     deadline = time.monotonic() + timeout_s
-    _connect("auto")
+    while True:
+        try:
+            _connect(address)
+            break
+        except ConnectionError:
+            if time.monotonic() > deadline:
+                raise
+            time.sleep(POLL_S)
     try:
         while True:
             addresses = sorted(node["NodeManagerAddress"] for node in ray.nodes() if node["Alive"])
@@ -106,9 +166,18 @@ def wait_for_nodes(num_nodes: int, timeout_s: float) -> list[str]:
         ray.shutdown()
 
 
-def pools() -> dict[str, dict[str, float]]:
-    """The resources that an actor takes to be placed on the nodes of its part, by part of the run."""
+def pools(mode: str) -> dict[str, dict[str, float]]:
+    """The resources that an actor takes to be placed on the nodes of its part, by part of the run.
+
+    Raises:
+        ValueError: nodes are for engines alone, which share the ranks' devices: they would be idle.
+    """
     available = ray.cluster_resources()
+    if mode == "colocated" and POOLS["engine"] in available:
+        raise ValueError(
+            f"placement.mode = 'colocated': engines share the ranks' devices, and the nodes with {POOLS['engine']} "
+            "would be idle; set placement.mode=disaggregated, or start the nodes without parts"
+        )
     return {part: {name: POOL_SHARE} if name in available else {} for part, name in POOLS.items()}
 
 

@@ -72,7 +72,7 @@ def test_a_recipe_passes_the_dry_run(name: str, tmp_path: Path) -> None:
     ("overrides", "cause"),
     [
         (
-            ["parallel.tensor=16", "placement.mode=disaggregated"],
+            ["parallel.tensor=16", "placement.mode=disaggregated", "placement.gpus_per_node=16"],
             "num_key_value_heads = 8: must be a multiple of parallel.tensor = 16",
         ),
         (
@@ -81,6 +81,7 @@ def test_a_recipe_passes_the_dry_run(name: str, tmp_path: Path) -> None:
         ),
         (["parallel.expert=2"], "parallel.expert = 2: the model has no experts"),
         (["rollout.tensor=3"], "rollout.tensor"),
+        (["placement.gpus_per_node=4"], "parallel.tensor = 8: its groups would lie on two nodes of 4 devices"),
         (["rollout.max_response_tokens=200000"], "the model has 131072 positions"),
         (["model.path=models/Other"], "model.path = 'models/Other': no such folder"),
         (["algorithm.tau=3"], "algorithm.tau: unknown key"),

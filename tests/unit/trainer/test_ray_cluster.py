@@ -3,16 +3,28 @@
 from __future__ import annotations
 
 import os
+import socket
 import subprocess
 from pathlib import Path
 from typing import Any
 
 import pytest
+from ray.exceptions import AuthenticationError, RpcError
 
 from fipo_megatron.config.schema import Config
 from fipo_megatron.trainer import ray_cluster
 from fipo_megatron.trainer.placement import find_marked
-from fipo_megatron.trainer.ray_cluster import at_its_node, check_token, find_interface, find_lack, prepare_network
+from fipo_megatron.trainer.ray_cluster import (
+    ask_head,
+    at_its_node,
+    check_cluster,
+    find_address,
+    find_interface,
+    find_lack,
+    join,
+    pools,
+    prepare_network,
+)
 
 ADDRESS = "10.0.0.1:6379"
 
@@ -26,7 +38,7 @@ def token(tmp_path: Path) -> Path:
 
 
 def test_a_cluster_is_joined_with_the_token_of_a_private_file(token: Path) -> None:
-    check_token(ADDRESS, {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN_PATH": str(token)})
+    check_cluster(ADDRESS, {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN_PATH": str(token)})
 
 
 @pytest.mark.parametrize(
@@ -43,14 +55,65 @@ def test_a_cluster_is_joined_with_the_token_of_a_private_file(token: Path) -> No
 def test_without_a_token_none_is_joined(token: Path, environment: dict[str, str], complaint: str) -> None:
     environment = {key: value.replace("FILE", str(token)) for key, value in environment.items()}
     with pytest.raises(ValueError, match=complaint) as raised:
-        check_token(ADDRESS, environment)
+        check_cluster(ADDRESS, environment)
     assert f"cluster.ray_address = '{ADDRESS}'" in str(raised.value)
 
 
 def test_a_token_that_others_can_read_is_refused(token: Path) -> None:
     token.chmod(0o640)
     with pytest.raises(ValueError, match="chmod 600"):
-        check_token(ADDRESS, {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN_PATH": str(token)})
+        check_cluster(ADDRESS, {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN_PATH": str(token)})
+
+
+def test_an_empty_token_is_none(token: Path) -> None:
+    token.write_text("\n")
+    with pytest.raises(ValueError, match="is empty"):
+        check_cluster(ADDRESS, {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN_PATH": str(token)})
+
+
+@pytest.mark.parametrize("environment", [{}, {"RAY_ADDRESS": ""}, {"RAY_ADDRESS": "auto"}, {"RAY_ADDRESS": "10.0.0.1"}])
+def test_any_cluster_of_the_machine_is_not_taken(environment: dict[str, str]) -> None:
+    assert find_address(ADDRESS, environment) == ADDRESS
+    with pytest.raises(ValueError, match=r"cluster.ray_address = 'auto': RAY_ADDRESS = .*: must be host:port"):
+        check_cluster("auto", environment)
+    assert find_address("auto", {"RAY_ADDRESS": ADDRESS}) == ADDRESS
+
+
+def test_where_nobody_listens_nobody_is_waited_for() -> None:
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        address = f"127.0.0.1:{server.getsockname()[1]}"
+    with pytest.raises(ConnectionError, match=f"cluster.ray_address = '{address}': nobody listens at {address}"):
+        join(address, num_cpus=1, num_gpus=0, object_store_bytes=0, timeout_s=60)
+
+
+@pytest.mark.parametrize(
+    ("error", "kind", "message"),
+    [
+        (AuthenticationError("InvalidAuthToken"), PermissionError, "refuses the token"),
+        (RpcError("Timed out"), ConnectionError, "does not answer as Ray's head"),
+    ],
+)
+def test_what_the_head_answers(
+    monkeypatch: pytest.MonkeyPatch, error: Exception, kind: type[Exception], message: str
+) -> None:
+    """What a real one answers is in tests/smoke/test_train.py."""
+
+    def answer(address: str) -> None:
+        raise error
+
+    monkeypatch.setattr(ray_cluster.ray._raylet, "GcsClient", answer)
+    with socket.create_server(("127.0.0.1", 0)) as server, pytest.raises(kind, match=message):
+        ask_head(f"127.0.0.1:{server.getsockname()[1]}")
+
+
+def test_nodes_for_engines_alone_are_not_left_idle(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(ray_cluster.ray, "cluster_resources", lambda: {"CPU": 4, "fipo_trainer": 1, "fipo_rollout": 1})
+    parts = {"policy": {"fipo_trainer": 0.001}, "engine": {"fipo_rollout": 0.001}}
+    assert pools("disaggregated") == parts
+    with pytest.raises(ValueError, match="fipo_rollout would be idle; set placement.mode=disaggregated"):
+        pools("colocated")
+    monkeypatch.setattr(ray_cluster.ray, "cluster_resources", lambda: {"CPU": 4})
+    assert pools("colocated") == {"policy": {}, "engine": {}}
 
 
 def node(**resources: float) -> dict[str, Any]:
