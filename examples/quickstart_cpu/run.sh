@@ -4,6 +4,7 @@
 set -euo pipefail
 cd "$(dirname "$0")/../.."
 python="${PYTHON:-.venv/bin/python}"
+command -v "$python" >/dev/null || { echo "run.sh: PYTHON = $python: no such interpreter; run make install" >&2; exit 1; }
 config=examples/quickstart_cpu/config.yaml
 
 "$python" tools/train.py "$config" "$@" --dry-run

@@ -22,7 +22,6 @@ _fipo_fail() {
 
 fipo_train() {
     local config=${1:?fipo_train: no configuration} arguments=("${@:2}") num_nodes status=0
-    [[ -f $_fipo_script ]] || _fipo_fail "$PWD is not the checkout; call sbatch there"
     _fipo_python=${PYTHON:-.venv/bin/python}
     [[ -x $_fipo_python ]] || _fipo_fail "PYTHON=$_fipo_python: no such interpreter; run make install"
     _fipo_attempt=${SLURM_RESTART_COUNT:-0}

@@ -3,14 +3,19 @@
 from __future__ import annotations
 
 import json
+import re
+import secrets
 import shutil
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 
+import grpc
 import numpy as np
 import psutil
 import pytest
 import torch
+from grpc import StatusCode
+from ray.core.generated import gcs_service_pb2, gcs_service_pb2_grpc
 from safetensors.torch import load_file
 
 from fipo_megatron.checkpoint.replay_file import read_replay_step, replay_path, write_replay_step
@@ -20,24 +25,51 @@ from tools import replay_step
 pytestmark = pytest.mark.multiproc
 
 
-Addresses = list[str]
 MEASURED = ("time/", "cost/peak_memory", "sync/receive_s", "sync/verify_s")  # what no two runs have alike
 
 
-def run_once(folder: Path, cache: Path, *overrides: str) -> tuple[Path, Addresses]:
-    """The run's folder, and the addresses that its processes listened on in its first step."""
+@dataclass(frozen=True)
+class Ended:
+    """A run that has ended, and what was seen of it in its first step."""
+
+    folder: Path
+    addresses: list[str]  # that its processes listened on
+    answers: dict[str, StatusCode]  # of its Ray's head, by the token that was shown: its own, another, none
+
+
+def run_once(folder: Path, cache: Path, *overrides: str) -> Ended:
     folder.mkdir()
     run = TrainProcess(folder, [f"warm_start.cache_dir={cache}", UNTRAINED, *ODD_REWARD, *overrides])
     run.wait_for("step 1/")
-    pids = {process.pid for process in run.tree()}
+    processes = run.tree()
+    pids = {process.pid for process in processes}
     sockets = [c for c in psutil.net_connections("inet") if c.pid in pids and c.status == psutil.CONN_LISTEN]
+    answers = ask_for_cluster(processes)
     finished = run.finish(timeout_s=240)
     assert finished.code == 0, finished.output
-    return finished.folder, [socket.laddr.ip for socket in sockets]
+    return Ended(finished.folder, [socket.laddr.ip for socket in sockets], answers)
+
+
+def ask_for_cluster(processes: list[psutil.Process]) -> dict[str, StatusCode]:
+    """What the head says to the first question of a client that would join. Ray's own client asks it for minutes."""
+    raylet = next(process for process in processes if process.name() == "raylet")
+    (address,) = re.findall(r"--gcs-address=(\S+)", " ".join(raylet.cmdline()))
+    tokens = {"own": raylet.environ()["RAY_AUTH_TOKEN"], "another": secrets.token_hex(32), "none": None}
+    answers = {}
+    for name, token in tokens.items():
+        shown = [("authorization", f"Bearer {token}")] if token else []
+        with grpc.insecure_channel(address) as channel:
+            head = gcs_service_pb2_grpc.NodeInfoGcsServiceStub(channel)
+            try:
+                head.GetClusterId(gcs_service_pb2.GetClusterIdRequest(), timeout=10, metadata=shown)
+                answers[name] = StatusCode.OK
+            except grpc.RpcError as error:
+                answers[name] = error.code()
+    return answers
 
 
 @pytest.fixture(scope="module")
-def ended(tmp_path_factory: pytest.TempPathFactory) -> dict[str, tuple[Path, Addresses]]:
+def ended(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Ended]:
     root = tmp_path_factory.mktemp("runs")
     return {
         "first": run_once(root / "first", root / "cache"),
@@ -47,10 +79,10 @@ def ended(tmp_path_factory: pytest.TempPathFactory) -> dict[str, tuple[Path, Add
 
 
 @pytest.fixture(scope="module")
-def runs(ended: dict[str, tuple[Path, Addresses]], readme_runs: tuple[Path, list[str]]) -> dict[str, Path]:
+def runs(ended: dict[str, Ended], readme_runs: tuple[Path, list[str]]) -> dict[str, Path]:
     """The README's first is the same with another seed."""
     other = readme_runs[0] / "quickstart_cpu-seed1"
-    return {name: folder for name, (folder, _) in ended.items()} | {"other_seed": other}
+    return {name: run.folder for name, run in ended.items()} | {"other_seed": other}
 
 
 def metrics(run: Path) -> list[dict[str, float]]:
@@ -143,8 +175,14 @@ def test_the_updates_can_be_made_again(
     assert replay_step.main([str(changed), "--layouts", "tp1"]) == 0  # less than rounding
 
 
-def test_nothing_listens_beyond_loopback(ended: dict[str, tuple[Path, Addresses]]) -> None:
-    for _, addresses in ended.values():
-        assert len(addresses) > 3, "found the run's sockets"
-        beyond = [ip for ip in addresses if not ip.removeprefix("::ffff:").startswith("127.") and ip != "::1"]
+def test_nothing_listens_beyond_loopback(ended: dict[str, Ended]) -> None:
+    for run in ended.values():
+        assert len(run.addresses) > 3, "found the run's sockets"
+        beyond = [ip for ip in run.addresses if not ip.removeprefix("::ffff:").startswith("127.") and ip != "::1"]
         assert not beyond
+
+
+def test_its_ray_refuses_a_client_without_its_token(ended: dict[str, Ended]) -> None:
+    for run in ended.values():
+        refused = StatusCode.UNAUTHENTICATED
+        assert run.answers == {"own": StatusCode.OK, "another": refused, "none": refused}
