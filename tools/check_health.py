@@ -40,7 +40,10 @@ def find_problem(gpu: bool, modules: Sequence[str]) -> str | None:
         if count == 0:
             return "no GPU: start the container with --gpus all, and see nvidia-smi on the machine"
     train = (sys.executable, str(ROOT / "tools/train.py"), "--help")
-    helped = subprocess.run(train, capture_output=True, text=True, timeout=TIMEOUT_S, check=False)
+    try:
+        helped = subprocess.run(train, capture_output=True, text=True, timeout=TIMEOUT_S, check=False)
+    except subprocess.TimeoutExpired:
+        return f"tools/train.py --help takes more than {TIMEOUT_S} s: the machine is overloaded, or its disk hangs"
     return helped.stderr.strip() or "tools/train.py --help failed" if helped.returncode != 0 else None
 
 

@@ -41,10 +41,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
         from fipo_megatron.config.verl.convert import translate
 
         if not options.launcher.is_file():
-            raise ValueError(f"{options.launcher}: no such file; correct the path")
+            raise ValueError("no such file; correct the path")
         if options.out is not None and options.out.exists():
             raise ValueError(f"--out {options.out}: exists; give another name, or remove it")
-        translation = translate(options.launcher.read_text(encoding="utf-8"))
+        translation = translate(read_text(options.launcher))
         print_rows(translation)
         print_remaining(translation)
         if options.out is not None:
@@ -54,6 +54,18 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print(f"error: {options.launcher}: {error}", file=sys.stderr)
         return 2
     return 0
+
+
+def read_text(file: Path) -> str:
+    """The text of a launcher.
+
+    Raises:
+        ValueError: it is no text.
+    """
+    try:
+        return file.read_text(encoding="utf-8")
+    except UnicodeDecodeError as error:
+        raise ValueError(f"is no text in UTF-8 ({error.reason} at byte {error.start}); give a shell script") from None
 
 
 def print_rows(translation: Translation) -> None:

@@ -3,6 +3,11 @@
 Run by `make install` with any Python >= 3.11; needs the standard library alone. Repeating it costs nothing while
 setup.py, this file and the Python version are those of the last complete install. An interrupted install is completed
 by the next one.
+
+examples:
+    tools/install.py
+    tools/install.py --docs
+    tools/install.py --megatron 0.19.2
 """
 
 from __future__ import annotations

@@ -351,6 +351,11 @@ def main(arguments: Sequence[str]) -> int:
             return 0
         if options.tree is None or not (options.tree / "etc/passwd").is_file():
             raise ValueError(f"--tree = {options.tree}: not a directory tree of a system; make one with debootstrap")
+        missing = [name for name in options.env if name not in os.environ]
+        if missing:
+            raise ValueError(f"--env {missing[0]}: is not set here; set it, or leave the option out")
+        if os.geteuid() != 0:
+            raise ValueError("steps are run by chroot and mounts, which need root; call it as root, or with --print")
         variables = {name: os.environ[name] for name in options.env}
         run_steps(steps, options.tree.resolve(), options.bind, variables)
     except ValueError as error:

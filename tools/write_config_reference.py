@@ -13,7 +13,7 @@ examples:
   tools/write_config_reference.py
   tools/write_config_reference.py --check
 
-exit status: 0 written or up to date, 1 out of date (--check)
+exit status: 0 written or up to date, 1 out of date (--check), or no such folder
 """
 
 
@@ -28,6 +28,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     from fipo_megatron.config.reference import write_reference
 
     page = write_reference()
+    if not options.out.parent.is_dir():
+        print(f"error: --out {options.out}: no folder {options.out.parent}; make it", file=sys.stderr)
+        return 1
     if not options.check:
         options.out.write_text(page, encoding="utf-8")
     elif not options.out.exists() or options.out.read_text(encoding="utf-8") != page:

@@ -160,6 +160,8 @@ def describe_problem(problem: ErrorDetails) -> str:
         return f"{key}: unknown key{_suggest(key)}"
     if problem["type"] == "model_type":
         return f"{key} = {problem['input']!r}: must be a section of `key: value` lines"
+    if problem["type"] == "string_pattern_mismatch":
+        return f"{key} = {problem['input']!r}: must be like {problem['ctx']['pattern']}; see docs/configuration.md"
     allowed = problem["msg"].replace("Input should be", "must be").replace("String should have", "must have")
     return f"{key} = {problem['input']!r}: {allowed}"
 

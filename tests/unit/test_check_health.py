@@ -33,3 +33,11 @@ def test_a_trainer_that_does_not_start_is_reported(monkeypatch, tmp_path):
     (tmp_path / "tools/train.py").write_text("raise SystemExit('broken')")
     monkeypatch.setattr(check_health, "ROOT", tmp_path)
     assert check_health.find_problem(False, ("sys",)) == "broken"
+
+
+def test_a_trainer_that_hangs_is_reported(monkeypatch, tmp_path):
+    (tmp_path / "tools").mkdir()
+    (tmp_path / "tools/train.py").write_text("import time; time.sleep(60)")
+    monkeypatch.setattr(check_health, "ROOT", tmp_path)
+    monkeypatch.setattr(check_health, "TIMEOUT_S", 0.2)
+    assert "takes more than 0.2 s" in check_health.find_problem(False, ("sys",))

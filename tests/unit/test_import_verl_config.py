@@ -37,14 +37,15 @@ def test_what_is_left_to_do(tmp_path: Path, capsys: pytest.CaptureFixture[str]) 
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        (None, "no such file; correct the path"),
+        (None, "launcher.sh: no such file; correct the path"),
+        ("\udcff", "launcher.sh: is no text in UTF-8 (invalid start byte at byte 0)"),
         ("algorithm.adv_estimator=gae", "algorithm.adv_estimator = 'gae': has no counterpart"),
     ],
 )
 def test_refusals(text: str | None, message: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     path, out = tmp_path / "launcher.sh", tmp_path / "mine.yaml"
     if text is not None:
-        path.write_text(text)
+        path.write_text(text, errors="surrogateescape")
     assert import_verl_config.main([str(path), "--out", str(out)]) == 2
     assert message in capsys.readouterr().err
     assert not out.exists()

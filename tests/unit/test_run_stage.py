@@ -103,6 +103,16 @@ def test_a_tree_is_asked_for(dockerfile, tmp_path, capsys):
     assert capsys.readouterr().out.splitlines()[-1] == "CMD as 7 in /opt/x/sub: init -- other"
 
 
+def test_what_a_stage_needs_of_the_machine_is_named(dockerfile, tmp_path, monkeypatch, capsys):
+    (tmp_path / "etc").mkdir()
+    (tmp_path / "etc/passwd").touch()
+    assert run_stage.main(["first", "--tree", str(tmp_path), "--env", "NO_SUCH_VARIABLE"]) == 1
+    assert "--env NO_SUCH_VARIABLE: is not set here" in capsys.readouterr().err
+    monkeypatch.setattr(os, "geteuid", lambda: 1000)
+    assert run_stage.main(["first", "--tree", str(tmp_path)]) == 1
+    assert "need root" in capsys.readouterr().err
+
+
 def test_users_are_the_trees(tmp_path):
     (tmp_path / "etc").mkdir()
     (tmp_path / "etc/passwd").write_text("root:x:0:0::/root:/bin/sh\nfipo:x:10001:10001::/home/fipo:/bin/sh\n")

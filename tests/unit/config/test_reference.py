@@ -111,6 +111,8 @@ def test_check_says_when_the_page_is_not_what_the_schema_says(tmp_path, capsys):
     spec.loader.exec_module(tool)
     page = tmp_path / "page.md"
     assert tool.main(["--check", "--out", str(page)]) == 1
+    assert tool.main(["--out", str(tmp_path / "none/page.md")]) == 1
+    assert f"no folder {tmp_path / 'none'}; make it" in capsys.readouterr().err
     assert tool.main(["--out", str(page)]) == 0
     assert tool.main(["--check", "--out", str(page)]) == 0
     page.write_text(page.read_text().replace("tau", "TAU"))
