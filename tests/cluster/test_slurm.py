@@ -12,11 +12,14 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
+from grpc import StatusCode
 
 from fipo_megatron.trainer.placement import find_marked
+from tests.cluster.slow_reward import SLOW_WHILE
 from tests.cluster.slurm_cluster import NODES, SlurmCluster, missing_program
+from tests.ray_head import ask
 from tests.script_process import REPO, run_script
-from tests.smoke.train_process import ODD_REWARD, SMALL, UNTRAINED
+from tests.smoke.train_process import SMALL, UNTRAINED
 
 pytestmark = [
     pytest.mark.multiproc,
@@ -25,15 +28,9 @@ pytestmark = [
 ]
 
 MEASURED = ("time/", "cost/peak_memory", "sync/receive_s", "sync/verify_s")  # what no two runs have alike
-NUM_STEPS = 80
+NUM_STEPS = 16
+SLOW_REWARD = ("reward.rule=custom", "reward.function=tests/cluster/slow_reward.py:has_odd_ones")
 STEPS_S = 240
-JOIN_WITHOUT_TOKEN = """\
-import sys, ray
-try:
-    ray.init(address=sys.argv[1], log_to_driver=False)
-except ConnectionError:
-    print("refused")
-"""
 
 
 @pytest.fixture(scope="module")
@@ -64,7 +61,7 @@ class Jobs:
     def __init__(self, cluster: SlurmCluster, folder: Path, cache: Path) -> None:
         self.cluster, self.folder = cluster, folder
         self.settings = [
-            *(*SMALL, UNTRAINED, *ODD_REWARD),
+            *(*SMALL, UNTRAINED, *SLOW_REWARD),
             *(f"run.root={folder / 'runs'}", f"warm_start.cache_dir={cache}", f"trainer.steps={NUM_STEPS}"),
             *("rollout.engine=hf", "evaluation.every_steps=100"),
         ]
@@ -126,13 +123,19 @@ def test_a_job_is_queued_again_before_its_time_limit_and_goes_on_with_the_same_m
     recipe = REPO / "examples/quickstart_cpu/slurm.sbatch"
     script = tmp_path / "slurm.sbatch"
     script.write_text(recipe.read_text().replace("examples/quickstart_cpu/config.yaml", str(config)))
+    # Slurm looks every 30 seconds: meanwhile a step takes 3 and more, afterwards a fraction of one.
+    slow = tmp_path / "slow"
+    slow.touch()
+    jobs.environment[SLOW_WHILE] = str(slow)
     job = jobs.submit(str(script), *jobs.settings)
     run = tmp_path / "runs" / "small-seed0"
     jobs.wait_for(job, lambda: last_step(run) >= 1, "step 1")
     attempt = tmp_path / "jobs" / f"{job}-0"
     assert (attempt / "token").stat().st_mode & 0o777 == 0o600
-    # The limit comes so near that Slurm sends the signal; it looks every 30 seconds.
+    # The limit comes so near that Slurm sends the signal.
     cluster.call("scontrol", "update", f"JobId={job}", f"TimeLimit={minutes_of(cluster, job) + 2}")
+    jobs.wait_for(job, lambda: "the time limit is near" in jobs.output(job), "the signal")
+    slow.unlink()
     jobs.wait_for(job, lambda: cluster.restarts(job) == 1, "the second attempt")
     stopped_after = last_step(run)
     assert 1 <= stopped_after < NUM_STEPS, jobs.output(job)
@@ -198,9 +201,16 @@ def test_a_job_refuses_strangers_and_leaves_nothing_when_it_is_cancelled(
     job = jobs.submit("examples/quickstart_cpu/slurm.sbatch", *jobs.settings, "trainer.steps=500")
     jobs.wait_for(job, lambda: "base policy" in jobs.output(job) or "kernels:" in jobs.output(job), "the policy")
     assert find_marked("SLURM_JOB_ID", job)
-    stranger = join_without_token((tmp_path / f"jobs/{job}-0/address").read_text().strip())
-    assert stranger.stdout.strip() == "refused"
-    assert "InvalidAuthToken" in stranger.stderr
+    attempt = tmp_path / f"jobs/{job}-0"
+    address = (attempt / "address").read_text().strip()
+    assert ask(address, (attempt / "token").read_text()) is StatusCode.OK
+    assert ask(address, None) is ask(address, "another") is StatusCode.UNAUTHENTICATED
+    another = tmp_path / "another"
+    another.touch(0o600)
+    another.write_text("another")
+    stranger = wait_for_ray(address, another)
+    assert stranger.returncode == 1
+    assert f"error: {address} refuses the token" in stranger.stderr
     cluster.call("scancel", job)
     assert cluster.wait(job, 60) == "CANCELLED"
     deadline = time.monotonic() + 30
@@ -217,12 +227,12 @@ def lines_of(log: Path) -> list[str]:
     return log.read_text(errors="replace").splitlines()
 
 
-def join_without_token(address: str) -> subprocess.CompletedProcess[str]:
-    """What a process gets that tries to join the job's Ray with another user's environment."""
-    environment = {key: value for key, value in os.environ.items() if not key.startswith("RAY_")}
+def wait_for_ray(address: str, token: Path) -> subprocess.CompletedProcess[str]:
+    """What the tool says of the job's Ray to one who has this token."""
+    environment = {**os.environ, "PYTHONPATH": str(REPO), "RAY_ADDRESS": address}
     return subprocess.run(
-        [sys.executable, "-c", JOIN_WITHOUT_TOKEN, address],
-        env=environment | {"HOME": "/nonexistent", "RAY_AUTH_MODE": "disabled"},
+        [sys.executable, REPO / "tools/wait_for_ray.py", "--nodes", "2"],
+        env=environment | {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN_PATH": str(token)},
         capture_output=True,
         text=True,
         timeout=120,

@@ -3,22 +3,20 @@
 from __future__ import annotations
 
 import json
-import re
 import secrets
 import shutil
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-import grpc
 import numpy as np
 import psutil
 import pytest
 import torch
 from grpc import StatusCode
-from ray.core.generated import gcs_service_pb2, gcs_service_pb2_grpc
 from safetensors.torch import load_file
 
 from fipo_megatron.checkpoint.replay_file import read_replay_step, replay_path, write_replay_step
+from tests.ray_head import ask
 from tests.smoke.train_process import ODD_REWARD, UNTRAINED, TrainProcess
 from tools import replay_step
 
@@ -44,28 +42,17 @@ def run_once(folder: Path, cache: Path, *overrides: str) -> Ended:
     processes = run.tree()
     pids = {process.pid for process in processes}
     sockets = [c for c in psutil.net_connections("inet") if c.pid in pids and c.status == psutil.CONN_LISTEN]
-    answers = ask_for_cluster(processes)
+    answers = ask_head(processes)
     finished = run.finish(timeout_s=240)
     assert finished.code == 0, finished.output
     return Ended(finished.folder, [socket.laddr.ip for socket in sockets], answers)
 
 
-def ask_for_cluster(processes: list[psutil.Process]) -> dict[str, StatusCode]:
-    """What the head says to the first question of a client that would join. Ray's own client asks it for minutes."""
+def ask_head(processes: list[psutil.Process]) -> dict[str, StatusCode]:
     raylet = next(process for process in processes if process.name() == "raylet")
-    (address,) = re.findall(r"--gcs-address=(\S+)", " ".join(raylet.cmdline()))
+    address = next(word for word in raylet.cmdline() if word.startswith("--gcs-address=")).partition("=")[2]
     tokens = {"own": raylet.environ()["RAY_AUTH_TOKEN"], "another": secrets.token_hex(32), "none": None}
-    answers = {}
-    for name, token in tokens.items():
-        shown = [("authorization", f"Bearer {token}")] if token else []
-        with grpc.insecure_channel(address) as channel:
-            head = gcs_service_pb2_grpc.NodeInfoGcsServiceStub(channel)
-            try:
-                head.GetClusterId(gcs_service_pb2.GetClusterIdRequest(), timeout=10, metadata=shown)
-                answers[name] = StatusCode.OK
-            except grpc.RpcError as error:
-                answers[name] = error.code()
-    return answers
+    return {name: ask(address, token) for name, token in tokens.items()}
 
 
 @pytest.fixture(scope="module")
