@@ -44,6 +44,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
             raise ValueError("no such file; correct the path")
         if options.out is not None and options.out.exists():
             raise ValueError(f"--out {options.out}: exists; give another name, or remove it")
+        if options.out is not None and not options.out.absolute().parent.is_dir():
+            raise ValueError(f"--out {options.out}: no folder {options.out.parent}; make it")
         translation = translate(read_text(options.launcher))
         print_rows(translation)
         print_remaining(translation)

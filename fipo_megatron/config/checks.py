@@ -329,7 +329,9 @@ def _find_placement_problems(config: Config) -> Iterator[str]:
         )
     if transport == "disk_delta":
         yield f"sync.transport = 'disk_delta': an engine of {mode} keeps nothing that changes could apply to; set auto"
-    spans_nodes = not config.cluster.address.startswith("127.")
+    cluster, per_node = config.cluster, config.placement.gpus_per_node or parallel.world_size
+    is_joined = cluster.ray_address is not None or not cluster.address.startswith("127.")
+    spans_nodes = is_joined or parallel.world_size > per_node
     by_nccl = transport in ("collective", "broadcast") or (transport == "auto" and spans_nodes)
     if config.platform == "cpu" or not by_nccl:
         return

@@ -57,3 +57,8 @@ def test_nothing_is_overwritten(tmp_path: Path, capsys: pytest.CaptureFixture[st
     assert import_verl_config.main([str(LAUNCHER), "--out", str(out)]) == 2
     assert "exists; give another name" in capsys.readouterr().err
     assert out.read_text() == "seed: 3\n"
+
+
+def test_a_folder_is_not_made(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert import_verl_config.main([str(LAUNCHER), "--out", str(tmp_path / "none/mine.yaml")]) == 2
+    assert f"no folder {tmp_path / 'none'}; make it" in capsys.readouterr().err

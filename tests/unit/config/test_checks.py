@@ -126,6 +126,16 @@ def test_sound_configurations_pass_and_pass_again_when_saved(overrides, small_ru
             "there; set auto",
         ),
         (
+            [*COLOCATED, "cluster.ray_address=10.0.0.1:6379", "platform=cuda"],
+            "sync.transport = 'auto': NCCL takes one process a device, placement.mode = 'colocated' puts two there; "
+            "set sync.transport=disk",
+        ),
+        (
+            [*COLOCATED, "parallel.data=4", "rollout.replicas=4", "placement.gpus_per_node=2", "platform=cuda"],
+            "sync.transport = 'auto': NCCL takes one process a device, placement.mode = 'colocated' puts two there; "
+            "set sync.transport=disk",
+        ),
+        (
             [*COLOCATED, "cluster.address=10.0.0.1", "platform=cuda"],
             "sync.transport = 'auto': NCCL takes one process a device, placement.mode = 'colocated' puts two there; "
             "set sync.transport=disk",
