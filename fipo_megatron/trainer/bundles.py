@@ -70,6 +70,20 @@ def plan_bundles(config: Config, devices_per_node: int) -> BundlePlan:
     return BundlePlan(sizes, len(rank_sizes), ranks, tuple(engines), share=1.0)
 
 
+def check_fit(plan: BundlePlan, devices: Sequence[int]) -> None:
+    """Raises ValueError if nodes of so many devices each can't hold the plan: it would be waited for in vain."""
+    if plan.num_devices > sum(devices):
+        raise ValueError(
+            f"parallel, rollout: ranks and engines take {plan.num_devices} devices, the nodes of the Ray "
+            f"cluster have {sorted(devices, reverse=True)}; use smaller sizes, or more nodes"
+        )
+    if max(plan.sizes) > max(devices):
+        raise ValueError(
+            f"placement.gpus_per_node: {max(plan.sizes)} devices have to lie on one node, the Ray cluster has "
+            f"nodes of {sorted(devices, reverse=True)}; set it to what a node has"
+        )
+
+
 def _check_nodes(config: Config, per_node: int) -> None:
     parallel, rollout = config.parallel, config.rollout
     workers = rollout.tensor * rollout.pipeline

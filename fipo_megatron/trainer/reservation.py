@@ -15,7 +15,7 @@ from ray.util.placement_group import (
 from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
 from fipo_megatron.config.schema import Config
-from fipo_megatron.trainer.bundles import Place, order_rank_bundles, plan_bundles
+from fipo_megatron.trainer.bundles import Place, check_fit, order_rank_bundles, plan_bundles
 
 PIN = 1e-3  # of a node's own resource, of which it has 1
 
@@ -41,11 +41,7 @@ class Reservation:
         if self.devices_per_node == 0:
             raise ValueError("platform = 'cuda': no node of the Ray cluster has a GPU; set platform=cpu")
         self.plan = plan_bundles(config, self.devices_per_node)
-        if self.plan.num_devices > sum(devices.values()):
-            raise ValueError(
-                f"parallel, rollout: ranks and engines take {self.plan.num_devices} devices, the nodes of the Ray "
-                f"cluster have {sorted(devices.values(), reverse=True)}; use smaller sizes, or more nodes"
-            )
+        check_fit(self.plan, list(devices.values()))
         addresses = {node["NodeID"]: node["NodeManagerAddress"] for node in nodes}
         parts = ["policy"] * self.plan.num_rank_bundles
         parts += ["engine"] * (len(self.plan.sizes) - self.plan.num_rank_bundles)
@@ -102,7 +98,8 @@ def _reserve(bundles: list[dict[str, float]], strategy: str, timeout_s: float) -
     if not group.wait(timeout_s):
         remove_placement_group(group)
         raise RuntimeError(
-            f"the Ray cluster did not give {bundles} within {timeout_s:g} s: it has {ray.available_resources()} free"
+            f"the Ray cluster did not give {bundles} within {timeout_s:g} s: it has {ray.available_resources()} free; "
+            "another run may hold the rest: end it, or raise timeouts.startup_s"
         )
     return group
 

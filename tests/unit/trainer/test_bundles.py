@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 
 from fipo_megatron.config.schema import Config
-from fipo_megatron.trainer.bundles import BundlePlan, num_devices, order_rank_bundles, plan_bundles
+from fipo_megatron.trainer.bundles import BundlePlan, check_fit, num_devices, order_rank_bundles, plan_bundles
 
 
 def make_config(mode: str, parallel: dict[str, int], rollout: dict[str, int]) -> Config:
@@ -42,6 +42,23 @@ def test_bundles_of_a_layout(mode: str, layouts: Any, per_node: int, sizes: list
     workers = config.rollout.tensor * config.rollout.pipeline
     assert [len(place.devices) for place in plan.engines] == [workers] * config.rollout.replicas
     check_every_device_is_used(plan, mode)
+
+
+@pytest.mark.parametrize(
+    ("devices", "cause"),
+    [
+        ([8] * 16, None),
+        ([8] * 15 + [4, 4], None),  # whether the bundles fit is Ray's to find out
+        ([8] * 15, r"take 128 devices, the nodes of the Ray cluster have \[8, 8, .*; use smaller sizes, or more nodes"),
+        ([4] * 32, "placement.gpus_per_node: 8 devices have to lie on one node, .*; set it to what a node has"),
+    ],
+)
+def test_what_nodes_cannot_hold(devices: list[int], cause: str | None) -> None:
+    plan = plan_bundles(make_config("colocated", *RECIPE_32B), 8)
+    if cause is None:
+        return check_fit(plan, devices)
+    with pytest.raises(ValueError, match=cause):
+        check_fit(plan, devices)
 
 
 def tensor_groups(config: Config) -> list[range]:
