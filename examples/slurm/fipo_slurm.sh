@@ -12,6 +12,7 @@
 
 _fipo_script=examples/slurm/fipo_slurm.sh # from the checkout, where every part of it runs
 _fipo_stopped=75                          # exit status of a run that was asked to stop and can go on
+_fipo_no_start=138                        # of one that SIGUSR1 has ended: it had not begun to listen for it
 
 _fipo_fail() {
     echo "fipo_slurm: $*" >&2
@@ -44,11 +45,13 @@ fipo_train() {
         _fipo_wait "$_fipo_driver" || status=$?
         _fipo_driver=''
     else
-        status=$_fipo_stopped
+        status=$_fipo_no_start
     fi
-    # The signal ends a run that has only begun to start; it has made no step since its last checkpoint.
-    if [[ -n $_fipo_asked ]] && ((status == 128 + 10)); then status=$_fipo_stopped; fi
     _fipo_end_nodes
+    # Queued again, it would be asked to end as early, and so on for ever.
+    if [[ -n $_fipo_asked ]] && ((status == _fipo_no_start)); then
+        _fipo_fail "the signal came before the run had started; give more --time, or fewer seconds in --signal"
+    fi
     ((status == _fipo_stopped)) || exit "$status"
     _fipo_requeue
 }

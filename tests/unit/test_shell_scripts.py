@@ -66,3 +66,53 @@ def test_a_run_script_names_a_missing_interpreter(script: Path, tmp_path: Path) 
     done = run(script, tmp_path, PYTHON="no/python")
     assert (done.returncode, done.stdout) == (1, "")
     assert done.stderr == "run.sh: PYTHON = no/python: no such interpreter; run make install\n"
+
+
+@pytest.fixture
+def job(tmp_path: Path) -> dict[str, str]:
+    """The environment of a job of one node, with a `scontrol` that takes down its calls and a `sleep` that is over."""
+    for name, line in (("scontrol", f'echo "$@" >>{tmp_path}/calls'), ("sleep", "exit 0")):
+        write_program(tmp_path / name, line)
+    return {
+        "PATH": f"{tmp_path}:{os.environ['PATH']}",
+        "SLURM_JOB_ID": "7",
+        "SLURM_JOB_NUM_NODES": "1",
+        "FIPO_JOBS": str(tmp_path / "jobs"),
+        "PYTHON": str(tmp_path / "python"),
+    }
+
+
+def write_program(path: Path, *lines: str) -> None:
+    path.write_text("\n".join(["#!/bin/bash", *lines, ""]))
+    path.chmod(0o755)
+
+
+def run_job(job: dict[str, str], folder: Path, *trainer: str) -> tuple[int, str, str]:
+    """Exit status, error output and the calls of scontrol of a job that trains with these lines of shell."""
+    write_program(folder / "python", *trainer)
+    done = run(ROOT / "examples/fipo_qwen2.5_7b_math/slurm.sbatch", ROOT, **job)
+    calls = folder / "calls"
+    return done.returncode, done.stderr, calls.read_text() if calls.exists() else ""
+
+
+@pytest.mark.parametrize("status", [0, 1, 2, 130])
+def test_a_run_that_has_ended_ends_the_job(job: dict[str, str], tmp_path: Path, status: int) -> None:
+    assert run_job(job, tmp_path, f"exit {status}") == (status, "", "")
+
+
+def test_a_run_that_was_asked_to_stop_is_queued_again(job: dict[str, str], tmp_path: Path) -> None:
+    stops = ("trap 'kill $!; exit 75' USR1", "/bin/sleep 20 >/dev/null 2>&1 &", "kill -USR1 $PPID", "wait")
+    assert run_job(job, tmp_path, *stops) == (0, "", "requeue 7\n")
+    job["SLURM_RESTART_COUNT"] = job["FIPO_MAX_REQUEUES"] = "3"
+    status, error, calls = run_job(job, tmp_path, *stops)
+    assert (status, calls) == (1, "requeue 7\n")
+    assert "queued again 3 times (FIPO_MAX_REQUEUES)" in error
+
+
+def test_a_signal_before_the_run_has_started_does_not_go_round_for_ever(job: dict[str, str], tmp_path: Path) -> None:
+    dies = ("kill -USR1 $PPID", "exec /bin/sleep 20")
+    status, error, calls = run_job(job, tmp_path, *dies)
+    assert (status, calls) == (1, "")
+    assert error.endswith(
+        "the signal came before the run had started; give more --time, or fewer seconds in --signal\n"
+    )
