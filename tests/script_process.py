@@ -31,7 +31,11 @@ def start_script(script: Path, arguments: Sequence[str], log: Path) -> Any:
 
 def run_script(script: Path, arguments: Sequence[str], log: Path, timeout_s: float) -> str:
     """The output of a script that ends well."""
-    process = start_script(script, arguments, log)
+    return finish_script(start_script(script, arguments, log), log, timeout_s)
+
+
+def finish_script(process: Any, log: Path, timeout_s: float) -> str:
+    """The output of a started script, which ends well."""
     process.join(timeout_s)
     if process.is_alive():
         process.kill()

@@ -18,7 +18,7 @@ from fipo_megatron.trainer.placement import find_marked
 from tests.cluster.slow_reward import SLOW_WHILE
 from tests.cluster.slurm_cluster import NODES, SlurmCluster, missing_program
 from tests.ray_head import ask
-from tests.script_process import REPO, run_script
+from tests.script_process import REPO, finish_script, start_script
 from tests.smoke.train_process import SMALL, UNTRAINED
 
 pytestmark = [
@@ -123,7 +123,7 @@ def test_a_job_is_queued_again_before_its_time_limit_and_goes_on_with_the_same_m
     recipe = REPO / "examples/quickstart_cpu/slurm.sbatch"
     script = tmp_path / "slurm.sbatch"
     script.write_text(recipe.read_text().replace("examples/quickstart_cpu/config.yaml", str(config)))
-    # Slurm looks every 30 seconds: meanwhile a step takes 3 and more, afterwards a fraction of one.
+    # Slurm looks every 30 seconds: meanwhile a step takes 3 and more, mostly asleep, afterwards a fraction of one.
     slow = tmp_path / "slow"
     slow.touch()
     jobs.environment[SLOW_WHILE] = str(slow)
@@ -132,6 +132,9 @@ def test_a_job_is_queued_again_before_its_time_limit_and_goes_on_with_the_same_m
     jobs.wait_for(job, lambda: last_step(run) >= 1, "step 1")
     attempt = tmp_path / "jobs" / f"{job}-0"
     assert (attempt / "token").stat().st_mode & 0o777 == 0o600
+    undisturbed, log = tmp_path / "runs" / "undisturbed", tmp_path / "undisturbed.log"
+    arguments = [str(config), *jobs.settings, f"run.name={undisturbed.name}"]
+    beside = start_script(REPO / "tools/train.py", arguments, log)
     # The limit comes so near that Slurm sends the signal.
     cluster.call("scontrol", "update", f"JobId={job}", f"TimeLimit={minutes_of(cluster, job) + 2}")
     jobs.wait_for(job, lambda: "the time limit is near" in jobs.output(job), "the signal")
@@ -148,9 +151,8 @@ def test_a_job_is_queued_again_before_its_time_limit_and_goes_on_with_the_same_m
         assert all(any((tmp_path / "jobs" / f"{job}-{i}" / name).glob("worker-*")) for i in (0, 1))
     assert not list(tmp_path.glob("jobs/*/token"))
 
-    undisturbed = [*jobs.settings, "run.name=undisturbed"]
-    run_script(REPO / "tools/train.py", [str(config), *undisturbed], tmp_path / "undisturbed.log", 2 * STEPS_S)
-    assert metrics(run) == metrics(tmp_path / "runs" / "undisturbed")
+    finish_script(beside, log, STEPS_S)
+    assert metrics(run) == metrics(undisturbed)
 
 
 @pytest.mark.timeout(600)

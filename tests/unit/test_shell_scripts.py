@@ -116,3 +116,22 @@ def test_a_signal_before_the_run_has_started_does_not_go_round_for_ever(job: dic
     assert error.endswith(
         "the signal came before the run had started; give more --time, or fewer seconds in --signal\n"
     )
+
+
+@pytest.mark.parametrize(
+    ("cpus", "cause"),
+    [
+        ({}, "--cpus-per-task is not set: give the processors of a node, which Ray shares out"),
+        ({"SLURM_CPUS_PER_TASK": "2"}, "Ray ended on a node before all 2 were there; see {jobs}/7-0/*.log"),
+    ],
+)
+def test_nodes_that_do_not_come_up_end_the_job(
+    job: dict[str, str], tmp_path: Path, cpus: dict[str, str], cause: str
+) -> None:
+    """On a real Slurm: tests/cluster/test_slurm.py."""
+    write_program(tmp_path / "srun", "exit 1")
+    two_nodes = {**job, **cpus, "SLURM_JOB_NUM_NODES": "2", "SLURMD_NODENAME": "n1"}
+    status, error, calls = run_job(two_nodes, tmp_path, "exec /bin/sleep 20")
+    assert (status, calls) == (1, "")
+    assert error.strip() == "fipo_slurm: " + cause.format(jobs=tmp_path / "jobs")
+    assert not list(tmp_path.glob("jobs/*/token"))
