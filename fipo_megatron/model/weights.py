@@ -2,19 +2,17 @@
 
 from __future__ import annotations
 
-import json
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
 import torch.distributed as dist
 from megatron.core.distributed import DistributedDataParallel
-from safetensors import safe_open
 
 from fipo_megatron.model.build import named_parameters
 from fipo_megatron.model.hf_config import ModelShape
-from fipo_megatron.model.weight_map.entry import WeightMapEntry, merge_shards, read_shard
+from fipo_megatron.model.weight_map.entry import WeightMapEntry, merge_shards, open_safetensors, read_shard
 from fipo_megatron.model.weight_map.families import make_entries
 from fipo_megatron.parallel.groups import ParallelGroups
 
@@ -102,27 +100,3 @@ class PolicyWeights:
             for name, (shape, dtype) in held.items():
                 located.setdefault(name, Shards([], shape, dtype)).ranks.append(rank)
         return located
-
-
-def open_safetensors(folder: Path) -> Callable[[str], Any]:
-    """A function from a tensor's name to its lazily read safetensors slice.
-
-    Raises:
-        ValueError: (when called) no file of the folder holds the tensor.
-    """
-    index = folder / "model.safetensors.index.json"
-    files: dict[str, str] = json.loads(index.read_text())["weight_map"] if index.exists() else {}
-    opened: dict[str, Any] = {}
-
-    def get_slice(name: str) -> Any:
-        file = files.get(name, "model.safetensors")
-        try:
-            if file not in opened:
-                opened[file] = safe_open(folder / file, framework="pt")
-            return opened[file].get_slice(name)
-        except Exception as error:
-            raise ValueError(
-                f"model.path: {folder} has no tensor {name!r} in {file}; is the download complete?"
-            ) from error
-
-    return get_slice

@@ -5,11 +5,11 @@ from __future__ import annotations
 import socket
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Protocol
+from typing import TYPE_CHECKING, Protocol
 
 import torch
 
-from fipo_megatron.model.weights import PolicyWeights, open_safetensors
+from fipo_megatron.model.weight_map.entry import open_safetensors
 from fipo_megatron.reshard.execute import WeightReceiver, WeightSender
 from fipo_megatron.reshard.plan import ReshardPlan
 from fipo_megatron.reshard.session import WeightSession
@@ -26,6 +26,9 @@ from fipo_megatron.reshard.transport.disk import (
 )
 from fipo_megatron.reshard.transport.shared_memory import SharedMemoryReceiver, SharedMemorySender
 from fipo_megatron.reshard.whole_tensors import WholeTensorsOut, check_updates_of_ranks, connect_broadcast
+
+if TYPE_CHECKING:  # it imports Megatron-Core, which an engine's worker has no use for
+    from fipo_megatron.model.weights import PolicyWeights
 
 
 class WeightsOut(Protocol):

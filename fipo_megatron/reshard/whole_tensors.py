@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import socket
 from collections.abc import Iterator
+from typing import TYPE_CHECKING
 
 import torch
 import torch.distributed as dist
@@ -14,11 +15,13 @@ import torch.distributed as dist
 from fipo_megatron.model.hf_config import ModelShape
 from fipo_megatron.model.weight_map.entry import hf_tensor_shape
 from fipo_megatron.model.weight_map.families import make_entries
-from fipo_megatron.model.weights import PolicyWeights
 from fipo_megatron.reshard.checksum import checksum
 from fipo_megatron.reshard.execute import StaleWeightsError, WeightMismatchError, check_updates
 from fipo_megatron.reshard.session import WeightSession
 from fipo_megatron.reshard.transport.broadcast import BroadcastGroup, TensorMeta
+
+if TYPE_CHECKING:  # it imports Megatron-Core, which an engine's worker has no use for
+    from fipo_megatron.model.weights import PolicyWeights
 
 
 def whole_tensors(shape: ModelShape, dtype: torch.dtype) -> list[TensorMeta]:

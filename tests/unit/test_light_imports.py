@@ -27,11 +27,13 @@ LIGHT = (
     "algorithm/**/*.py",
     "parallel/**/*.py",
     "model/weight_map/**/*.py",
+    "reshard/connect.py",  # of engines' workers, too
     "reshard/layout.py",
     "reshard/plan.py",
     "reshard/transport/**/*.py",
     "rollout/client.py",
     "rollout/collect.py",
+    "rollout/hf.py",
     "reward/**/*.py",
     "data/**/*.py",
     "evaluation/**/*.py",

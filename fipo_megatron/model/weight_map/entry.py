@@ -6,12 +6,15 @@ safetensors slice, of which only the wanted part is read).
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
+from safetensors import safe_open
 
 from fipo_megatron.model.hf_config import ModelShape
 
@@ -122,3 +125,27 @@ def hf_tensor_shape(hf_name: str, shape: ModelShape) -> tuple[int, ...]:
         return shapes[module][:1] if kind == "bias" else shapes[module]
     assert module.endswith("norm"), hf_name
     return (hidden,)
+
+
+def open_safetensors(folder: Path) -> Callable[[str], Any]:
+    """A function from a tensor's name to its lazily read safetensors slice.
+
+    Raises:
+        ValueError: (when called) no file of the folder holds the tensor.
+    """
+    index = folder / "model.safetensors.index.json"
+    files: dict[str, str] = json.loads(index.read_text())["weight_map"] if index.exists() else {}
+    opened: dict[str, Any] = {}
+
+    def get_slice(name: str) -> Any:
+        file = files.get(name, "model.safetensors")
+        try:
+            if file not in opened:
+                opened[file] = safe_open(folder / file, framework="pt")
+            return opened[file].get_slice(name)
+        except Exception as error:
+            raise ValueError(
+                f"model.path: {folder} has no tensor {name!r} in {file}; is the download complete?"
+            ) from error
+
+    return get_slice

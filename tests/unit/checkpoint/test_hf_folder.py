@@ -11,7 +11,7 @@ from safetensors.torch import load_file
 
 from fipo_megatron.checkpoint import hf_folder
 from fipo_megatron.checkpoint.hf_folder import write_hf_folder
-from fipo_megatron.model.weights import open_safetensors
+from fipo_megatron.model.weight_map.entry import open_safetensors
 
 WEIGHTS = {f"layer.{i}.weight": torch.full((64, 4), float(i)) for i in range(5)}
 

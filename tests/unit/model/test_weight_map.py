@@ -11,9 +11,14 @@ import torch
 import torch.nn.functional as F
 
 from fipo_megatron.model.hf_config import FAMILIES, ModelShape, make_model_shape, read_model_shape
-from fipo_megatron.model.weight_map.entry import WeightMapEntry, merge_shards, padded_vocab_size, read_shard
+from fipo_megatron.model.weight_map.entry import (
+    WeightMapEntry,
+    merge_shards,
+    open_safetensors,
+    padded_vocab_size,
+    read_shard,
+)
 from fipo_megatron.model.weight_map.families import LAYERS, make_entries
-from fipo_megatron.model.weights import open_safetensors
 from fipo_megatron.trainer.tiny_models import MODELS, write_model
 
 SIZES = [1, 2]  # of tensor parallelism; the models have two key-value heads

@@ -13,7 +13,7 @@ import torch
 from safetensors import safe_open
 
 from fipo_megatron.checkpoint.hf_folder import write_hf_folder
-from fipo_megatron.model.weights import open_safetensors
+from fipo_megatron.model.weight_map.entry import open_safetensors
 from fipo_megatron.reshard.execute import StaleWeightsError, WeightMismatchError
 from fipo_megatron.reshard.layout import EngineLayout, TrainerLayout
 from fipo_megatron.reshard.transport import disk
