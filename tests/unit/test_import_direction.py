@@ -19,6 +19,7 @@ LAYERS = (
     ("algorithm", "parallel"),
     ("model",),
     ("reshard",),
+    ("planner",),
     ("rollout", "checkpoint", "data", "reward", "evaluation", "config", "observability"),
     ("trainer", "benchmarks"),
 )

@@ -1,0 +1,36 @@
+"""The table of GPUs: figures that a reader would check first, and what is made of them."""
+
+import pytest
+
+from fipo_megatron.planner.gpu import GPUS, find_gpu
+
+
+def test_known_ratios_of_the_data_sheets():
+    h100, h800, h20, a100 = (find_gpu(name) for name in ("h100-80gb", "h800-80gb", "h20-96gb", "a100-80gb"))
+    assert h100.bf16_flops / h100.memory_bandwidth == pytest.approx(295, abs=1)  # operations a byte
+    assert h800.bf16_flops == h100.bf16_flops
+    assert h800.nvlink_bandwidth == 200e9
+    assert h20.bf16_flops / h100.bf16_flops == pytest.approx(0.15, abs=0.001)
+    assert a100.network_bandwidth == h100.network_bandwidth / 2
+    assert all(
+        gpu.memory_bytes < 1e9 * float(name.rsplit("-", 1)[1].removesuffix("gb")) * 1.1
+        for name, gpu in GPUS.items()
+        if name != "cpu-core"
+    )
+
+
+def test_groups_within_a_node_use_nvlink():
+    gpu = find_gpu("h100-80gb")
+    assert gpu.link_bandwidth(8) == gpu.link_bandwidth(2, stride=4) == 450e9
+    assert gpu.link_bandwidth(16) == gpu.link_bandwidth(2, stride=8) == 50e9
+
+
+def test_processes_that_share_a_device():
+    half = find_gpu("cpu-core").shared_by(2)
+    assert half.bf16_flops == find_gpu("cpu-core").bf16_flops / 2
+    assert half.price_per_hour == find_gpu("cpu-core").price_per_hour
+
+
+def test_an_unknown_gpu_is_refused_with_those_that_are_known():
+    with pytest.raises(ValueError, match=r"--gpu tpu: not known; choose one of h100-80gb, .*cpu-core"):
+        find_gpu("tpu")
