@@ -36,8 +36,8 @@ class Gpu:
 
 
 # Peaks and bandwidths: NVIDIA's data sheets of H100, H200, A100, B200 (SXM), of H800 and H20 as listed for China.
-# NVLink's total is halved: a data sheet adds both directions. Network: one 400 Gb/s adapter a GPU (DGX H100, H200, B200),
-# 200 Gb/s (DGX A100). Memory: the total capacity in torch's out-of-memory messages on these devices.
+# NVLink's total is halved, as a data sheet adds both directions. Network: one 400 Gb/s adapter a GPU (DGX H100, H200,
+# B200), 200 Gb/s (DGX A100). Memory: the total capacity in torch's out-of-memory messages on these devices.
 GPUS = {
     gpu.name: gpu
     for gpu in (
