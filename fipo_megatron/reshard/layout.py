@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from fipo_megatron.config.schema import ParallelConfig, RolloutConfig
+
 
 @dataclass(frozen=True)
 class TrainerLayout:
@@ -103,3 +105,21 @@ class EngineLayout:
         size, rest = divmod(num_experts, self.tensor)
         first = tensor_rank * size + min(tensor_rank, rest)
         return range(first, first + size + (tensor_rank < rest))
+
+
+def trainer_layout(parallel: ParallelConfig) -> TrainerLayout:
+    """The layout of the policy's ranks."""
+    return TrainerLayout(
+        tensor=parallel.tensor,
+        pipeline=parallel.pipeline,
+        virtual_pipeline=parallel.virtual_pipeline,
+        context=parallel.context,
+        data=parallel.data,
+        expert=parallel.expert,
+        expert_tensor=parallel.expert_tensor,
+    )
+
+
+def engine_layout(rollout: RolloutConfig) -> EngineLayout:
+    """The layout of the engines' workers."""
+    return EngineLayout(rollout.tensor, rollout.pipeline, rollout.expert_parallel, rollout.replicas)

@@ -32,10 +32,10 @@ from fipo_megatron.model.weight_map.families import EMBEDDING, HEAD, make_entrie
 from fipo_megatron.observability.progress import print_table
 from fipo_megatron.parallel.groups import simulated_groups
 from fipo_megatron.parallel.plan import microbatch_tokens
+from fipo_megatron.reshard.layout import engine_layout, trainer_layout
 from fipo_megatron.reshard.plan import make_plan
 from fipo_megatron.reward.judge import make_reward
 from fipo_megatron.trainer.bundles import plan_bundles
-from fipo_megatron.trainer.sync import engine_layout, trainer_layout
 from fipo_megatron.trainer.warm_start import write_skeleton
 
 FIRST_ROWS = 100

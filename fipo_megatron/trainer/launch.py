@@ -33,6 +33,7 @@ from fipo_megatron.data.tasks.base import Task
 from fipo_megatron.model.platform import check_cpu_versions, resolve_platform
 from fipo_megatron.observability.progress import Progress
 from fipo_megatron.observability.trackers import Trackers, check_trackers
+from fipo_megatron.reshard.layout import engine_layout, trainer_layout
 from fipo_megatron.reshard.plan import make_plan
 from fipo_megatron.reward.judge import make_reward
 from fipo_megatron.rollout.collect import check_waiting_groups
@@ -45,7 +46,6 @@ from fipo_megatron.trainer.ray_cluster import check_cluster
 from fipo_megatron.trainer.resume import Resumption
 from fipo_megatron.trainer.run import Run
 from fipo_megatron.trainer.run_folder import check_run_folder, checkpoint_store
-from fipo_megatron.trainer.sync import engine_layout, trainer_layout
 from fipo_megatron.trainer.warm_start import TraceSource, base_policy_folder, make_base_policy, write_skeleton
 
 

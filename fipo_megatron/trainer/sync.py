@@ -12,11 +12,11 @@ from typing import Any
 
 import torch
 
-from fipo_megatron.config.schema import Config, ParallelConfig, RolloutConfig
+from fipo_megatron.config.schema import Config
 from fipo_megatron.model.hf_config import read_model_shape
 from fipo_megatron.reshard.engine_views import ViewsRefusedError
 from fipo_megatron.reshard.execute import StaleWeightsError, WeightMismatchError
-from fipo_megatron.reshard.layout import EngineLayout, TrainerLayout
+from fipo_megatron.reshard.layout import engine_layout, trainer_layout
 from fipo_megatron.reshard.session import ON_DISK, TransportName, WeightSession
 from fipo_megatron.rollout.client import EngineUpdateError
 from fipo_megatron.trainer.actor import EngineClient, PolicyClient
@@ -161,24 +161,6 @@ def make_session(
         bucket_bytes=config.sync.bucket_mib << 20,
         verify=config.sync.verify,
     )
-
-
-def trainer_layout(parallel: ParallelConfig) -> TrainerLayout:
-    """The layout of the policy's ranks."""
-    return TrainerLayout(
-        tensor=parallel.tensor,
-        pipeline=parallel.pipeline,
-        virtual_pipeline=parallel.virtual_pipeline,
-        context=parallel.context,
-        data=parallel.data,
-        expert=parallel.expert,
-        expert_tensor=parallel.expert_tensor,
-    )
-
-
-def engine_layout(rollout: RolloutConfig) -> EngineLayout:
-    """The layout of the engines' workers."""
-    return EngineLayout(rollout.tensor, rollout.pipeline, rollout.expert_parallel, rollout.replicas)
 
 
 def pick_transport(config: Config, on_cpu: bool) -> TransportName:

@@ -17,6 +17,7 @@ import torch
 
 from fipo_megatron.config.schema import Config
 from fipo_megatron.model.hf_config import read_model_shape
+from fipo_megatron.reshard.layout import engine_layout, trainer_layout
 from fipo_megatron.reshard.session import WeightSession
 from fipo_megatron.trainer.layout_check import (
     MAX_PROMPT_TOKENS,
@@ -27,7 +28,6 @@ from fipo_megatron.trainer.layout_check import (
 )
 from fipo_megatron.trainer.layouts import LAYOUTS
 from fipo_megatron.trainer.policy_processes import run_policy
-from fipo_megatron.trainer.sync import engine_layout, trainer_layout
 from fipo_megatron.trainer.tiny_models import VOCAB, write_model
 from fipo_megatron.types import GenerationRequest, SamplingSettings
 from tests.parity.engine_process import EngineProcess

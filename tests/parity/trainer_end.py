@@ -17,10 +17,9 @@ from fipo_megatron.model.weight_map.entry import read_shard
 from fipo_megatron.model.weight_map.families import make_entries
 from fipo_megatron.parallel.groups import listening_socket
 from fipo_megatron.reshard.connect import connect_sender
-from fipo_megatron.reshard.layout import TrainerLayout
+from fipo_megatron.reshard.layout import TrainerLayout, engine_layout
 from fipo_megatron.reshard.session import TransportName, WeightSession
 from fipo_megatron.rollout.hf import folder_weights
-from fipo_megatron.trainer.sync import engine_layout
 
 
 class Weights:

@@ -5,7 +5,8 @@ from __future__ import annotations
 import pytest
 from megatron.core.parallel_state import RankGenerator
 
-from fipo_megatron.reshard.layout import EngineLayout, TrainerLayout
+from fipo_megatron.config.schema import Config
+from fipo_megatron.reshard.layout import EngineLayout, TrainerLayout, engine_layout, trainer_layout
 
 ORDER = "tp-cp-ep-dp-pp"  # of initialize_model_parallel
 
@@ -83,3 +84,16 @@ def test_experts_of_the_engines_workers() -> None:
     shared = EngineLayout(tensor=4, expert_parallel=True)
     assert [shared.experts_of_worker(6, rank) for rank in range(4)] == [range(2), range(2, 4), range(4, 5), range(5, 6)]
     assert EngineLayout(tensor=2, pipeline=3, replicas=4).num_workers == 24
+
+
+def test_layouts_of_a_configuration() -> None:
+    config = Config.model_validate(
+        {
+            "parallel": {"tensor": 2, "pipeline": 2, "context": 2, "data": 3, "expert": 4},
+            "rollout": {"tensor": 4, "pipeline": 2, "replicas": 3, "expert_parallel": True},
+        }
+    )
+    layout = trainer_layout(config.parallel)
+    assert layout == TrainerLayout(tensor=2, pipeline=2, context=2, data=3, expert=4)
+    assert layout.world_size == config.parallel.world_size
+    assert engine_layout(config.rollout) == EngineLayout(4, 2, True, 3)

@@ -14,10 +14,10 @@ import pytest
 from fipo_megatron.config.schema import Config, PlacementConfig
 from fipo_megatron.reshard.engine_views import ViewsRefusedError
 from fipo_megatron.reshard.execute import StaleWeightsError, WeightMismatchError
-from fipo_megatron.reshard.layout import EngineLayout, TrainerLayout
+from fipo_megatron.reshard.layout import TrainerLayout, engine_layout
 from fipo_megatron.reshard.session import WeightSession
 from fipo_megatron.rollout.client import EngineUpdateError
-from fipo_megatron.trainer.sync import WeightSync, engine_layout, make_session, pick_transport, trainer_layout
+from fipo_megatron.trainer.sync import WeightSync, make_session, pick_transport
 from fipo_megatron.types import TransferCost
 from tests.unit.reshard.shapes import QWEN2_32B, small_shape
 
@@ -192,17 +192,8 @@ def test_engines_read_what_is_on_disk_when_the_policy_has_written_it(transport: 
     assert restarted == []
 
 
-def test_layouts_and_transport_of_a_configuration(tmp_path: Path) -> None:
-    config = Config.model_validate(
-        {
-            "parallel": {"tensor": 2, "pipeline": 2, "context": 2, "data": 3, "expert": 4},
-            "rollout": {"tensor": 4, "pipeline": 2, "replicas": 3, "expert_parallel": True},
-        }
-    )
-    layout = trainer_layout(config.parallel)
-    assert layout == TrainerLayout(tensor=2, pipeline=2, context=2, data=3, expert=4)
-    assert layout.world_size == config.parallel.world_size
-    assert engine_layout(config.rollout) == EngineLayout(4, 2, True, 3)
+def test_transport_of_a_configuration(tmp_path: Path) -> None:
+    config = Config()
     assert pick_transport(config, on_cpu=True) == "shared_memory"
     assert pick_transport(config, on_cpu=False) == "collective"
     shared = config.model_copy(update={"placement": PlacementConfig(mode="colocated")})
