@@ -32,7 +32,7 @@ class EngineModel:
 
     shape: ModelShape
     gpu: Gpu
-    efficiencies: Efficiencies = Efficiencies()
+    efficiencies: Efficiencies = field(default_factory=Efficiencies)
     tensor: int = 1
     pipeline: int = 1
     expert_parallel: bool = False  # a worker holds whole experts, else a slice of each
@@ -89,9 +89,9 @@ class EngineModel:
         room = memory_share * self.gpu.memory_bytes - self.weight_bytes
         if room < self.kv_bytes_per_token:
             raise ValueError(
-                f"rollout.gpu_memory_utilization = {memory_share:g}: an engine's worker has {self.weight_bytes / 2**30:.1f}"
-                f" GiB of weights, which leaves no room for keys and values in that share of {self.gpu.name}; raise "
-                "rollout.tensor or rollout.pipeline"
+                f"rollout.gpu_memory_utilization = {memory_share:g}: an engine's worker has "
+                f"{self.weight_bytes / 2**30:.1f} GiB of weights, which leaves no room for keys and values in that "
+                f"share of {self.gpu.name}; raise rollout.tensor or rollout.pipeline"
             )
         return int(room / self.kv_bytes_per_token)
 
@@ -192,8 +192,8 @@ class EngineTrace:
 
 @dataclass
 class _Batching:
-    """The scheduler's state. Time jumps from one change of the batch to the next: between two, each step adds a token to
-    each sequence, and the steps' mean time is that at the mean number of tokens."""
+    """The scheduler's state. Time jumps from one change of the batch to the next: between two, each step adds a token
+    to each sequence, and the steps' mean time is that at the mean number of tokens."""
 
     model: EngineModel
     prompts: list[int]
