@@ -1,5 +1,7 @@
 """Schedules of pipelines beside their closed forms, a bound and one by hand."""
 
+from itertools import pairwise
+
 import numpy as np
 import pytest
 
@@ -46,7 +48,7 @@ def test_all_is_done_once_in_an_order_that_can_be(shape):
     ends = {}
     for stage, spans in enumerate(trace.stages):
         assert len({span.work for span in spans}) == len(spans) == 2 * chunks * microbatches
-        assert all(a.end_s <= b.start_s for a, b in zip(spans, spans[1:], strict=False))
+        assert all(a.end_s <= b.start_s for a, b in pairwise(spans))
         ends |= {(s.work.kind, s.work.chunk * stages + stage, s.work.microbatch): (s.start_s, s.end_s) for s in spans}
     last = stages * chunks - 1
     for (kind, place, microbatch), (start, _) in ends.items():
