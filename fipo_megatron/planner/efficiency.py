@@ -27,14 +27,16 @@ class Efficiencies:
     memory: float = _share(0.80, 0.70, 0.90, "of the memory's bandwidth, in copies and the optimizer's step")
     nvlink: float = _share(0.70, 0.55, 0.85, "of NVLink's bandwidth, in collectives of a node")
     network: float = _share(0.70, 0.50, 0.85, "of the network's bandwidth, in collectives over nodes")
-    host_link: float = _share(0.70, 0.50, 0.85, "of 64 GB/s (PCIe 5 x16), in copies between device and host")
+    host_link: float = _share(0.70, 0.50, 0.85, "of the link's bandwidth, in copies between device and host memory")
     prefill: float = _share(0.50, 0.35, 0.65, "of the FLOP/s, in an engine's prompts")
     decode: float = _share(0.60, 0.45, 0.75, "of the memory's bandwidth, in an engine's decoding steps")
     decode_matmul: float = _share(0.50, 0.35, 0.65, "of the FLOP/s, in decoding steps of many sequences")
     decode_step_s: float = _seconds(
         0.004, 0.008, 0.002, "fixed time of a decoding step: scheduling, sampling, launches"
     )
-    microbatch_s: float = _seconds(0.0, 0.0, 0.0, "fixed time of a microbatch's forward pass on a stage")
+    microbatch_s: float = _seconds(
+        0.0, 0.0, 0.0, "fixed time of a microbatch's forward pass on a stage; its backward pass takes twice that"
+    )
     call_s: float = _seconds(0.5, 1.0, 0.2, "fixed time of a call to all ranks: its data, its results")
     given: frozenset[str] = frozenset()  # names whose values have no range
 

@@ -19,6 +19,7 @@ class Gpu:
     network_bandwidth: float  # bytes per second in each direction, to other nodes
     gpus_per_node: int
     price_per_hour: float  # USD; a round number near on-demand list prices of 2025, to be replaced by one's own
+    host_bandwidth: float = 64e9  # bytes per second in each direction, to host memory; PCIe 5 x16
 
     def shared_by(self, num_processes: int) -> Gpu:
         """The part of each of so many processes that compute at once on one device."""
@@ -28,11 +29,6 @@ class Gpu:
             bf16_flops=self.bf16_flops / num_processes,
             memory_bandwidth=self.memory_bandwidth / num_processes,
         )
-
-    def link_bandwidth(self, num_ranks: int, stride: int = 1) -> float:
-        """Of the slowest link in a group of `num_ranks` ranks, each `stride` from the next, ranks of a node being
-        neighbours."""
-        return self.nvlink_bandwidth if num_ranks * stride <= self.gpus_per_node else self.network_bandwidth
 
 
 # Peaks and bandwidths: NVIDIA's data sheets of H100, H200, A100, B200 (SXM), of H800 and H20 as listed for China.
@@ -45,7 +41,7 @@ GPUS = {
         Gpu("h200-141gb", int(139.8 * GIB), 989e12, 4.8e12, 450e9, 50e9, 8, 3.5),
         Gpu("h800-80gb", int(79.1 * GIB), 989e12, 3.35e12, 200e9, 50e9, 8, 2.5),
         Gpu("h20-96gb", int(95.0 * GIB), 148e12, 4.0e12, 450e9, 50e9, 8, 1.5),
-        Gpu("a100-80gb", int(79.1 * GIB), 312e12, 2.04e12, 300e9, 25e9, 8, 1.8),
+        Gpu("a100-80gb", int(79.1 * GIB), 312e12, 2.04e12, 300e9, 25e9, 8, 1.8, 32e9),
         Gpu("b200-180gb", int(178.3 * GIB), 2250e12, 8.0e12, 900e9, 50e9, 8, 5.0),
         # One core of a server's CPU with AVX-512, float32: about what torch reaches in large products. Ranks "link" by
         # shared memory.

@@ -19,12 +19,6 @@ def test_known_ratios_of_the_data_sheets():
     )
 
 
-def test_groups_within_a_node_use_nvlink():
-    gpu = find_gpu("h100-80gb")
-    assert gpu.link_bandwidth(8) == gpu.link_bandwidth(2, stride=4) == 450e9
-    assert gpu.link_bandwidth(16) == gpu.link_bandwidth(2, stride=8) == 50e9
-
-
 def test_processes_that_share_a_device():
     half = find_gpu("cpu-core").shared_by(2)
     assert half.bf16_flops == find_gpu("cpu-core").bf16_flops / 2

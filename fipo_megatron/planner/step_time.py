@@ -1,0 +1,333 @@
+"""How long a step takes, by the phases that the loop times (trainer/loop.py), with a range, and what a run costs."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass, field
+
+import numpy as np
+
+from fipo_megatron.config.schema import Config
+from fipo_megatron.model.hf_config import ModelShape
+from fipo_megatron.planner.communication import (
+    Kind,
+    bandwidth,
+    pass_traffic,
+    replicas,
+    stage_weights,
+    sync_traffic,
+    update_traffic,
+    weight_bytes,
+)
+from fipo_megatron.planner.efficiency import Efficiencies
+from fipo_megatron.planner.engine_model import EngineModel
+from fipo_megatron.planner.flops import training_flops
+from fipo_megatron.planner.gpu import Gpu
+from fipo_megatron.planner.lengths import Lengths
+from fipo_megatron.planner.pass_time import MAIN_BYTES, MOMENT_BYTES, Microbatches, PassModel, pack
+
+ACCEPTANCE_RATE = 0.5  # of generated groups, with dynamic sampling: neither all right nor all wrong
+
+
+@dataclass(frozen=True)
+class Estimate:
+    """Expected, and with all efficiencies at the fast or the slow end of what is usual."""
+
+    low: float
+    expected: float
+    high: float
+
+    def __add__(self, other: Estimate) -> Estimate:
+        return Estimate(self.low + other.low, self.expected + other.expected, self.high + other.high)
+
+    def map(self, function: Callable[[float], float]) -> Estimate:
+        """Of a function of it; one that falls changes the ends."""
+        low, expected, high = (function(value) for value in (self.low, self.expected, self.high))
+        return Estimate(min(low, high), expected, max(low, high))
+
+
+@dataclass(frozen=True)
+class StepTime:
+    """A step's seconds, and what follows from them."""
+
+    phases: dict[str, Estimate]  # rollout, old_logprobs, train, sync: one after the other
+    parts: dict[str, Estimate]  # what `train` consists of
+    eval_s: Estimate  # of an evaluation, over the steps between two; not in a step's time
+    bubble: list[float]  # of each pipeline stage: the share of updates' passes in which it waits
+    communication: dict[Kind, float]  # bytes that the busiest rank sends in a step; sync: on average over ranks
+    num_microbatches: int  # of a rank, in all updates
+    imbalance: float  # how much longer than the mean the slowest data-parallel rank computes, in updates
+    num_generated: float  # samples; dynamic sampling drops some
+    num_trained: int
+    trained_tokens: float
+    num_gpus: int
+    steps: int
+    model_flops: float  # forward and backward passes of the samples that are trained on, nothing twice
+    peak_flops: float  # of the policy's GPUs, per second
+    price_per_hour: float  # of all GPUs
+    assumptions: dict[str, float] = field(default_factory=dict)  # inputs that neither config nor lengths have
+
+    @property
+    def step_s(self) -> Estimate:
+        """Of the synchronous loop: the sum of the phases."""
+        total = Estimate(0.0, 0.0, 0.0)
+        for phase in self.phases.values():
+            total = total + phase
+        return total
+
+    @property
+    def one_step_off_s(self) -> Estimate:
+        """Of a loop that samples the next batch meanwhile, on the engines' own GPUs. This project's does not."""
+        rollout = self.phases["rollout"]
+        low, expected, high = (
+            max(getattr(rollout, end), getattr(self.step_s, end) - getattr(rollout, end))
+            for end in ("low", "expected", "high")
+        )
+        return Estimate(low, expected, high)
+
+    @property
+    def tokens_per_gpu_s(self) -> Estimate:
+        """Trained tokens, prompts included, a second and GPU of all."""
+        return self.step_s.map(lambda s: self.trained_tokens / s / self.num_gpus)
+
+    @property
+    def mfu(self) -> Estimate:
+        """Model FLOPs utilisation of the updates: model_flops / (their seconds * peak_flops)."""
+        updates = self.parts["passes"] + self.parts["gradients"] + self.parts["optimizer"]
+        return updates.map(lambda s: self.model_flops / (s * self.peak_flops))
+
+    @property
+    def run_hours(self) -> Estimate:
+        """Of `trainer.steps` steps with their evaluations, without starts and checkpoints."""
+        return (self.step_s + self.eval_s).map(lambda s: s * self.steps / 3600)
+
+    @property
+    def gpu_hours(self) -> Estimate:
+        """Of the run, all GPUs."""
+        return self.run_hours.map(lambda hours: hours * self.num_gpus)
+
+    @property
+    def cost(self) -> Estimate:
+        """Of the run, in the currency of `Gpu.price_per_hour`."""
+        return self.run_hours.map(lambda hours: hours * self.price_per_hour)
+
+
+def predict_step(
+    config: Config,
+    shape: ModelShape,
+    lengths: Lengths,
+    gpu: Gpu,
+    efficiencies: Efficiencies | None = None,
+    *,
+    acceptance_rate: float = ACCEPTANCE_RATE,
+    reward_s: float = 0.0,
+    evaluation_problems: int | None = None,
+    seed: int = 0,
+) -> StepTime:
+    """A step of a run whose samples, trained on or dropped, have the distribution of `lengths`.
+
+    `acceptance_rate` is the share of generated groups that dynamic sampling keeps; `reward_s` what judging and other
+    work of the driver adds to a rollout; `evaluation_problems` those of each set (None: evaluation.num_problems).
+
+    Raises:
+        ValueError: an input out of its range, a sample that no microbatch can hold, or an engine without room.
+    """
+    if not 0 < acceptance_rate <= 1:
+        raise ValueError(f"acceptance_rate = {acceptance_rate:g}: must be above 0, at most 1")
+    efficiencies = efficiencies or Efficiencies()
+    rollout, parallel = config.rollout, config.parallel
+    num_trained = rollout.prompts_per_step * rollout.samples_per_prompt
+    batch = Batch.draw(config, shape, lengths, num_trained, seed)
+    ends = [
+        _Prediction(config, shape, lengths, gpu, at, batch, acceptance_rate, reward_s, evaluation_problems, seed)
+        for at in (efficiencies.fast(), efficiencies, efficiencies.slow())
+    ]
+    seconds = [end.seconds() for end in ends]
+    parts = {name: Estimate(*(of_end[name] for of_end in seconds)) for name in seconds[1]}
+    own_gpus = rollout.tensor * rollout.pipeline * rollout.replicas if config.placement.mode != "colocated" else 0
+    num_gpus = parallel.world_size + own_gpus
+    train = [parts[name] for name in ("passes", "gradients", "optimizer", "new_logprobs", "reload", "calls")]
+    return StepTime(
+        phases={name: parts[name] for name in ("rollout", "old_logprobs")}
+        | {"train": sum(train, Estimate(0.0, 0.0, 0.0)), "sync": parts["sync"]},
+        parts={name: parts[name] for name in ("passes", "gradients", "optimizer", "new_logprobs", "reload", "calls")},
+        eval_s=parts["eval"],
+        bubble=ends[1].bubble(),
+        communication=step_communication(config, shape, batch),
+        num_microbatches=sum(update.plan.num_microbatches for update in batch.updates),
+        imbalance=float(np.mean([update.plan.imbalance for update in batch.updates])),
+        num_generated=ends[1].num_batches * ends[1].prompts_per_batch * rollout.samples_per_prompt,
+        num_trained=num_trained,
+        trained_tokens=float(batch.lengths.sequence.sum()),
+        num_gpus=num_gpus,
+        steps=config.trainer.steps,
+        model_flops=training_flops(shape, batch.lengths.sequence - 1, int(batch.lengths.response.sum())),
+        peak_flops=gpu.bf16_flops * parallel.world_size,
+        price_per_hour=gpu.price_per_hour * num_gpus,
+        assumptions={"acceptance_rate": acceptance_rate, "reward_s": reward_s},
+    )
+
+
+@dataclass(frozen=True)
+class Batch:
+    """Samples of one step, and their microbatches."""
+
+    lengths: Lengths
+    whole: Microbatches  # of the log-probs' passes
+    updates: list[Microbatches]
+
+    @classmethod
+    def draw(cls, config: Config, shape: ModelShape, lengths: Lengths, num_samples: int, seed: int) -> Batch:
+        """Samples of a distribution, cut into the run's mini-batches."""
+        drawn = lengths.draw(num_samples, seed)
+        size = config.trainer.mini_batch_prompts * config.rollout.samples_per_prompt
+        updates = [
+            pack(config, shape, drawn, range(start, min(start + size, num_samples)))
+            for start in range(0, num_samples, size)
+        ]
+        return cls(drawn, pack(config, shape, drawn, range(num_samples)), updates)
+
+
+def step_communication(config: Config, shape: ModelShape, batch: Batch) -> dict[Kind, float]:
+    """Bytes that the busiest rank sends in a step, by kind: two passes of log-probs, the updates, the sync."""
+    recompute = config.trainer.recompute == "full"
+    by_stage: list[dict[Kind, float]] = []
+    for stage in range(config.parallel.pipeline):
+        sent: dict[Kind, float] = {"dp": len(batch.updates) * update_traffic(config, shape, stage)}
+        for held, passes, trains in [(batch.whole, 2, False), *((update, 1, True) for update in batch.updates)]:
+            busiest = int(held.tokens.sum(1).argmax())
+            tokens, rows = float(held.tokens[busiest].sum()), float(held.rows[busiest].sum())
+            traffic = pass_traffic(config, shape, stage, tokens, rows)
+            for kind in ("tp", "pp", "cp", "ep"):
+                forward = passes + (trains and recompute and kind != "pp")
+                amount = forward * traffic.forward.get(kind, 0.0) + trains * traffic.backward.get(kind, 0.0)
+                sent[kind] = sent.get(kind, 0.0) + amount
+        by_stage.append(sent)
+    busiest_of = {kind: max(sent[kind] for sent in by_stage) for kind in by_stage[0]}
+    return busiest_of | {"sync": sync_traffic(config, shape).per_rank}
+
+
+class _Prediction:
+    """All parts of a step at one set of efficiencies."""
+
+    def __init__(
+        self,
+        config: Config,
+        shape: ModelShape,
+        lengths: Lengths,
+        gpu: Gpu,
+        efficiencies: Efficiencies,
+        batch: Batch,
+        acceptance_rate: float,
+        reward_s: float,
+        evaluation_problems: int | None,
+        seed: int,
+    ) -> None:
+        self.config, self.shape, self.lengths, self.gpu, self.efficiencies = config, shape, lengths, gpu, efficiencies
+        self.batch, self.reward_s, self.evaluation_problems, self.seed = batch, reward_s, evaluation_problems, seed
+        self.passes = PassModel(config, shape, gpu, efficiencies)
+        self.updates = [self.passes.training_pass(update) for update in batch.updates]
+        rollout = config.rollout
+        self.engine = EngineModel(
+            shape,
+            gpu,
+            efficiencies,
+            rollout.tensor,
+            rollout.pipeline,
+            rollout.expert_parallel,
+            weight_bytes(config),
+        )
+        self.num_batches, self.prompts_per_batch = generation_batches(config, acceptance_rate)
+
+    def seconds(self) -> dict[str, float]:
+        """Of each part."""
+        efficiencies, config, batch = self.efficiencies, self.config, self.batch
+        gradients, optimizer = self.passes.update_s()
+        logprobs = self.passes.forward_pass(batch.whole).seconds
+        if config.algorithm.reference_kl_coef > 0:
+            reference = logprobs + efficiencies.call_s
+        else:
+            reference = 0.0
+        weights, state = self._offloaded_s()
+        rollout = self.num_batches * self._generation_s(self.prompts_per_batch, config.rollout.samples_per_prompt)
+        num_updates = len(batch.updates)
+        return {
+            "rollout": rollout + self.reward_s + weights,
+            "old_logprobs": logprobs + efficiencies.call_s + reference + weights,
+            "passes": sum(update.seconds for update in self.updates),
+            "gradients": num_updates * gradients,
+            "optimizer": num_updates * optimizer,
+            "new_logprobs": logprobs,
+            "reload": state,
+            "calls": (num_updates + 1) * efficiencies.call_s,
+            "sync": self._sync_s() + 2 * weights + state,
+            "eval": self._evaluation_s() / config.evaluation.every_steps,
+        }
+
+    def bubble(self) -> list[float]:
+        """Over all updates, of each stage."""
+        total = sum(update.seconds for update in self.updates)
+        busy = np.sum([update.busy_s for update in self.updates], axis=0)
+        return [float(share) for share in 1 - busy / total]
+
+    def _generation_s(self, num_prompts: int, samples_per_prompt: int) -> float:
+        """Until an engine has finished its share of the prompts, which are dealt out in turn (rollout/replicas.py). One
+        engine is followed, request by request: where each has many, all take about as long."""
+        rollout = self.config.rollout
+        if self.config.platform == "cpu":
+            kv_capacity = int((rollout.kv_cache_gib << 30) / self.engine.kv_bytes_per_token)
+        else:
+            kv_capacity = self.engine.kv_capacity_tokens(rollout.gpu_memory_utilization)
+        drawn = self.lengths.draw(-(-num_prompts // rollout.replicas) * samples_per_prompt, self.seed + 1)
+        return self.engine.generate(
+            drawn.prompt,
+            drawn.response,
+            max_concurrent=rollout.max_concurrent_sequences,
+            kv_capacity=kv_capacity,
+            samples_per_prompt=samples_per_prompt,
+        ).seconds
+
+    def _evaluation_s(self) -> float:
+        evaluation, num_sets = self.config.evaluation, max(1, len(self.config.data.eval))
+        problems = num_sets * (self.evaluation_problems or evaluation.num_problems)
+        return self._generation_s(problems, evaluation.samples_per_problem + evaluation.greedy)
+
+    def _sync_s(self) -> float:
+        """The busier end's bytes over its link, and with `sync.verify` the weights read twice to be added up."""
+        config, efficiencies = self.config, self.efficiencies
+        traffic = sync_traffic(config, self.shape)
+        link = bandwidth(config, self.gpu, efficiencies, "sync")
+        verify = 2 * traffic.per_worker if config.sync.verify else 0.0
+        read_s = (traffic.per_worker + verify) / (self.gpu.memory_bandwidth * efficiencies.memory)
+        return max(traffic.per_rank, traffic.per_worker) / link + read_s + efficiencies.call_s
+
+    def _offloaded_s(self) -> tuple[float, float]:
+        """Copies of one rank's weights, and of its optimizer's state, one way, with `trainer.offload`.
+
+        A sync takes both away and brings the weights back; a rollout takes those away, log-probs bring them back, and
+        an update the state (model/host_offload.py).
+        """
+        config = self.config
+        if not config.trainer.offload:
+            return 0.0, 0.0
+        width = weight_bytes(config)
+        dense, experts = replicas(config.parallel) if config.parallel.distributed_optimizer else (1, 1)
+        held = [stage_weights(self.shape, config.parallel, stage) for stage in range(config.parallel.pipeline)]
+        weights = max(of_stage.dense + of_stage.experts for of_stage in held) * width
+        share = max(of_stage.dense / dense + of_stage.experts / experts for of_stage in held)
+        state = share * (MOMENT_BYTES + (MAIN_BYTES if width == 2 else 0))
+        link = self.gpu.host_bandwidth * self.efficiencies.host_link
+        return weights / link, state / link
+
+
+def generation_batches(config: Config, acceptance_rate: float) -> tuple[float, int]:
+    """Generation batches of a step, and the prompts of each. Groups that are kept for the next step count there, so
+    that the number is then a mean; those that are dropped are generated for nothing."""
+    rollout, dynamic = config.rollout, config.dynamic_sampling
+    if not dynamic.enabled:
+        return 1.0, rollout.prompts_per_step
+    num_batches = rollout.prompts_per_step / (dynamic.generation_prompts * acceptance_rate)
+    if dynamic.surplus == "drop":
+        num_batches = math.ceil(num_batches - 1e-9)
+    return num_batches, dynamic.generation_prompts
