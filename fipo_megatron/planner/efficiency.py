@@ -20,24 +20,27 @@ class Efficiencies:
     """Shares of a device's peak, and fixed times. Attributes are what is expected; `slow` and `fast` are the ends of
     what is usual, all at once. A value that was given has no range."""
 
-    matmul: float = _share(0.60, 0.48, 0.70, "of the FLOP/s, in the layers' matrix products when training")
-    grouped_matmul: float = _share(0.35, 0.25, 0.45, "of the FLOP/s, in the matrix products of experts")
-    attention: float = _share(0.40, 0.30, 0.55, "of the FLOP/s, in attention over packed sequences when training")
-    head: float = _share(0.60, 0.50, 0.70, "of the FLOP/s, in the head's matrix products")
+    matmul: float = _share(0.45, 0.35, 0.65, "of the FLOP/s, in the layers' matrix products when training")
+    grouped_matmul: float = _share(
+        0.12, 0.08, 0.40, "of the FLOP/s, in the matrix products of experts, routing included"
+    )
+    attention: float = _share(0.35, 0.25, 0.50, "of the FLOP/s, in attention over packed sequences when training")
+    head: float = _share(0.40, 0.30, 0.65, "of the FLOP/s, in the head's matrix products")
     memory: float = _share(0.80, 0.70, 0.90, "of the memory's bandwidth, in copies and the optimizer's step")
     nvlink: float = _share(0.70, 0.55, 0.85, "of NVLink's bandwidth, in collectives of a node")
     network: float = _share(0.70, 0.50, 0.85, "of the network's bandwidth, in collectives over nodes")
     host_link: float = _share(0.70, 0.50, 0.85, "of the link's bandwidth, in copies between device and host memory")
     prefill: float = _share(0.50, 0.35, 0.65, "of the FLOP/s, in an engine's prompts")
-    decode: float = _share(0.60, 0.45, 0.75, "of the memory's bandwidth, in an engine's decoding steps")
+    decode: float = _share(0.50, 0.40, 0.65, "of the memory's bandwidth, in an engine's decoding steps")
     decode_matmul: float = _share(0.50, 0.35, 0.65, "of the FLOP/s, in decoding steps of many sequences")
     decode_step_s: float = _seconds(
-        0.004, 0.008, 0.002, "fixed time of a decoding step: scheduling, sampling, launches"
+        0.006, 0.010, 0.003, "fixed time of a decoding step: scheduling, sampling, launches"
     )
+    collective_s: float = _seconds(25e-6, 40e-6, 12e-6, "fixed time of a collective in a decoding step")
     microbatch_s: float = _seconds(
         0.0, 0.0, 0.0, "fixed time of a microbatch's forward pass on a stage; its backward pass takes twice that"
     )
-    call_s: float = _seconds(0.5, 1.0, 0.2, "fixed time of a call to all ranks: its data, its results")
+    call_s: float = _seconds(1.0, 3.0, 0.2, "fixed time of a call to all ranks: its data, its results")
     given: frozenset[str] = frozenset()  # names whose values have no range
 
     def slow(self) -> Efficiencies:
