@@ -39,30 +39,45 @@ class Microbatches:
     rows: np.ndarray  # of the head
     plan: PackingPlan
 
+    @classmethod
+    def of_plan(cls, config: Config, lengths: Lengths, plan: PackingPlan) -> Microbatches:
+        """What a plan of samples of `lengths` gives each microbatch."""
+        units = packing_units(config)
+        positions = lengths.sequence - 1.0  # the last token is a target only
+        padded = units.sequence_lens(lengths.sequence)
+        of_sample = np.stack([padded, positions * (positions + 1) / 2, lengths.response])
 
-def pack(config: Config, shape: ModelShape, lengths: Lengths, samples: Sequence[int]) -> Microbatches:
-    """The microbatches that the policy would make of samples (trainer/policy.py), by its own plan."""
+        def of(chosen: tuple[int, ...]) -> np.ndarray:
+            tokens, pairs, rows = of_sample[:, list(chosen)].sum(1)
+            return np.array([units.total_len(int(tokens)), pairs, rows])
+
+        held = np.array([[of(chosen) for chosen in rank] for rank in plan.microbatches])
+        return cls(held[..., 0], held[..., 1], held[..., 2], plan)
+
+
+def packing_units(config: Config) -> PackingUnits:
+    """Those of a layout."""
     parallel = config.parallel
-    units = PackingUnits(parallel.context, parallel.tensor if parallel.sequence_parallel else 1)
-    plan = plan_packing(
+    return PackingUnits(parallel.context, parallel.tensor if parallel.sequence_parallel else 1)
+
+
+def plan_samples(config: Config, shape: ModelShape, lengths: Lengths, samples: Sequence[int]) -> PackingPlan:
+    """The plan that the policy would make of samples (trainer/policy.py)."""
+    parallel = config.parallel
+    return plan_packing(
         samples,
         lengths.sequence,
         model_cost(shape).of(lengths.sequence, lengths.response),
-        units,
+        packing_units(config),
         data_size=parallel.data,
         microbatch_tokens=microbatch_tokens(config),
         microbatch_multiple=parallel.pipeline if parallel.virtual_pipeline else 1,
     )
-    positions = lengths.sequence - 1.0  # the last token is a target only
-    padded = units.sequence_lens(lengths.sequence)
-    of_sample = np.stack([padded, positions * (positions + 1) / 2, lengths.response])
 
-    def of(chosen: tuple[int, ...]) -> np.ndarray:
-        tokens, pairs, rows = of_sample[:, list(chosen)].sum(1)
-        return np.array([units.total_len(int(tokens)), pairs, rows])
 
-    held = np.array([[of(chosen) for chosen in rank] for rank in plan.microbatches])
-    return Microbatches(held[..., 0], held[..., 1], held[..., 2], plan)
+def pack(config: Config, shape: ModelShape, lengths: Lengths, samples: Sequence[int]) -> Microbatches:
+    """The microbatches that the policy would make of samples, by its own plan."""
+    return Microbatches.of_plan(config, lengths, plan_samples(config, shape, lengths, samples))
 
 
 @dataclass(frozen=True)
@@ -91,13 +106,15 @@ class PassModel:
 
     def forward_pass(self, microbatches: Microbatches) -> PassTime:
         """Log-probs: all microbatches through all stages."""
-        return self._pipeline(self._of_microbatches(self._forward, microbatches), None)
+        return self._pipeline(self.times(microbatches)[0], None)
 
     def training_pass(self, microbatches: Microbatches) -> PassTime:
         """Forward and backward passes of one update, one forward and one backward in turn."""
-        return self._pipeline(
-            self._of_microbatches(self._forward, microbatches), self._of_microbatches(self._backward, microbatches)
-        )
+        return self._pipeline(*self.times(microbatches))
+
+    def times(self, microbatches: Microbatches) -> tuple[np.ndarray, np.ndarray]:
+        """Seconds of forward and of backward passes, float64 [stages, chunks, data ranks, microbatches]."""
+        return self._of_microbatches(self._forward, microbatches), self._of_microbatches(self._backward, microbatches)
 
     def update_s(self) -> tuple[float, float]:
         """What follows on an update's passes: gradients and weights between data-parallel ranks, and the optimizer.

@@ -228,16 +228,7 @@ class _Prediction:
         self.batch, self.reward_s, self.evaluation_problems, self.seed = batch, reward_s, evaluation_problems, seed
         self.passes = PassModel(config, shape, gpu, efficiencies)
         self.updates = [self.passes.training_pass(update) for update in batch.updates]
-        rollout = config.rollout
-        self.engine = EngineModel(
-            shape,
-            gpu,
-            efficiencies,
-            rollout.tensor,
-            rollout.pipeline,
-            rollout.expert_parallel,
-            weight_bytes(config),
-        )
+        self.engine = make_engine(config, shape, gpu, efficiencies)
         self.num_batches, self.prompts_per_batch = generation_batches(config, acceptance_rate)
 
     def seconds(self) -> dict[str, float]:
@@ -249,7 +240,7 @@ class _Prediction:
             reference = logprobs + efficiencies.call_s
         else:
             reference = 0.0
-        weights, state = self._offloaded_s()
+        weights, state = offloaded_s(config, self.shape, self.gpu, efficiencies)
         rollout = self.num_batches * self._generation_s(self.prompts_per_batch, config.rollout.samples_per_prompt)
         num_updates = len(batch.updates)
         return {
@@ -261,7 +252,7 @@ class _Prediction:
             "new_logprobs": logprobs,
             "reload": state,
             "calls": (num_updates + 1) * efficiencies.call_s,
-            "sync": self._sync_s() + 2 * weights + state,
+            "sync": sync_s(config, self.shape, self.gpu, efficiencies) + 2 * weights + state,
             "eval": self._evaluation_s() / config.evaluation.every_steps,
         }
 
@@ -275,16 +266,12 @@ class _Prediction:
         """Until an engine has finished its share of the prompts, which are dealt out in turn (rollout/replicas.py). One
         engine is followed, request by request: where each has many, all take about as long."""
         rollout = self.config.rollout
-        if self.config.platform == "cpu":
-            kv_capacity = int((rollout.kv_cache_gib << 30) / self.engine.kv_bytes_per_token)
-        else:
-            kv_capacity = self.engine.kv_capacity_tokens(rollout.gpu_memory_utilization)
         drawn = self.lengths.draw(-(-num_prompts // rollout.replicas) * samples_per_prompt, self.seed + 1)
         return self.engine.generate(
             drawn.prompt,
             drawn.response,
             max_concurrent=rollout.max_concurrent_sequences,
-            kv_capacity=kv_capacity,
+            kv_capacity=kv_capacity(self.config, self.engine),
             samples_per_prompt=samples_per_prompt,
         ).seconds
 
@@ -293,32 +280,51 @@ class _Prediction:
         problems = num_sets * (self.evaluation_problems or evaluation.num_problems)
         return self._generation_s(problems, evaluation.samples_per_problem + evaluation.greedy)
 
-    def _sync_s(self) -> float:
-        """The busier end's bytes over its link, and with `sync.verify` the weights read twice to be added up."""
-        config, efficiencies = self.config, self.efficiencies
-        traffic = sync_traffic(config, self.shape)
-        link = bandwidth(config, self.gpu, efficiencies, "sync")
-        verify = 2 * traffic.per_worker if config.sync.verify else 0.0
-        read_s = (traffic.per_worker + verify) / (self.gpu.memory_bandwidth * efficiencies.memory)
-        return max(traffic.per_rank, traffic.per_worker) / link + read_s + efficiencies.call_s
 
-    def _offloaded_s(self) -> tuple[float, float]:
-        """Copies of one rank's weights, and of its optimizer's state, one way, with `trainer.offload`.
+def make_engine(config: Config, shape: ModelShape, gpu: Gpu, efficiencies: Efficiencies) -> EngineModel:
+    """One of the run's engines."""
+    rollout = config.rollout
+    return EngineModel(
+        shape, gpu, efficiencies, rollout.tensor, rollout.pipeline, rollout.expert_parallel, weight_bytes(config)
+    )
 
-        A sync takes both away and brings the weights back; a rollout takes those away, log-probs bring them back, and
-        an update the state (model/host_offload.py).
-        """
-        config = self.config
-        if not config.trainer.offload:
-            return 0.0, 0.0
-        width = weight_bytes(config)
-        dense, experts = replicas(config.parallel) if config.parallel.distributed_optimizer else (1, 1)
-        held = [stage_weights(self.shape, config.parallel, stage) for stage in range(config.parallel.pipeline)]
-        weights = max(of_stage.dense + of_stage.experts for of_stage in held) * width
-        share = max(of_stage.dense / dense + of_stage.experts / experts for of_stage in held)
-        state = share * (MOMENT_BYTES + (MAIN_BYTES if width == 2 else 0))
-        link = self.gpu.host_bandwidth * self.efficiencies.host_link
-        return weights / link, state / link
+
+def kv_capacity(config: Config, engine: EngineModel) -> int:
+    """Tokens whose keys and values an engine holds.
+
+    Raises:
+        ValueError: the weights leave no room.
+    """
+    if config.platform == "cpu":
+        return int((config.rollout.kv_cache_gib << 30) / engine.kv_bytes_per_token)
+    return engine.kv_capacity_tokens(config.rollout.gpu_memory_utilization)
+
+
+def sync_s(config: Config, shape: ModelShape, gpu: Gpu, efficiencies: Efficiencies) -> float:
+    """The busier end's bytes over its link, and with `sync.verify` the weights read twice to be added up."""
+    traffic = sync_traffic(config, shape)
+    link = bandwidth(config, gpu, efficiencies, "sync")
+    verify = 2 * traffic.per_worker if config.sync.verify else 0.0
+    read_s = (traffic.per_worker + verify) / (gpu.memory_bandwidth * efficiencies.memory)
+    return max(traffic.per_rank, traffic.per_worker) / link + read_s + efficiencies.call_s
+
+
+def offloaded_s(config: Config, shape: ModelShape, gpu: Gpu, efficiencies: Efficiencies) -> tuple[float, float]:
+    """Copies of one rank's weights, and of its optimizer's state, one way, with `trainer.offload`.
+
+    A sync takes both away and brings the weights back; a rollout takes those away, log-probs bring them back, and
+    an update the state (model/host_offload.py).
+    """
+    if not config.trainer.offload:
+        return 0.0, 0.0
+    width = weight_bytes(config)
+    dense, experts = replicas(config.parallel) if config.parallel.distributed_optimizer else (1, 1)
+    held = [stage_weights(shape, config.parallel, stage) for stage in range(config.parallel.pipeline)]
+    weights = max(of_stage.dense + of_stage.experts for of_stage in held) * width
+    share = max(of_stage.dense / dense + of_stage.experts / experts for of_stage in held)
+    state = share * (MOMENT_BYTES + (MAIN_BYTES if width == 2 else 0))
+    link = gpu.host_bandwidth * efficiencies.host_link
+    return weights / link, state / link
 
 
 def generation_batches(config: Config, acceptance_rate: float) -> tuple[float, int]:
