@@ -1,0 +1,89 @@
+"""Two constants from a run that was made: how fast its policy computes, and how fast its engines decode."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+
+import numpy as np
+
+from fipo_megatron.config.schema import Config
+from fipo_megatron.model.hf_config import ModelShape
+from fipo_megatron.planner.efficiency import Efficiencies, efficiency_fields
+from fipo_megatron.planner.gpu import Gpu
+from fipo_megatron.planner.lengths import Lengths
+from fipo_megatron.planner.step_time import predict_step
+
+PHASES = ("rollout", "old_logprobs", "train", "sync")
+TRAINER_SHARES = ("matmul", "grouped_matmul", "attention", "head")
+ENGINE_SHARES = ("prefill", "decode", "decode_matmul")
+ENGINE_TIMES = ("decode_step_s", "collective_s")
+HALVINGS = 60  # of the interval in which the trainer's constant is looked for
+
+
+def read_phases(run_folder: Path) -> tuple[dict[str, float], float]:
+    """Median seconds of each phase over a run's steps after the first, and the mean of their generation batches.
+
+    Raises:
+        ValueError: fewer than two steps are recorded.
+    """
+    rows = [json.loads(line) for line in (run_folder / "metrics.jsonl").read_text().splitlines()]
+    steps = [row for row in rows if "time/train_s" in row and row["step"] > 1]
+    if not steps:
+        raise ValueError(f"{run_folder}: metrics.jsonl has no step after the first, which is slow; run two or more")
+    phases = {name: float(np.median([row[f"time/{name}_s"] for row in steps])) for name in PHASES}
+    return phases, float(np.mean([row["rollout/generation_batches"] for row in steps]))
+
+
+def calibrate(
+    config: Config,
+    shape: ModelShape,
+    lengths: Lengths,
+    gpu: Gpu,
+    measured: Mapping[str, float],
+    efficiencies: Efficiencies | None = None,
+    acceptance_rate: float = 1.0,
+) -> Efficiencies:
+    """Efficiencies at which a run's phases come out as they were measured, its sync excepted.
+
+    One constant divides all shares of the trainer's FLOP/s, so that old log-probs and updates together take their
+    time; the other divides the engine's shares and multiplies its fixed times, so that the rollout does. What is not
+    scaled, links, memory and calls, stays as it is in `efficiencies`.
+
+    Raises:
+        ValueError: calls and links alone take longer than was measured, or shares would be above 1: another device.
+    """
+    start = efficiencies or Efficiencies()
+
+    def trainer_s(slowness: float) -> float:
+        at = _scaled(start, TRAINER_SHARES, (), slowness)
+        phases = predict_step(config, shape, lengths, gpu, at, acceptance_rate=acceptance_rate).phases
+        return phases["old_logprobs"].expected + phases["train"].expected
+
+    wanted = measured["old_logprobs"] + measured["train"]
+    fastest = max(getattr(start, name) for name in TRAINER_SHARES)  # where a share is 1
+    low, high = np.log(fastest), np.log(fastest) + 20.0
+    if not trainer_s(float(np.exp(low))) < wanted < trainer_s(float(np.exp(high))):
+        raise ValueError(
+            f"the run's log-probs and updates took {wanted:.3g} s, which no share of {gpu.name}'s FLOP/s explains: "
+            "name its device with --gpu, or lower --efficiency call_s"
+        )
+    for _ in range(HALVINGS):
+        middle = (low + high) / 2
+        low, high = (middle, high) if trainer_s(float(np.exp(middle))) < wanted else (low, middle)
+    found = _scaled(start, TRAINER_SHARES, (), float(np.exp(low)))
+    rollout = predict_step(config, shape, lengths, gpu, found, acceptance_rate=acceptance_rate).phases["rollout"]
+    return _scaled(found, ENGINE_SHARES, ENGINE_TIMES, measured["rollout"] / rollout.expected)
+
+
+def _scaled(efficiencies: Efficiencies, shares: tuple[str, ...], times: tuple[str, ...], slowness: float) -> Efficiencies:
+    """Shares divided and times multiplied; a share stays at most 1."""
+    values = {name: min(1.0, getattr(efficiencies, name) / slowness) for name in shares}
+    return efficiencies.with_values(**values, **{name: getattr(efficiencies, name) * slowness for name in times})
+
+
+def describe(efficiencies: Efficiencies) -> str:
+    """The values that have no range, as `--efficiency` takes them."""
+    names = [field.name for field in efficiency_fields() if field.name in efficiencies.given]
+    return " ".join(f"{name}={getattr(efficiencies, name):.4g}" for name in names)

@@ -1,0 +1,114 @@
+"""Seconds of passes: by hand on a device of 1 FLOP/s, and in proportion where a layout changes."""
+
+import numpy as np
+import pytest
+
+from fipo_megatron.config.schema import Config
+from fipo_megatron.planner.efficiency import Efficiencies, efficiency_fields
+from fipo_megatron.planner.flops import forward_flops
+from fipo_megatron.planner.gpu import Gpu
+from fipo_megatron.planner.lengths import Lengths
+from fipo_megatron.planner.pass_time import PassModel, pack
+from tests.unit.planner.test_flops import make_shape
+
+SHAPE = make_shape(num_layers=4, head_dim=4, vocab_size=64, qk_norm=False)
+PERFECT = Efficiencies().with_values(**{field.name: float(field.metadata["is_share"]) for field in efficiency_fields()})
+NO_LINKS = Gpu("one", 1, 1.0, 1e30, 1e30, 1e30, 8, 0.0)  # computes 1 FLOP/s, all else takes no time
+LENGTHS = Lengths(np.array([3, 4, 2, 3]), np.array([6, 5, 7, 6]))  # 9 tokens each, 8 positions
+
+
+def make_config(budget: int = 8, recompute: str = "none", **parallel: object) -> Config:
+    return Config.model_validate(
+        {"parallel": parallel, "trainer": {"microbatch_tokens": budget, "recompute": recompute}, "platform": "cpu"}
+    )
+
+
+def passes(config: Config, efficiencies: Efficiencies = PERFECT) -> tuple[float, float]:
+    """Seconds of a forward and of a training pass over all samples."""
+    model = PassModel(config, SHAPE, NO_LINKS, efficiencies)
+    held = pack(config, SHAPE, LENGTHS, range(4))
+    return model.forward_pass(held).seconds, model.training_pass(held).seconds
+
+
+def test_microbatches_hold_what_the_plan_says() -> None:
+    held = pack(make_config(budget=16, data=2), SHAPE, LENGTHS, range(4))
+    assert held.tokens.tolist() == [[16], [16]]
+    assert held.pairs.tolist() == [[72], [72]]  # 8 * 9 / 2 each
+    assert held.rows.sum() == 24
+    padded = pack(make_config(budget=16, context=3), SHAPE, LENGTHS, range(1))
+    assert padded.tokens.tolist() == [[12]]  # a multiple of 6
+
+
+def test_a_pass_takes_its_operations() -> None:
+    flops = forward_flops(SHAPE, np.full(4, 8), 24)
+    head = forward_flops(SHAPE, np.array([]), 24)
+    forward, training = passes(make_config())
+    assert forward == pytest.approx(flops)
+    assert training == pytest.approx(3 * flops + head)  # its logits are made again
+    attention = 4 * 4 * 16 * 4 * 36.0  # 4 * layers * heads * head_dim * pairs
+    assert passes(make_config(recompute="selective"))[1] == pytest.approx(3 * flops + head + attention)
+    assert passes(make_config(recompute="full"))[1] == pytest.approx(4 * flops)
+
+
+@pytest.mark.parametrize("parallel", [{"tensor": 2}, {"data": 2}, {"context": 2}], ids=str)
+def test_two_ranks_take_half(parallel) -> None:
+    assert passes(make_config(**parallel)) == pytest.approx(np.array(passes(make_config())) / 2)
+
+
+def test_each_efficiency_divides_its_own_part() -> None:
+    cost = {
+        "attention": 4 * 4 * 16 * 4 * 36.0,
+        "head": 2 * 8 * 64 * 24.0,
+        "matmul": 4 * 2 * (8 * 48 + 3 * 8 * 12) * 32.0,
+    }
+    whole = passes(make_config())[0]
+    assert sum(cost.values()) == pytest.approx(whole)
+    for name, flops in cost.items():
+        half = PERFECT.with_values(**{name: 0.5})
+        assert passes(make_config(), half)[0] == pytest.approx(whole + flops)
+    fixed = PERFECT.with_values(microbatch_s=7.0)
+    assert passes(make_config(), fixed) == pytest.approx((whole + 4 * 7, passes(make_config())[1] + 4 * 21))
+
+
+def test_a_pipeline_waits_while_it_fills() -> None:
+    """Without a head all stages take as long: 4 microbatches on 2 stages take 5 parts instead of 4."""
+    no_head = make_shape(num_layers=4, head_dim=4, vocab_size=1, qk_norm=False)
+    config = make_config(pipeline=2)
+    model = PassModel(config, no_head, NO_LINKS, PERFECT)
+    held = pack(config, no_head, LENGTHS, range(4))
+    time = model.training_pass(held)
+    assert time.seconds == pytest.approx(3 * forward_flops(no_head, np.full(4, 8), 0) / 2 * 5 / 4, rel=0.01)
+    assert time.bubble == pytest.approx([0.2, 0.2], abs=0.01)
+    interleaved = make_config(pipeline=2, virtual_pipeline=2)
+    time = PassModel(interleaved, no_head, NO_LINKS, PERFECT).training_pass(
+        pack(interleaved, no_head, LENGTHS, range(4))
+    )
+    assert time.bubble == pytest.approx([1 / 9, 1 / 9], abs=0.01)  # (p - 1) / (v m + p - 1)
+
+
+def test_links_add_their_seconds() -> None:
+    config = make_config(tensor=2)
+    slow = Gpu("slow", 1, 1.0, 1e30, 0.25, 0.25, 8, 0.0)
+    held = pack(config, SHAPE, LENGTHS, range(4))
+    hidden = 32 * 8 * 2  # bytes of all tokens
+    forward = PassModel(config, SHAPE, slow, PERFECT).forward_pass(held).seconds
+    assert forward == pytest.approx(passes(config)[0] + (4 * 2 + 1) * hidden / 0.25)
+
+
+def test_an_update_moves_gradients_and_state() -> None:
+    config = make_config(data=2)
+    gpu = Gpu("slow", 1, 1.0, 10.0, 2.0, 2.0, 8, 0.0)
+    weights = 4 * (8 * 48 + 3 * 8 * 12) + 2 * 64 * 8
+    communication, optimizer = PassModel(config, SHAPE, gpu, PERFECT).update_s()
+    assert communication == pytest.approx(0.5 * 6 * weights / 2.0)
+    assert optimizer == pytest.approx((12 * weights + 28 * weights / 2) / 10.0)
+
+
+def test_ranks_that_share_experts_meet_in_each_microbatch() -> None:
+    shape = make_shape(num_experts=8, experts_per_token=2, moe_intermediate_size=6, norm_topk_prob=True, vocab_size=64)
+    lengths = Lengths(np.array([1, 1, 1, 1]), np.array([8, 4, 8, 4]))
+    alone, together = (
+        PassModel(config, shape, NO_LINKS, PERFECT).forward_pass(pack(config, shape, lengths, range(4))).seconds
+        for config in (make_config(data=2), make_config(data=2, expert=2))
+    )
+    assert together >= alone
