@@ -12,6 +12,7 @@ import heapq
 from collections import deque
 from dataclasses import dataclass, field
 from functools import cached_property
+from typing import NamedTuple
 
 import numpy as np
 
@@ -20,6 +21,18 @@ from fipo_megatron.parallel.plan import ForwardCost
 from fipo_megatron.planner.efficiency import Efficiencies
 from fipo_megatron.planner.flops import model_cost, num_pairs
 from fipo_megatron.planner.gpu import Gpu
+
+
+class _StepParts(NamedTuple):
+    """Seconds of a decoding step over all stages of an engine."""
+
+    weights: float  # to read those that every token meets
+    expert: float  # to read one expert of each layer
+    read_token: float  # to read keys and values of one token
+    sequence: float  # to compute one sequence's token
+    attend_token: float  # to attend to one token
+    all_reduce: float  # of one sequence's token
+    fixed: float  # whatever the batch: of each stage, and of each all-reduce
 
 
 @dataclass(frozen=True)
@@ -105,17 +118,29 @@ class EngineModel:
     def decode_step_s(self, num_sequences: float, num_context_tokens: float) -> float:
         """Seconds in which each of `num_sequences` gets a token; they hold `num_context_tokens` together.
 
-        The longer of reading (weights, keys, values) and computing, the all-reduces, and a fixed time.
+        The longer of reading (weights, keys, values) and computing, the all-reduces, and fixed times.
         """
-        eff, gpu, stages = self.efficiencies, self.gpu, self.pipeline
-        in_part = num_sequences / stages  # of the sequences that a stage works on at once
-        experts = self.shape.num_layers * self.experts_hit(in_part) * self._expert_weights * self._expert_share
-        weights = (self._dense_weights / self.tensor + experts) * self.bytes_per_weight  # of all stages
-        read_s = (weights + num_context_tokens * self.kv_bytes_per_token * stages) / (gpu.memory_bandwidth * eff.decode)
-        cost = self._cost
-        flops = (cost.per_token + cost.per_response_token) * num_sequences + cost.per_pair * num_context_tokens
-        compute_s = flops / (gpu.bf16_flops * eff.decode_matmul * self.tensor)
-        return max(read_s, compute_s) + self._all_reduce_s(num_sequences) + stages * eff.decode_step_s
+        own = self._step_s
+        experts = self.experts_hit(num_sequences / self.pipeline)  # by the sequences that a stage works on at once
+        read_s = own.weights + experts * own.expert + num_context_tokens * own.read_token
+        compute_s = num_sequences * own.sequence + num_context_tokens * own.attend_token
+        return max(read_s, compute_s) + num_sequences * own.all_reduce + own.fixed
+
+    @cached_property
+    def _step_s(self) -> _StepParts:
+        shape, cost = self.shape, self._cost
+        read = self.gpu.memory_bandwidth * self.efficiencies.decode
+        compute = self.gpu.bf16_flops * self.efficiencies.decode_matmul * self.tensor
+        return _StepParts(
+            weights=self._dense_weights / self.tensor * self.bytes_per_weight / read,
+            expert=shape.num_layers * self._expert_weights * self._expert_share * self.bytes_per_weight / read,
+            read_token=self.kv_bytes_per_token * self.pipeline / read,
+            sequence=(cost.per_token + cost.per_response_token) / compute,
+            attend_token=cost.per_pair / compute,
+            all_reduce=self._all_reduce_s(1),
+            fixed=self.pipeline * self.efficiencies.decode_step_s
+            + (2 * shape.num_layers * self.efficiencies.collective_s if self.tensor > 1 else 0.0),
+        )
 
     def _all_reduce_s(self, num_tokens: float) -> float:
         """Two all-reduces a layer of the tokens' hidden states, in a ring: 2 (t - 1) / t of their bytes each."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from statistics import NormalDist
@@ -74,7 +74,7 @@ class Lengths:
         chosen = np.random.default_rng(seed).integers(len(self), size=num_samples)
         return Lengths(self.prompt[chosen], self.response[chosen])
 
-    def draw_groups(self, num_groups: int, group_size: int, seed: int, correlation: float) -> Lengths:
+    def draw_groups(self, num_groups: int, group_size: int, seed: int | Sequence[int], correlation: float) -> Lengths:
         """`num_groups` prompts, each with `group_size` responses one after the other.
 
         Responses of a prompt have like lengths: those are quantiles of the distribution at positions whose normal

@@ -30,7 +30,7 @@ DENSE = ModelShape(
 )
 WEIGHTS = 2 * 576 + 256
 EXPERTS = dataclasses.replace(DENSE, num_experts=6, experts_per_token=2, moe_intermediate_size=4)
-PERFECT = Efficiencies(nvlink=1, network=1, prefill=1, decode=1, decode_matmul=1, decode_step_s=0)
+PERFECT = Efficiencies(nvlink=1, network=1, prefill=1, decode=1, decode_matmul=1, decode_step_s=0, collective_s=0)
 GPU = Gpu("toy", 10_000, bf16_flops=1e6, memory_bandwidth=1e4, nvlink_bandwidth=1e3, network_bandwidth=1e2,
           gpus_per_node=4, price_per_hour=1)  # fmt: skip
 
@@ -82,6 +82,11 @@ def test_efficiencies_and_the_fixed_time_count():
     slow = dataclasses.replace(PERFECT, decode=0.5, decode_step_s=3.0)
     assert model(efficiencies=slow).decode_step_s(1, 0) == pytest.approx(2 * 2 * WEIGHTS / 1e4 + 3)
     assert model(efficiencies=slow, pipeline=2).decode_step_s(1, 0) == pytest.approx(2 * 2 * WEIGHTS / 1e4 + 6)
+    late = dataclasses.replace(PERFECT, collective_s=0.1)  # two a layer, where there are any
+    assert model(efficiencies=late).decode_step_s(1, 0) == model().decode_step_s(1, 0)
+    assert model(efficiencies=late, tensor=2).decode_step_s(1, 0) == pytest.approx(
+        model(tensor=2).decode_step_s(1, 0) + 0.4
+    )
     half = dataclasses.replace(PERFECT, decode_matmul=0.5, prefill=0.25)
     assert model(efficiencies=half).decode_step_s(1000, 0) == pytest.approx(2 * 1000 * 2 * WEIGHTS / 1e6)
     assert model(efficiencies=half).prefill_s(np.array([5])) == pytest.approx(4 * model().prefill_s(np.array([5])))
