@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -22,18 +22,33 @@ ENGINE_TIMES = ("decode_step_s", "collective_s")
 HALVINGS = 60  # of the interval in which the trainer's constant is looked for
 
 
-def read_phases(run_folder: Path) -> tuple[dict[str, float], float]:
-    """Median seconds of each phase over a run's steps after the first, and the mean of their generation batches.
+@dataclass(frozen=True)
+class Measured:
+    """Medians over a run's steps after the first."""
+
+    phases: dict[str, float]  # seconds
+    generation_batches: float
+
+    def acceptance_rate(self, config: Config) -> float:
+        """Share of generated groups at which a step takes as many generation batches."""
+        if not config.dynamic_sampling.enabled:
+            return 1.0
+        generated = config.dynamic_sampling.generation_prompts * self.generation_batches
+        return min(1.0, config.rollout.prompts_per_step / generated)
+
+
+def read_measured(run_folder: Path) -> Measured:
+    """What a run's metrics.jsonl says.
 
     Raises:
-        ValueError: fewer than two steps are recorded.
+        ValueError: no step after the first is recorded.
     """
     rows = [json.loads(line) for line in (run_folder / "metrics.jsonl").read_text().splitlines()]
     steps = [row for row in rows if "time/train_s" in row and row["step"] > 1]
     if not steps:
         raise ValueError(f"{run_folder}: metrics.jsonl has no step after the first, which is slow; run two or more")
     phases = {name: float(np.median([row[f"time/{name}_s"] for row in steps])) for name in PHASES}
-    return phases, float(np.mean([row["rollout/generation_batches"] for row in steps]))
+    return Measured(phases, float(np.median([row["rollout/generation_batches"] for row in steps])))
 
 
 def calibrate(
@@ -41,9 +56,8 @@ def calibrate(
     shape: ModelShape,
     lengths: Lengths,
     gpu: Gpu,
-    measured: Mapping[str, float],
+    measured: Measured,
     efficiencies: Efficiencies | None = None,
-    acceptance_rate: float = 1.0,
 ) -> Efficiencies:
     """Efficiencies at which a run's phases come out as they were measured, its sync excepted.
 
@@ -54,14 +68,14 @@ def calibrate(
     Raises:
         ValueError: calls and links alone take longer than was measured, or shares would be above 1: another device.
     """
-    start = efficiencies or Efficiencies()
+    start, acceptance_rate = efficiencies or Efficiencies(), measured.acceptance_rate(config)
 
     def trainer_s(slowness: float) -> float:
         at = _scaled(start, TRAINER_SHARES, (), slowness)
         phases = predict_step(config, shape, lengths, gpu, at, acceptance_rate=acceptance_rate).phases
         return phases["old_logprobs"].expected + phases["train"].expected
 
-    wanted = measured["old_logprobs"] + measured["train"]
+    wanted = measured.phases["old_logprobs"] + measured.phases["train"]
     fastest = max(getattr(start, name) for name in TRAINER_SHARES)  # where a share is 1
     low, high = np.log(fastest), np.log(fastest) + 20.0
     if not trainer_s(float(np.exp(low))) < wanted < trainer_s(float(np.exp(high))):
@@ -74,10 +88,12 @@ def calibrate(
         low, high = (middle, high) if trainer_s(float(np.exp(middle))) < wanted else (low, middle)
     found = _scaled(start, TRAINER_SHARES, (), float(np.exp(low)))
     rollout = predict_step(config, shape, lengths, gpu, found, acceptance_rate=acceptance_rate).phases["rollout"]
-    return _scaled(found, ENGINE_SHARES, ENGINE_TIMES, measured["rollout"] / rollout.expected)
+    return _scaled(found, ENGINE_SHARES, ENGINE_TIMES, measured.phases["rollout"] / rollout.expected)
 
 
-def _scaled(efficiencies: Efficiencies, shares: tuple[str, ...], times: tuple[str, ...], slowness: float) -> Efficiencies:
+def _scaled(
+    efficiencies: Efficiencies, shares: tuple[str, ...], times: tuple[str, ...], slowness: float
+) -> Efficiencies:
     """Shares divided and times multiplied; a share stays at most 1."""
     values = {name: min(1.0, getattr(efficiencies, name) / slowness) for name in shares}
     return efficiencies.with_values(**values, **{name: getattr(efficiencies, name) * slowness for name in times})
