@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from typing import NamedTuple
 
 import numpy as np
 
@@ -28,6 +29,8 @@ from fipo_megatron.planner.lengths import Lengths
 from fipo_megatron.planner.pass_time import MAIN_BYTES, MOMENT_BYTES, Microbatches, PassModel, pack
 
 ACCEPTANCE_RATE = 0.5  # of generated groups, with dynamic sampling: neither all right nor all wrong
+
+TRAIN_PARTS = ("passes", "gradients", "optimizer", "new_logprobs", "reload", "calls")
 
 
 @dataclass(frozen=True)
@@ -136,35 +139,37 @@ def predict_step(
     if not 0 < acceptance_rate <= 1:
         raise ValueError(f"acceptance_rate = {acceptance_rate:g}: must be above 0, at most 1")
     efficiencies = efficiencies or Efficiencies()
-    rollout, parallel = config.rollout, config.parallel
+    rollout, world_size = config.rollout, config.parallel.world_size
     num_trained = rollout.prompts_per_step * rollout.samples_per_prompt
     batch = Batch.draw(config, shape, lengths, num_trained, seed)
-    ends = [
-        _Prediction(config, shape, lengths, gpu, at, batch, acceptance_rate, reward_s, evaluation_problems, seed)
-        for at in (efficiencies.fast(), efficiencies, efficiencies.slow())
-    ]
-    seconds = [end.seconds() for end in ends]
-    parts = {name: Estimate(*(of_end[name] for of_end in seconds)) for name in seconds[1]}
+    given = _Given(config, shape, lengths, gpu, batch, acceptance_rate, reward_s, evaluation_problems, seed)
+    fast, expected, slow = (_Prediction(given, at) for at in (efficiencies.fast(), efficiencies, efficiencies.slow()))
+    parts = {
+        name: Estimate(fast.seconds[name], expected.seconds[name], slow.seconds[name]) for name in expected.seconds
+    }
+    train = {name: parts[name] for name in TRAIN_PARTS}
     own_gpus = rollout.tensor * rollout.pipeline * rollout.replicas if config.placement.mode != "colocated" else 0
-    num_gpus = parallel.world_size + own_gpus
-    train = [parts[name] for name in ("passes", "gradients", "optimizer", "new_logprobs", "reload", "calls")]
     return StepTime(
-        phases={name: parts[name] for name in ("rollout", "old_logprobs")}
-        | {"train": sum(train, Estimate(0.0, 0.0, 0.0)), "sync": parts["sync"]},
-        parts={name: parts[name] for name in ("passes", "gradients", "optimizer", "new_logprobs", "reload", "calls")},
+        phases={
+            "rollout": parts["rollout"],
+            "old_logprobs": parts["old_logprobs"],
+            "train": sum(train.values(), Estimate(0.0, 0.0, 0.0)),
+            "sync": parts["sync"],
+        },
+        parts=train,
         eval_s=parts["eval"],
-        bubble=ends[1].bubble(),
+        bubble=expected.bubble(),
         communication=step_communication(config, shape, batch),
         num_microbatches=sum(update.plan.num_microbatches for update in batch.updates),
-        imbalance=float(np.mean([update.plan.imbalance for update in batch.updates])),
-        num_generated=ends[1].num_batches * ends[1].prompts_per_batch * rollout.samples_per_prompt,
+        imbalance=batch.imbalance(config),
+        num_generated=math.prod(generation_batches(config, acceptance_rate)) * rollout.samples_per_prompt,
         num_trained=num_trained,
         trained_tokens=float(batch.lengths.sequence.sum()),
-        num_gpus=num_gpus,
+        num_gpus=world_size + own_gpus,
         steps=config.trainer.steps,
         model_flops=training_flops(shape, batch.lengths.sequence - 1, int(batch.lengths.response.sum())),
-        peak_flops=gpu.bf16_flops * parallel.world_size,
-        price_per_hour=gpu.price_per_hour * num_gpus,
+        peak_flops=gpu.bf16_flops * world_size,
+        price_per_hour=gpu.price_per_hour * (world_size + own_gpus),
         assumptions={"acceptance_rate": acceptance_rate, "reward_s": reward_s},
     )
 
@@ -188,6 +193,12 @@ class Batch:
         ]
         return cls(drawn, pack(config, shape, drawn, range(num_samples)), updates)
 
+    def imbalance(self, config: Config) -> float:
+        """Of the updates, on average: how much longer than the mean the slowest data-parallel rank computes."""
+        plans = [update.plan for update in self.updates]
+        meets_often = config.parallel.expert > 1  # in each microbatch
+        return float(np.mean([plan.synchronous_imbalance if meets_often else plan.imbalance for plan in plans]))
+
 
 def step_communication(config: Config, shape: ModelShape, batch: Batch) -> dict[Kind, float]:
     """Bytes that the busiest rank sends in a step, by kind: two passes of log-probs, the updates, the sync."""
@@ -208,51 +219,47 @@ def step_communication(config: Config, shape: ModelShape, batch: Batch) -> dict[
     return busiest_of | {"sync": sync_traffic(config, shape).per_rank}
 
 
+class _Given(NamedTuple):
+    config: Config
+    shape: ModelShape
+    lengths: Lengths
+    gpu: Gpu
+    batch: Batch
+    acceptance_rate: float
+    reward_s: float
+    evaluation_problems: int | None
+    seed: int
+
+
 class _Prediction:
     """All parts of a step at one set of efficiencies."""
 
-    def __init__(
-        self,
-        config: Config,
-        shape: ModelShape,
-        lengths: Lengths,
-        gpu: Gpu,
-        efficiencies: Efficiencies,
-        batch: Batch,
-        acceptance_rate: float,
-        reward_s: float,
-        evaluation_problems: int | None,
-        seed: int,
-    ) -> None:
-        self.config, self.shape, self.lengths, self.gpu, self.efficiencies = config, shape, lengths, gpu, efficiencies
-        self.batch, self.reward_s, self.evaluation_problems, self.seed = batch, reward_s, evaluation_problems, seed
-        self.passes = PassModel(config, shape, gpu, efficiencies)
-        self.updates = [self.passes.training_pass(update) for update in batch.updates]
-        self.engine = make_engine(config, shape, gpu, efficiencies)
-        self.num_batches, self.prompts_per_batch = generation_batches(config, acceptance_rate)
+    def __init__(self, given: _Given, efficiencies: Efficiencies) -> None:
+        self.given, self.efficiencies = given, efficiencies
+        self.passes = PassModel(given.config, given.shape, given.gpu, efficiencies)
+        self.updates = [self.passes.training_pass(update) for update in given.batch.updates]
+        self.engine = make_engine(given.config, given.shape, given.gpu, efficiencies)
+        self.seconds = self._seconds()
 
-    def seconds(self) -> dict[str, float]:
-        """Of each part."""
-        efficiencies, config, batch = self.efficiencies, self.config, self.batch
+    def _seconds(self) -> dict[str, float]:
+        given, config, call_s = self.given, self.given.config, self.efficiencies.call_s
+        num_updates = len(given.batch.updates)
         gradients, optimizer = self.passes.update_s()
-        logprobs = self.passes.forward_pass(batch.whole).seconds
-        if config.algorithm.reference_kl_coef > 0:
-            reference = logprobs + efficiencies.call_s
-        else:
-            reference = 0.0
-        weights, state = offloaded_s(config, self.shape, self.gpu, efficiencies)
-        rollout = self.num_batches * self._generation_s(self.prompts_per_batch, config.rollout.samples_per_prompt)
-        num_updates = len(batch.updates)
+        logprobs = self.passes.forward_pass(given.batch.whole).seconds
+        num_old = 2 if config.algorithm.reference_kl_coef > 0 else 1  # the reference policy's as well
+        weights, state = offloaded_s(config, given.shape, given.gpu, self.efficiencies)
+        num_batches, num_prompts = generation_batches(config, given.acceptance_rate)
+        rollout = num_batches * self._generation_s(num_prompts, config.rollout.samples_per_prompt)
         return {
-            "rollout": rollout + self.reward_s + weights,
-            "old_logprobs": logprobs + efficiencies.call_s + reference + weights,
+            "rollout": rollout + given.reward_s + weights,
+            "old_logprobs": num_old * (logprobs + call_s) + weights,
             "passes": sum(update.seconds for update in self.updates),
             "gradients": num_updates * gradients,
             "optimizer": num_updates * optimizer,
             "new_logprobs": logprobs,
             "reload": state,
-            "calls": (num_updates + 1) * efficiencies.call_s,
-            "sync": sync_s(config, self.shape, self.gpu, efficiencies) + 2 * weights + state,
+            "calls": (num_updates + 1) * call_s,
+            "sync": sync_s(config, given.shape, given.gpu, self.efficiencies) + 2 * weights + state,
             "eval": self._evaluation_s() / config.evaluation.every_steps,
         }
 
@@ -265,19 +272,19 @@ class _Prediction:
     def _generation_s(self, num_prompts: int, samples_per_prompt: int) -> float:
         """Until an engine has finished its share of the prompts, which are dealt out in turn (rollout/replicas.py). One
         engine is followed, request by request: where each has many, all take about as long."""
-        rollout = self.config.rollout
-        drawn = self.lengths.draw(-(-num_prompts // rollout.replicas) * samples_per_prompt, self.seed + 1)
+        given, rollout = self.given, self.given.config.rollout
+        drawn = given.lengths.draw(-(-num_prompts // rollout.replicas) * samples_per_prompt, given.seed + 1)
         return self.engine.generate(
             drawn.prompt,
             drawn.response,
             max_concurrent=rollout.max_concurrent_sequences,
-            kv_capacity=kv_capacity(self.config, self.engine),
+            kv_capacity=kv_capacity(given.config, self.engine),
             samples_per_prompt=samples_per_prompt,
         ).seconds
 
     def _evaluation_s(self) -> float:
-        evaluation, num_sets = self.config.evaluation, max(1, len(self.config.data.eval))
-        problems = num_sets * (self.evaluation_problems or evaluation.num_problems)
+        config, evaluation = self.given.config, self.given.config.evaluation
+        problems = max(1, len(config.data.eval)) * (self.given.evaluation_problems or evaluation.num_problems)
         return self._generation_s(problems, evaluation.samples_per_problem + evaluation.greedy)
 
 
