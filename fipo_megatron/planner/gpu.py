@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 GIB = 1 << 30
 
@@ -21,14 +21,7 @@ class Gpu:
     price_per_hour: float  # USD; a round number near on-demand list prices of 2025, to be replaced by one's own
     host_bandwidth: float = 64e9  # bytes per second in each direction, to host memory; PCIe 5 x16
 
-    def shared_by(self, num_processes: int) -> Gpu:
-        """The part of each of so many processes that compute at once on one device."""
-        return replace(
-            self,
-            memory_bytes=self.memory_bytes // num_processes,
-            bf16_flops=self.bf16_flops / num_processes,
-            memory_bandwidth=self.memory_bandwidth / num_processes,
-        )
+    num_shared: int | None = None  # devices that all ranks of a policy share; None: each has one
 
 
 # Peaks and bandwidths: NVIDIA's data sheets of H100, H200, A100, B200 (SXM), of H800 and H20 as listed for China.
@@ -43,9 +36,10 @@ GPUS = {
         Gpu("h20-96gb", int(95.0 * GIB), 148e12, 4.0e12, 450e9, 50e9, 8, 1.5),
         Gpu("a100-80gb", int(79.1 * GIB), 312e12, 2.04e12, 300e9, 25e9, 8, 1.8, 32e9),
         Gpu("b200-180gb", int(178.3 * GIB), 2250e12, 8.0e12, 900e9, 50e9, 8, 5.0),
-        # One core of a server's CPU with AVX-512, float32: about what torch reaches in large products. Ranks "link" by
-        # shared memory.
-        Gpu("cpu-core", 8 * GIB, 100e9, 10e9, 2e9, 2e9, 64, 0.05),
+        # A core of a server's CPU with AVX2 in float32, about what torch reaches in large products; "links" are gloo's
+        # over loopback, as measured. In the second all ranks take turns on two cores, which is the tests' machine.
+        Gpu("cpu-core", 8 * GIB, 100e9, 10e9, 1.7e9, 1.7e9, 64, 0.05),
+        Gpu("cpu-2cores", 8 * GIB, 100e9, 10e9, 1.7e9, 1.7e9, 64, 0.05, num_shared=2),
     )
 }
 

@@ -181,11 +181,18 @@ class PassModel:
 
     def _pipeline(self, forward: np.ndarray, backward: np.ndarray | None) -> PassTime:
         """Data-parallel ranks meet after the last microbatch, and ranks that share out experts in each: these are as
-        slow as the slowest in each, of others the one with the most work is followed."""
+        slow as the slowest in each, of others the one with the most work is followed.
+
+        Ranks that share devices (`Gpu.num_shared`) take turns: nobody waits in vain, but all work is done on those.
+        """
         both = forward if backward is None else forward + backward
         if self.config.parallel.expert > 1:
             trace = simulate_pipeline(forward.max(2), None if backward is None else backward.max(2))
         else:
             rank = int(both.sum((0, 1, 3)).argmax())
             trace = simulate_pipeline(forward[:, :, rank], None if backward is None else backward[:, :, rank])
-        return PassTime(trace.seconds, trace.bubble)
+        seconds = trace.seconds
+        if self.gpu.num_shared is not None:
+            ranks_at_once = self.config.parallel.tensor * self.config.parallel.context  # on each microbatch
+            seconds = max(seconds, float(both.sum()) * ranks_at_once / self.gpu.num_shared)
+        return PassTime(seconds, 1 - trace.busy_s / seconds)

@@ -15,14 +15,8 @@ def test_known_ratios_of_the_data_sheets():
     assert all(
         gpu.memory_bytes < 1e9 * float(name.rsplit("-", 1)[1].removesuffix("gb")) * 1.1
         for name, gpu in GPUS.items()
-        if name != "cpu-core"
+        if not name.startswith("cpu")
     )
-
-
-def test_processes_that_share_a_device():
-    half = find_gpu("cpu-core").shared_by(2)
-    assert half.bf16_flops == find_gpu("cpu-core").bf16_flops / 2
-    assert half.price_per_hour == find_gpu("cpu-core").price_per_hour
 
 
 def test_an_unknown_gpu_is_refused_with_those_that_are_known():

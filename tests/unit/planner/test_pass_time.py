@@ -1,5 +1,7 @@
 """Seconds of passes: by hand on a device of 1 FLOP/s, and in proportion where a layout changes."""
 
+import dataclasses
+
 import numpy as np
 import pytest
 
@@ -84,6 +86,22 @@ def test_a_pipeline_waits_while_it_fills() -> None:
         pack(interleaved, no_head, LENGTHS, range(4))
     )
     assert time.bubble == pytest.approx([1 / 9, 1 / 9], abs=0.01)  # (p - 1) / (v m + p - 1)
+
+
+def test_ranks_that_share_devices_take_turns() -> None:
+    """Two devices: of four data-parallel ranks two compute at once; of two stages with one microbatch one does."""
+    gpu, shared = NO_LINKS, dataclasses.replace(NO_LINKS, num_shared=2)
+
+    def ratio(config: Config) -> float:
+        held = pack(config, SHAPE, LENGTHS, range(4))
+        own, turns = (PassModel(config, SHAPE, device, PERFECT).training_pass(held).seconds for device in (gpu, shared))
+        return turns / own
+
+    assert ratio(make_config(data=4)) == pytest.approx(2, rel=0.03)  # the slowest rank has a little more than the mean
+    assert ratio(make_config(tensor=4)) == pytest.approx(2)
+    assert ratio(make_config(tensor=2)) == pytest.approx(1)
+    assert ratio(make_config(budget=32, pipeline=2)) == 1
+    assert 1 < ratio(make_config(budget=32, pipeline=2, tensor=4)) <= 2
 
 
 def test_links_add_their_seconds() -> None:
