@@ -64,3 +64,19 @@ def recompute_flops(shape: ModelShape, lengths: np.ndarray, num_head_rows: int, 
     if recompute not in layers:
         raise ValueError(f"trainer.recompute = {recompute!r}: must be one of {', '.join(layers)}")
     return layers[recompute] + cost.per_response_token * num_head_rows
+
+
+def elementwise_accesses(shape: ModelShape) -> tuple[float, float]:
+    """Elements that one token's forward pass reads or writes in a layer outside the matrix products, kernels fused:
+    those of the hidden states, and those that tensor-parallel ranks have a share of each.
+
+    Hidden states: two norms (in, out) and two residual sums (two in, one out); with experts also the copies that go to
+    them and come back. Shared: rotary embedding of queries and keys (in, out), the gated activation (two in, one out).
+    The backward pass has twice as many.
+    """
+    heads = shape.num_attention_heads + shape.num_key_value_heads
+    hidden, shared = 10.0 * shape.hidden_size, 2.0 * heads * shape.head_dim
+    if not shape.num_experts:
+        return hidden, shared + 3.0 * shape.intermediate_size
+    copies = shape.experts_per_token
+    return hidden + 2.0 * (copies + 1) * shape.hidden_size, shared + 3.0 * copies * shape.moe_intermediate_size

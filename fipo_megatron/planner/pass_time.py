@@ -20,7 +20,7 @@ from fipo_megatron.planner.communication import (
     weight_bytes,
 )
 from fipo_megatron.planner.efficiency import Efficiencies
-from fipo_megatron.planner.flops import model_cost
+from fipo_megatron.planner.flops import elementwise_accesses, model_cost
 from fipo_megatron.planner.gpu import Gpu
 from fipo_megatron.planner.lengths import Lengths
 from fipo_megatron.planner.pipeline import simulate_pipeline
@@ -162,12 +162,21 @@ class PassModel:
         matrices = (cost.per_token - experts) / efficiencies.matmul + experts / efficiencies.grouped_matmul
         return np.array(
             [
-                matrices / stages / peak,
+                matrices / stages / peak + self._elementwise_s() / stages,
                 cost.per_pair / efficiencies.attention / stages / peak,
                 cost.per_response_token / efficiencies.head / peak if stage == stages - 1 else 0.0,
                 efficiencies.microbatch_s,
             ]
         )
+
+    def _elementwise_s(self) -> float:
+        """Of one token in all layers; hidden states are shared out among tensor-parallel ranks by sequence parallelism
+        alone."""
+        parallel = self.config.parallel
+        hidden, shared = elementwise_accesses(self.shape)
+        accesses = hidden / (parallel.tensor if parallel.sequence_parallel else 1) + shared / parallel.tensor
+        num_bytes = self.shape.num_layers * accesses * weight_bytes(self.config) / parallel.context
+        return num_bytes / (self.gpu.memory_bandwidth * self.efficiencies.elementwise)
 
     def _of_microbatches(self, speeds: np.ndarray, held: Microbatches) -> np.ndarray:
         """Seconds, [stages, chunks, data ranks, microbatches]: a stage's layers are shared out evenly among its model

@@ -21,6 +21,7 @@ def test_constants_that_made_the_phases_are_found() -> None:
         grouped_matmul=start.grouped_matmul / 3,
         attention=start.attention / 3,
         head=start.head / 3,
+        elementwise=start.elementwise / 3,
         prefill=start.prefill / 2,
         decode=start.decode / 2,
         decode_matmul=start.decode_matmul / 2,

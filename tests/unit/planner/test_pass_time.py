@@ -104,6 +104,21 @@ def test_ranks_that_share_devices_take_turns() -> None:
     assert 1 < ratio(make_config(budget=32, pipeline=2, tensor=4)) <= 2
 
 
+def test_memory_adds_its_seconds() -> None:
+    slow = dataclasses.replace(NO_LINKS, memory_bandwidth=2.0)
+    half = PERFECT.with_values(elementwise=0.5)
+    for parallel, elements in (
+        ({}, 10 * 8 + 2 * 6 * 4 + 3 * 12),
+        ({"tensor": 2}, 10 * 8 + (2 * 6 * 4 + 3 * 12) / 2),
+        ({"tensor": 2, "sequence_parallel": True}, (10 * 8 + 2 * 6 * 4 + 3 * 12) / 2),
+        ({"context": 2}, (10 * 8 + 2 * 6 * 4 + 3 * 12) / 2),
+    ):
+        config = make_config(**parallel)
+        held = pack(config, SHAPE, LENGTHS, range(4))
+        found = PassModel(config, SHAPE, slow, half).forward_pass(held).seconds
+        assert found == pytest.approx(passes(config)[0] + 4 * 32 * elements * 2 / (2.0 * 0.5))
+
+
 def test_links_add_their_seconds() -> None:
     config = make_config(tensor=2)
     slow = Gpu("slow", 1, 1.0, 1e30, 0.25, 0.25, 8, 0.0)
