@@ -11,7 +11,7 @@ EXAMPLES = """\
 examples:
   tools/simulate.py configs/quickstart_cpu.yaml
   tools/simulate.py examples/fipo_qwen2.5_32b/config.yaml --plot step.png
-  tools/simulate.py examples/fipo_qwen2.5_32b/config.yaml parallel.data=64 parallel.tensor=1 --steps 1
+  tools/simulate.py examples/fipo_qwen2.5_32b/config.yaml parallel.data=64 rollout.replicas=256 --steps 1
   tools/simulate.py examples/fipo_qwen2.5_32b/config.yaml dynamic_sampling.surplus=keep --steps 8 --json
   tools/simulate.py examples/fipo_qwen2.5_32b/config.yaml --lengths RUN --input acceptance_rate=0.3
   tools/simulate.py examples/fipo_qwen2.5_32b/config.yaml --gpu h200-141gb --efficiency decode=0.6

@@ -277,7 +277,12 @@ def _policy_update(update: PassTrace, config: Config) -> PolicyUpdate:
 
 
 def check_limits(config: Config, lengths: Lengths) -> None:
-    """Raises ValueError for samples that a run of the configuration would not have."""
+    """Raises ValueError for an engine of which there is no model, and samples that a run would not have."""
+    if config.rollout.engine == "hf":
+        raise ValueError(
+            "rollout.engine = 'hf': samples a few responses after another, of which there is no model here; set "
+            "rollout.engine=vllm"
+        )
     for key, longest in (
         ("max_prompt_tokens", int(lengths.prompt.max())),
         ("max_response_tokens", int(lengths.response.max())),
@@ -302,7 +307,7 @@ def simulate_steps(
     """The first steps of a run; the same seed gives the same steps, but for the time that planning takes.
 
     Raises:
-        ValueError: a sample beyond the run's limits or that no microbatch can hold, or an engine without room.
+        ValueError: an engine without a model or without room, a sample beyond the run's limits or a microbatch.
         RuntimeError: too few groups pass the filter, as in a run.
     """
     check_limits(config, lengths)
