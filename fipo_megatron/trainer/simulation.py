@@ -276,8 +276,10 @@ def _policy_update(update: PassTrace, config: Config) -> PolicyUpdate:
     return PolicyUpdate(NO_STATISTICS, None, cost=cost)
 
 
-def check_limits(config: Config, lengths: Lengths) -> None:
-    """Raises ValueError for an engine of which there is no model, and samples that a run would not have."""
+def check_limits(config: Config, lengths: Lengths, gpu: Gpu) -> None:
+    """Raises ValueError for an engine and devices of which there is no model, and samples that a run would not have."""
+    if gpu.num_shared is not None:
+        raise ValueError(f"--gpu {gpu.name}: ranks that take turns on shared devices are not simulated; choose another")
     if config.rollout.engine == "hf":
         raise ValueError(
             "rollout.engine = 'hf': samples a few responses after another, of which there is no model here; set "
@@ -307,10 +309,11 @@ def simulate_steps(
     """The first steps of a run; the same seed gives the same steps, but for the time that planning takes.
 
     Raises:
-        ValueError: an engine without a model or without room, a sample beyond the run's limits or a microbatch.
+        ValueError: an engine or device of which there is no model, an engine without room, or a sample beyond the
+            run's limits or its microbatches.
         RuntimeError: too few groups pass the filter, as in a run.
     """
-    check_limits(config, lengths)
+    check_limits(config, lengths, gpu)
     rollout = SimulatedRollout(config, shape, gpu, efficiencies, lengths, inputs)
     model = PassModel(config, shape, gpu, efficiencies)
     update_end_s = sum(model.update_s())

@@ -84,6 +84,7 @@ def test_a_picture(tool, tmp_path):
         (["--steps", "0"], "--steps 0: must be at least 1"),
         (["--plot", "step.gif"], "--plot step.gif: must end in .svg or .png"),
         (["--gpu", "h1000"], "--gpu h1000: not known"),
+        (["--gpu", "cpu-2cores"], "--gpu cpu-2cores: ranks that take turns"),
         (["--input", "sigmas=1"], "--input sigmas=1: not known"),
         (["--efficiency", "decode=2"], "--efficiency decode=2: must be a share"),
         (["rollout.replica=2"], "rollout.replica: unknown key"),
