@@ -32,7 +32,7 @@ class Line(NamedTuple):
 
 TABLES: tuple[tuple[str, tuple[Line, ...]], ...] = (
     (
-        "Seconds of a step, without evaluation",
+        "Seconds of a step",
         (
             Line("time/rollout_s", "rollout"),
             Line("time/old_logprobs_s", "old log-probs"),
@@ -42,7 +42,7 @@ TABLES: tuple[tuple[str, tuple[Line, ...]], ...] = (
         ),
     ),
     (
-        "Time that is lost, in percent",
+        "Lost [%]",
         (
             Line("cost/imbalance_frac", "data-parallel imbalance: slowest rank over the mean", 100, ".2f", 0.03),
             Line("cost/packing_waste_frac", "packing waste: padding, avoidable microbatches", 100, ".2f", 0.02),
@@ -63,7 +63,7 @@ TABLES: tuple[tuple[str, tuple[Line, ...]], ...] = (
             Line("rollout/trained_groups", "groups trained on", form=",.0f"),
             Line("rollout/surplus_kept", "groups kept for the next step", form=",.0f"),
             Line("rollout/stale_samples", "samples of an older policy", form=",.0f"),
-            Line("rollout/age_mean", "updates of the weights since they were sampled, mean", form=".2f"),
+            Line("rollout/age_mean", "steps since they were sampled, mean", form=".2f"),
             Line("rollout/age_max", "the same, largest", form=".0f"),
             Line("rollout/response_tokens_mean", "response tokens, mean", form=",.0f"),
             Line("rollout/response_tokens_max", "response tokens, largest", form=",.0f"),
@@ -75,7 +75,7 @@ TABLES: tuple[tuple[str, tuple[Line, ...]], ...] = (
         ),
     ),
     (
-        "Planning, milliseconds of this processor",
+        "Planning [ms]",
         (
             Line("planning/step_ms", "all plans of a step"),
             Line("planning/ms_per_4096_samples", "for 4,096 samples", target=50.0),
@@ -100,7 +100,7 @@ def print_report(steps: Sequence[dict[str, float]]) -> None:
     stages = sorted((name for name in summary if name.startswith("bubble/")), key=lambda name: int(name[13:]))
     for title, lines in TABLES:
         shown = list(lines)
-        if title.startswith("Time that is lost"):
+        if title == "Lost [%]":
             place = next(i for i, line in enumerate(shown) if line.metric == "idle/data_ranks")
             shown[place:place] = [Line(name, f"pipeline bubble of stage {name[13:]}", 100, ".2f") for name in stages]
         rows = [_row(line, summary[line.metric]) for line in shown if line.metric in summary]
