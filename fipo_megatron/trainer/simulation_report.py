@@ -212,7 +212,8 @@ def _draw_update(ax: Any, step: SimulatedStep, config: Config) -> None:
         names = [f"data {row // num_stages}, stage {row % num_stages}" for row in range(num_rows)]
         ax.set_yticks(range(num_rows), names, fontsize=7)
     else:
-        ax.set_ylabel(f"data-parallel ranks, {num_stages} stages each")
+        ax.set_yticks(range(0, num_rows, 8 * num_stages), range(0, len(update.pipelines), 8))
+        ax.set_ylabel(f"data-parallel rank, {num_stages} stage{'s' * (num_stages > 1)} each")
     ax.set_xlabel("seconds")
     ax.set_title(
         f"First update: {update.plan.num_microbatches} microbatches a rank; tensor- and context-parallel ranks do the "
