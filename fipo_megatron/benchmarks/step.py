@@ -1,0 +1,403 @@
+"""An actor step, old log-probs and one update over the same samples: this project's packed policy beside padded loops.
+
+Both sides start from one Hugging Face folder and use one loss, one mini-batch and as many threads. Each is first
+compared with transformers in float64, a sample at a time without padding. The learning rate is 0, so that every step
+does the same work.
+"""
+
+from __future__ import annotations
+
+import gc
+import tempfile
+from collections.abc import Callable, Mapping
+from dataclasses import asdict, dataclass, field, replace
+from functools import partial
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+
+from fipo_megatron.benchmarks.comparison import describe_device
+from fipo_megatron.benchmarks.memory import peak_of_process, peak_on_cuda
+from fipo_megatron.benchmarks.operation import Workload
+from fipo_megatron.benchmarks.padded_step import PaddedSettings, PaddedStep
+from fipo_megatron.benchmarks.report import Row, Rows, Target, time_ratio
+from fipo_megatron.benchmarks.timing import Call, make_clock, measure, summarize
+from fipo_megatron.config.schema import AlgorithmConfig, Config, OptimizerConfig
+from fipo_megatron.parallel.packed import merge_response_rows
+from fipo_megatron.parallel.plan import microbatch_tokens
+from fipo_megatron.planner.lengths import Lengths
+from fipo_megatron.types import TrainingBatch
+
+if TYPE_CHECKING:
+    from fipo_megatron.trainer.policy import MegatronPolicy
+
+NAME = "step"
+AXES = ("vocab", "hidden", "intermediate", "layers", "heads", "key-value heads")
+# On CUDA Qwen2.5-1.5B. All have Qwen2's layers and tied embeddings.
+DEFAULT_SHAPES = {"cpu": (4096, 128, 384, 4, 4, 2), "cuda": (151936, 1536, 8960, 28, 12, 2)}
+DTYPES = ("float32", "bfloat16")
+OURS, PADDED, ROOF = "ours: packed", "padded, sdpa", "bare GEMMs"
+MIN_RATIO = {"cpu": 2.0, "cuda": 3.0}  # of the padded loop's time and ours
+# Of the largest value of a parameter's gradient, and of log-probs: beyond it a result is wrong. bfloat16 has 8 bits.
+MAX_GRAD_ERROR = {torch.float32: 1e-4, torch.bfloat16: 0.25}
+MAX_LOGPROB_ERROR = {torch.float32: 1e-4, torch.bfloat16: 0.25}
+GRAD_FLOOR = 1e-6  # of the largest of all gradients: a parameter whose own are below is judged by it
+DRIFT = 0.2  # standard deviation of the log-ratios that gradients are compared at: some tokens are clipped
+TIMEOUT_S = 6 * 3600
+
+Note = Callable[[str], None]
+
+
+@dataclass(frozen=True)
+class StepWorkload:
+    """What a step is made of, and how it is measured. It is sent to the process that measures."""
+
+    shape: tuple[int, ...]  # as AXES says
+    dtype: torch.dtype
+    device: torch.device
+    lengths: Lengths  # of the samples of the step, in the batch's order
+    padded_rows: int = 8  # samples of a padded micro-batch
+    microbatch_tokens: int | None = None  # of a packed one; None: the longest sample's, the trainer's default
+    num_threads: int = 1  # on a CPU
+    num_samples: int = 20  # of a variant's times
+    max_seconds: float = 20.0  # of these
+    with_memory: bool = True
+
+    @property
+    def padded(self) -> dict[str, PaddedSettings]:
+        """The loops beside ours; the first is the plain one, the last has no padding to compute."""
+        return {
+            PADDED: PaddedSettings(self.padded_rows),
+            "padded, eager": PaddedSettings(self.padded_rows, attention="eager"),
+            "padded by length, sdpa": PaddedSettings(self.padded_rows, sorted=True),
+            "one by one, sdpa": PaddedSettings(1),
+        }
+
+    def config(self, folder: Path) -> Config:
+        """The policy's run: one rank."""
+        return Config.model_validate({
+            "platform": self.device.type,
+            "model": {"path": str(folder), "dtype": str(self.dtype).removeprefix("torch.")},
+            "rollout": {
+                "max_prompt_tokens": int(self.lengths.prompt.max()),
+                "max_response_tokens": int(self.lengths.sequence.max() - self.lengths.prompt.max()),
+            },
+            "trainer": {"microbatch_tokens": self.microbatch_tokens or int(self.lengths.sequence.max())},
+        })  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Positions:
+    """What one forward pass over the batch computes."""
+
+    micro_batches: int
+    positions: int  # through the layers, padding included
+    padding: int  # of those
+    head_rows: int  # positions of which logits are computed
+
+
+@dataclass(frozen=True)
+class StepReport:
+    """What the measuring process found, by variant."""
+
+    problem: str | None = None  # a wrong result; then there are no times
+    abs_errors: Mapping[str, float] = field(default_factory=dict)  # from float64: log-probs, loss and gradients
+    # The worst parameter's: the largest difference over the largest value, from float64, and of ours from the padded
+    grad_errors: Mapping[str, float] = field(default_factory=dict)
+    ours_from_padded: float | None = None
+    times: Mapping[str, list[float]] = field(default_factory=dict)  # ms
+    peaks: Mapping[str, int | None] = field(default_factory=dict)  # bytes beside weights, gradients, optimizer state
+
+
+def run(workload: StepWorkload, note: Note) -> tuple[list[Row], StepReport]:
+    """A row a variant, and what they are from. The steps run in a process of their own.
+
+    Raises:
+        RuntimeError: a result of ours or of a padded loop is wrong, or the process failed.
+    """
+    from fipo_megatron.trainer.policy_processes import run_policy
+
+    with tempfile.TemporaryDirectory(prefix="fipo-step-") as place:
+        folder = Path(place) / "model"
+        note("writing the model ...")
+        write_model(workload, folder)
+        config = workload.config(folder)
+        load = ("load", (folder, config.optimizer))
+        _, [report] = run_policy(config, [load, (measure_steps, (workload,))], TIMEOUT_S)
+        if report.problem is not None:
+            raise RuntimeError(report.problem)
+        if workload.with_memory and workload.device.type == "cpu":
+            note(f"memory of {len(workload.padded) + 1} variants ...")
+            for name in (OURS, *workload.padded):
+                _, [peak] = run_policy(config, [load, (measure_peak, (workload, name))], TIMEOUT_S)
+                report = replace(report, peaks={**report.peaks, name: peak})
+    return [make_row(workload, report, name) for name in report.times], report
+
+
+def make_row(workload: StepWorkload, report: StepReport, name: str) -> Row:
+    """The row of a variant."""
+    times = asdict(summarize(report.times[name]))
+    del times["num_samples"]
+    roof = summarize(report.times[ROOF]).median_ms
+    return Row(
+        NAME,
+        name,
+        workload.shape,
+        str(workload.dtype).removeprefix("torch."),
+        describe_device(workload.device),
+        peak_bytes=report.peaks.get(name),
+        max_abs_err=report.abs_errors.get(name),
+        ratio_to_roof=None if name == ROOF else times["median_ms"] / roof,
+        **times,
+    )
+
+
+def targets(workload: StepWorkload, report: StepReport) -> list[Target]:
+    """Times of the plain padded loop and ours, and how far their gradients are apart."""
+    ratio, bound, found = MIN_RATIO[workload.device.type], MAX_GRAD_ERROR[workload.dtype], report.ours_from_padded
+
+    def error(rows: Rows) -> tuple[float, float] | None:
+        return None if found is None else (found, found)
+
+    return [
+        Target(f"{PADDED} >= {ratio:g} x ours", ratio, time_ratio(PADDED, OURS), at_least=True),
+        Target(f"gradients of both, largest relative difference <= {bound:g}", bound, error),
+    ]
+
+
+def count_positions(workload: StepWorkload) -> dict[str, Positions]:
+    """By variant. In packed samples the last token is a target alone, and has no position."""
+    from fipo_megatron.parallel.plan import PackingUnits, plan_packing
+
+    sequence, responses = workload.lengths.sequence, int(workload.lengths.response.sum())
+    plan = plan_packing(
+        range(len(sequence)), sequence, sequence.astype(float), PackingUnits(), data_size=1,
+        microbatch_tokens=microbatch_tokens(workload.config(Path("unread"))),
+    )  # fmt: skip
+    padding = plan.num_positions - plan.num_tokens
+    counts = {OURS: Positions(plan.num_microbatches, plan.num_positions, padding, responses)}
+    for name, settings in workload.padded.items():
+        chosen = settings.micro_batches(sequence)
+        positions = sum(len(samples) * int(sequence[samples].max()) for samples in chosen)
+        counts[name] = Positions(len(chosen), positions, positions - int(sequence.sum()), positions)
+    return counts
+
+
+def write_model(workload: StepWorkload, folder: Path) -> None:
+    """Random weights; norms around 1, and biases that are not 0, so that one left out is noticed."""
+    from transformers import AutoModelForCausalLM, Qwen2Config
+
+    vocab, hidden, intermediate, layers, heads, key_value_heads = workload.shape
+    torch.manual_seed(0)
+    model = AutoModelForCausalLM.from_config(
+        Qwen2Config(
+            vocab_size=vocab, hidden_size=hidden, intermediate_size=intermediate, num_hidden_layers=layers,
+            num_attention_heads=heads, num_key_value_heads=key_value_heads, tie_word_embeddings=True,
+            max_position_embeddings=int(workload.lengths.sequence.max()),
+            bos_token_id=None, eos_token_id=1, pad_token_id=0,
+        )
+    )  # fmt: skip
+    for name, parameter in model.named_parameters():
+        if parameter.dim() == 1:
+            torch.nn.init.normal_(parameter, mean=1.0 if "norm" in name else 0.0, std=0.1)
+    model.to(workload.dtype).save_pretrained(folder)
+
+
+def make_batch(workload: StepWorkload) -> TrainingBatch:
+    """Random tokens and advantages for the lengths."""
+    rng = np.random.default_rng(0)
+    lengths = workload.lengths
+    return TrainingBatch(
+        token_ids=rng.integers(2, workload.shape[0], int(lengths.sequence.sum())),
+        cu_seqlens=np.concatenate([[0], np.cumsum(lengths.sequence)]),
+        prompt_lens=lengths.prompt,
+        advantages=rng.normal(size=len(lengths)).astype(np.float32),
+    )
+
+
+# ---------------------------------------------------------------- in the measuring process
+
+
+def measure_steps(policy: MegatronPolicy, workload: StepWorkload) -> StepReport:
+    """Check every variant, then time all in turns."""
+    torch.set_num_threads(workload.num_threads)
+    batch = make_batch(workload)
+    loops = {name: _make_padded(policy, workload, name) for name in workload.padded}
+    report = check_steps(policy, workload, batch, loops)
+    if report.problem is not None:
+        return report
+    calls = {OURS: Call(partial(packed_step, policy, batch))}
+    calls |= {name: Call(partial(padded_step, loop, batch)) for name, loop in loops.items()}
+    peaks: dict[str, int | None] = {}
+    for name, call in calls.items():
+        call.run()  # for the first time: the optimizer's state is made
+        if workload.with_memory and workload.device.type == "cuda":
+            peaks[name] = peak_on_cuda(call.run, workload.device)
+    calls[ROOF] = make_products(workload)
+    _note("times ...")
+
+    def on_round(number: int) -> None:
+        if number % 5 == 0 or number == workload.num_samples:
+            _note(f"{number} of {workload.num_samples} rounds")
+
+    times = measure(
+        calls,
+        make_clock(workload.device),
+        num_samples=workload.num_samples,
+        max_seconds=workload.max_seconds,
+        on_round=on_round,
+    )
+    return replace(report, times=times, peaks=peaks)
+
+
+def measure_peak(policy: MegatronPolicy, workload: StepWorkload, name: str) -> int | None:
+    """Bytes by which this process grows in a variant's second step on a CPU."""
+    torch.set_num_threads(workload.num_threads)
+    batch = make_batch(workload)
+    step = packed_step if name == OURS else padded_step
+    run_step = partial(step, policy if name == OURS else _make_padded(policy, workload, name), batch)
+    run_step()
+    return peak_of_process(run_step)
+
+
+def packed_step(policy: MegatronPolicy, batch: TrainingBatch) -> None:
+    """The trainer's: old log-probs of the batch, and one update over all of it."""
+    parts = policy.logprobs(batch)
+    assert parts is not None, "one rank speaks for its tokens"
+    policy.update(replace(batch, old_logprobs=merge_response_rows(parts)), range(batch.num_samples), lr=0.0)
+
+
+def padded_step(loop: PaddedStep, batch: TrainingBatch) -> None:
+    """The same by a padded loop."""
+    loop.update(replace(batch, old_logprobs=loop.logprobs(batch)), lr=0.0)
+
+
+def check_steps(
+    policy: MegatronPolicy, workload: StepWorkload, batch: TrainingBatch, loops: Mapping[str, PaddedStep]
+) -> StepReport:
+    """How far log-probs, loss and gradients of every variant are from those of transformers in float64."""
+    from fipo_megatron.trainer.layout_check import loss_and_gradients
+
+    _note("float64 results ...")
+    settings = PaddedSettings(rows=1)
+    oracle = _load_padded(policy, settings, torch.float64)
+    logprobs = oracle.logprobs(batch)
+    drift = np.random.default_rng(1).normal(scale=DRIFT, size=len(logprobs))
+    drifted = replace(batch, old_logprobs=(logprobs - drift).astype(np.float32))
+    loss, oracle_grads = oracle.gradients(drifted)
+    exact = _Results(logprobs, loss, {name: grad.cpu() for name, grad in oracle_grads.items()})
+    del oracle, oracle_grads
+    gc.collect()
+
+    abs_errors, grad_errors, found = {}, {}, {}
+    for name in (OURS, *loops):
+        if name == OURS:
+            parts = policy.logprobs(batch)
+            assert parts is not None, "one rank speaks for its tokens"
+            loss, arrays = loss_and_gradients(policy, drifted, range(batch.num_samples))
+            grads = {key: torch.from_numpy(array) for key, array in arrays.items()}
+            results = _Results(merge_response_rows(parts), loss, grads)
+        else:
+            loss, grads = loops[name].gradients(drifted)
+            results = _Results(
+                loops[name].logprobs(batch), loss, {key: grad.cpu().clone() for key, grad in grads.items()}
+            )
+        abs_errors[name], grad_errors[name] = results.abs_error(exact), relative_error(results.grads, exact.grads)
+        logprob_error = float(np.abs(results.logprobs - exact.logprobs).max())
+        _note(f"{name}: log-probs off by {logprob_error:.1e}, gradients by {grad_errors[name]:.1e} of the largest")
+        bounds = (MAX_LOGPROB_ERROR[workload.dtype], MAX_GRAD_ERROR[workload.dtype])
+        if not (logprob_error <= bounds[0] and grad_errors[name] <= bounds[1]):
+            return StepReport(
+                f"{name}: log-probs are off by {logprob_error:.1e}, or gradients by {grad_errors[name]:.1e} of their "
+                f"largest value, more than {bounds[0]:g} and {bounds[1]:g}"
+            )
+        if name in (OURS, PADDED):
+            found[name] = results.grads
+    return StepReport(None, abs_errors, grad_errors, relative_error(found[OURS], found[PADDED]))
+
+
+@dataclass(frozen=True)
+class _Results:
+    logprobs: np.ndarray  # [R] in sample order
+    loss: float
+    grads: Mapping[str, torch.Tensor]  # by Hugging Face name
+
+    def abs_error(self, exact: _Results) -> float:
+        """The largest difference of anything."""
+        errors = [float(np.abs(self.logprobs - exact.logprobs).max()), abs(self.loss - exact.loss)]
+        errors += [float((grad - exact.grads[name]).abs().max()) for name, grad in self.grads.items()]
+        return max(errors)
+
+
+def relative_error(found: Mapping[str, torch.Tensor], exact: Mapping[str, torch.Tensor]) -> float:
+    """Of the worst parameter's gradient: the largest difference, over the largest value, or over GRAD_FLOOR of the
+    largest of all parameters.
+
+    Raises:
+        ValueError: they are of different parameters.
+    """
+    if found.keys() != exact.keys():
+        raise ValueError(f"gradients of {sorted(found.keys() ^ exact.keys())} are on one side alone")
+    largest = {name: float(grad.abs().max()) for name, grad in exact.items()}
+    floor = GRAD_FLOOR * max(largest.values())
+    errors = [
+        float((found[name].double() - grad.double()).abs().max()) / max(largest[name], floor)
+        for name, grad in exact.items()
+    ]
+    return float(np.max(errors))  # NaN if there is one
+
+
+def make_products(workload: StepWorkload) -> Call:
+    """The matrix products alone, over the tokens that there are: each layer's and the head's forward for the log-probs
+    and for the update, and both gradients. Without attention, a packed micro-batch's tokens at a time, into held memory.
+    """
+    vocab, hidden, intermediate, layers, heads, key_value_heads = workload.shape
+    num_positions = int(workload.lengths.sequence.sum()) - len(workload.lengths)
+    num_responses = int(workload.lengths.response.sum())
+    block = microbatch_tokens(workload.config(Path("unread")))
+    head_dim = hidden // heads
+    kinds = [  # (rows in all, width in, width out, times)
+        (num_positions, hidden, (heads + 2 * key_value_heads) * head_dim, layers),
+        (num_positions, heads * head_dim, hidden, layers),
+        (num_positions, hidden, 2 * intermediate, layers),
+        (num_positions, intermediate, hidden, layers),
+        (num_responses, hidden, vocab, 1),
+    ]
+
+    def make(*size: int) -> torch.Tensor:
+        return torch.ones(size, dtype=workload.dtype, device=workload.device)
+
+    held = []
+    for rows, width_in, width_out, times in kinds:
+        most = min(block, rows)
+        values, grads, outputs = make(most, width_in), make(most, width_in), make(most, width_out)
+        held.append((rows, times, values, grads, outputs, make(width_out, width_in), make(width_out, width_in)))
+
+    def run() -> None:
+        for rows, times, values, grads, outputs, weight, grad_weight in held:
+            for _ in range(times):
+                for start in range(0, rows, len(values)):
+                    n = min(len(values), rows - start)
+                    torch.mm(values[:n], weight.t(), out=outputs[:n])
+                    torch.mm(values[:n], weight.t(), out=outputs[:n])
+                    torch.mm(outputs[:n], weight, out=grads[:n])
+                    torch.mm(outputs[:n].t(), values[:n], out=grad_weight)
+
+    return Call(run)
+
+
+def _make_padded(policy: MegatronPolicy, workload: StepWorkload, name: str) -> PaddedStep:
+    return _load_padded(policy, workload.padded[name], workload.dtype)
+
+
+def _load_padded(policy: MegatronPolicy, settings: PaddedSettings, dtype: torch.dtype) -> PaddedStep:
+    config = policy.config
+    return PaddedStep(policy.folder, settings, config.algorithm, config.optimizer, dtype, policy.platform.device)
+
+
+def _note(text: str) -> None:
+    import sys
+
+    print(text, file=sys.stderr, flush=True)
