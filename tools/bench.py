@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import sys
 from collections.abc import Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
@@ -12,6 +13,7 @@ if TYPE_CHECKING:
 
     from fipo_megatron.benchmarks.operation import Operation, Workload
     from fipo_megatron.benchmarks.report import Row, Target
+    from fipo_megatron.benchmarks.step_workload import StepWorkload
 
 EXAMPLES = """\
 examples:
@@ -19,13 +21,21 @@ examples:
   tools/bench.py token_logprob --shape 512 151936 --others
   tools/bench.py linear_logprob --json > rows.jsonl
   tools/bench.py weight_sync --samples 5
+  tools/bench.py step --mean-response 256 --max-response 2048
+  tools/bench.py step --lengths runs/my_run --sequences 64 --threads 2
 
 Each variant is compared with float64 and then timed in turns (A B, B A). Names end in fwd, forward alone, or f+b,
 forward and backward; "+entropy" has the entropy and its gradient, too. More is in docs/benchmarks.md.
 exit status: 0 measured, 1 a result of ours is wrong, 2 unusable arguments
 """
 # operation: sizes of its shape
-AXES = {"token_logprob": "N V", "linear_logprob": "N V H", "future_kl_scan": "B L", "weight_sync": "V H L"}
+AXES = {
+    "token_logprob": "N V",
+    "linear_logprob": "N V H",
+    "future_kl_scan": "B L",
+    "weight_sync": "V H L",
+    "step": "V H I L Q K",
+}
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -33,6 +43,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     options = parse(arguments)
     if options.operation == "weight_sync":
         return run_weight_sync(options)
+    if options.operation == "step":
+        return run_step(options)
 
     from fipo_megatron.benchmarks.comparison import Settings, run_benchmark
     from fipo_megatron.benchmarks.operation import load_operation
@@ -90,6 +102,69 @@ def run_weight_sync(options: argparse.Namespace) -> int:
     return 0
 
 
+def run_step(options: argparse.Namespace) -> int:
+    """The exit status."""
+    from fipo_megatron.benchmarks import step, step_workload
+    from fipo_megatron.benchmarks.operation import Workload
+
+    try:
+        workload = find_step_workload(options)
+    except (ValueError, OSError) as error:
+        print(f"bench: {error}", file=sys.stderr)
+        return 2
+    try:
+        rows, report = step.run(workload, lambda text: print(text, file=sys.stderr, flush=True))
+    except RuntimeError as error:
+        print(f"bench: {error}", file=sys.stderr)
+        return 1
+    if options.json:
+        print("\n".join(row.to_json() for row in rows))
+        return 0
+    named = Workload(step.NAME, workload.shape, workload.dtype, workload.device)
+    threads = "" if workload.device.type == "cuda" else f", {workload.num_threads} threads"
+    print_tables(named, step_workload.AXES, step.targets(workload, report), rows, threads, options.markdown)
+    header, cells = step_workload.position_table(workload)
+    print_as(step_workload.describe_lengths(workload.lengths), header, cells, options.markdown)
+    return 0
+
+
+def find_step_workload(options: argparse.Namespace) -> StepWorkload:
+    """The step that is to be measured; ValueError for options that don't fit, OSError for a file that isn't there."""
+    import torch
+
+    from fipo_megatron.benchmarks import step_workload
+    from fipo_megatron.benchmarks.operation import default_dtype
+
+    device = find_device(options)
+    shape = tuple(options.shape or step_workload.DEFAULT_SHAPES[device.type])
+    if len(shape) != len(step_workload.AXES) or min(shape) < 1 or shape[1] % shape[4] or shape[4] % shape[5]:
+        raise ValueError(f"--shape: step takes 6 sizes, {AXES['step']}: H a multiple of Q heads, these of K")
+    names = ("samples", "seconds", "threads", "sequences", "padded_rows", "microbatch_tokens")
+    check_positive(options, names)
+    dtype = options.dtype or str(default_dtype(device)).removeprefix("torch.")
+    if dtype not in step_workload.DTYPES:
+        raise ValueError(f"--dtype {dtype}: step takes {' or '.join(step_workload.DTYPES)}")
+    lengths = step_workload.draw_lengths(
+        options.sequences, options.seed, options.lengths, options.mean_prompt, options.mean_response,
+        options.max_response, options.sigma,
+    )  # fmt: skip
+    longest = int(lengths.sequence.max())
+    if options.microbatch_tokens is not None and options.microbatch_tokens < longest:
+        raise ValueError(f"--microbatch-tokens {options.microbatch_tokens}: the longest sample has {longest} tokens")
+    return step_workload.StepWorkload(
+        shape,
+        getattr(torch, dtype),
+        device,
+        lengths,
+        options.padded_rows,
+        options.microbatch_tokens,
+        options.threads or 1,
+        options.samples,
+        options.seconds,
+        not options.no_memory,
+    )
+
+
 def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     """The options."""
     parser = argparse.ArgumentParser(
@@ -119,7 +194,31 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
         metavar="N",
         help="linear_logprob on a CPU: tokens of the memory's comparison with eager code (default: 2048)",
     )
+    add_step_options(parser.add_argument_group("step"))
     return parser.parse_args(arguments)
+
+
+def add_step_options(group: argparse._ArgumentGroup) -> None:
+    """Those that the step alone has."""
+    group.add_argument("--sequences", type=int, default=32, metavar="N", help="samples of a step (default: 32)")
+    group.add_argument(
+        "--lengths",
+        type=Path,
+        metavar="PATH",
+        help="draw their lengths from a run's recorded samples, or from lines of prompt and response tokens; default: "
+        "log-normal response lengths, cut at the most",
+    )
+    group.add_argument("--mean-prompt", type=float, default=32, metavar="N", help="tokens (default: 32)")
+    group.add_argument("--mean-response", type=float, default=128, metavar="N", help="tokens (default: 128)")
+    group.add_argument("--max-response", type=int, default=1024, metavar="N", help="tokens (default: 1024)")
+    group.add_argument("--sigma", type=float, default=1, metavar="S", help="of the lengths' logarithm (default: 1)")
+    group.add_argument("--seed", type=int, default=0, metavar="N", help="of the draw (default: 0)")
+    group.add_argument(
+        "--padded-rows", type=int, default=8, metavar="N", help="samples of a padded micro-batch (default: 8)"
+    )
+    group.add_argument(
+        "--microbatch-tokens", type=int, metavar="N", help="of a packed micro-batch (default: the longest sample's)"
+    )
 
 
 def find_workload(operation: Operation, options: argparse.Namespace) -> tuple[Workload, int]:
@@ -128,22 +227,35 @@ def find_workload(operation: Operation, options: argparse.Namespace) -> tuple[Wo
 
     from fipo_megatron.benchmarks.operation import Workload, default_dtype
 
-    device = torch.device(options.device or ("cuda" if torch.cuda.is_available() else "cpu"))
-    if device.type == "cuda" and not torch.cuda.is_available():
-        raise ValueError("--device cuda: torch finds none; leave it out, or install a build of torch for CUDA")
+    device = find_device(options)
     shape = tuple(options.shape or operation.default_shapes[device.type])
     if len(shape) != len(operation.axes) or min(shape) < 1:
         raise ValueError(f"--shape: {operation.name} takes {len(operation.axes)} sizes, {AXES[operation.name]}")
-    for name in ("samples", "seconds", "threads"):
-        value = getattr(options, name)
-        if value is not None and value <= 0:
-            raise ValueError(f"--{name} {value}: give a number above 0")
+    check_positive(options, ("samples", "seconds", "threads"))
     is_scan = operation.name == "future_kl_scan"
     if is_scan and options.dtype not in (None, "float32"):
         raise ValueError(f"--dtype {options.dtype}: the scan takes float32")
     dtype: torch.dtype = getattr(torch, options.dtype) if options.dtype else default_dtype(device)
     dtype = torch.float32 if is_scan else dtype
     return Workload(operation.name, shape, dtype, device), options.threads or torch.get_num_threads()
+
+
+def find_device(options: argparse.Namespace) -> torch.device:
+    """The device that was asked for, or what there is; ValueError where there is none."""
+    import torch
+
+    device = torch.device(options.device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    if device.type == "cuda" and not torch.cuda.is_available():
+        raise ValueError("--device cuda: torch finds none; leave it out, or install a build of torch for CUDA")
+    return device
+
+
+def check_positive(options: argparse.Namespace, names: Sequence[str]) -> None:
+    """ValueError for one that is given and not above 0."""
+    for name in names:
+        value = getattr(options, name)
+        if value is not None and value <= 0:
+            raise ValueError(f"--{name.replace('_', '-')} {value}: give a number above 0")
 
 
 def print_report(
@@ -164,21 +276,24 @@ def print_tables(
 ) -> None:
     """Both tables of a benchmark."""
     from fipo_megatron.benchmarks.comparison import describe_device
-    from fipo_megatron.benchmarks.report import HEADER, format_row, judge_targets, markdown_table
-    from fipo_megatron.observability.progress import print_table
+    from fipo_megatron.benchmarks.report import HEADER, format_row, judge_targets
 
     sizes = " x ".join(f"{size} {axis}" for size, axis in zip(workload.shape, axes, strict=True))
     device = describe_device(workload.device)
     title = f"{workload.operation}, {sizes}, {str(workload.dtype).removeprefix('torch.')}, {device}{threads}"
-    tables: list[tuple[str, Sequence[str], Sequence[Sequence[str]]]] = [
-        (title, HEADER, [format_row(row) for row in rows]),
-        ("Targets", ("target", "measured", ""), judge_targets(targets, rows)),
-    ]
-    for caption, header, cells in tables:
-        if as_markdown:
-            print(f"{caption}:\n\n{markdown_table(header, cells)}\n")
-        else:
-            print_table(caption, header, cells)
+    print_as(title, HEADER, [format_row(row) for row in rows], as_markdown)
+    print_as("Targets", ("target", "measured", ""), judge_targets(targets, rows), as_markdown)
+
+
+def print_as(caption: str, header: Sequence[str], cells: Sequence[Sequence[str]], as_markdown: bool) -> None:
+    """One table."""
+    from fipo_megatron.benchmarks.report import markdown_table
+    from fipo_megatron.observability.progress import print_table
+
+    if as_markdown:
+        print(f"{caption}:\n\n{markdown_table(header, cells)}\n")
+    else:
+        print_table(caption, header, cells)
 
 
 if __name__ == "__main__":

@@ -8,37 +8,32 @@ does the same work.
 from __future__ import annotations
 
 import gc
+import sys
 import tempfile
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, field, replace
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
 
 from fipo_megatron.benchmarks.comparison import describe_device
 from fipo_megatron.benchmarks.memory import peak_of_process, peak_on_cuda
-from fipo_megatron.benchmarks.operation import Workload
 from fipo_megatron.benchmarks.padded_step import PaddedSettings, PaddedStep
 from fipo_megatron.benchmarks.report import Row, Rows, Target, time_ratio
+from fipo_megatron.benchmarks.step_workload import OURS, PADDED, StepWorkload, make_batch, write_model
 from fipo_megatron.benchmarks.timing import Call, make_clock, measure, summarize
-from fipo_megatron.config.schema import AlgorithmConfig, Config, OptimizerConfig
 from fipo_megatron.parallel.packed import merge_response_rows
 from fipo_megatron.parallel.plan import microbatch_tokens
-from fipo_megatron.planner.lengths import Lengths
 from fipo_megatron.types import TrainingBatch
 
 if TYPE_CHECKING:
     from fipo_megatron.trainer.policy import MegatronPolicy
 
 NAME = "step"
-AXES = ("vocab", "hidden", "intermediate", "layers", "heads", "key-value heads")
-# On CUDA Qwen2.5-1.5B. All have Qwen2's layers and tied embeddings.
-DEFAULT_SHAPES = {"cpu": (4096, 128, 384, 4, 4, 2), "cuda": (151936, 1536, 8960, 28, 12, 2)}
-DTYPES = ("float32", "bfloat16")
-OURS, PADDED, ROOF = "ours: packed", "padded, sdpa", "bare GEMMs"
+ROOF = "bare GEMMs"
 MIN_RATIO = {"cpu": 2.0, "cuda": 3.0}  # of the padded loop's time and ours
 # Of the largest value of a parameter's gradient, and of log-probs: beyond it a result is wrong. bfloat16 has 8 bits.
 MAX_GRAD_ERROR = {torch.float32: 1e-4, torch.bfloat16: 0.25}
@@ -51,54 +46,6 @@ Note = Callable[[str], None]
 
 
 @dataclass(frozen=True)
-class StepWorkload:
-    """What a step is made of, and how it is measured. It is sent to the process that measures."""
-
-    shape: tuple[int, ...]  # as AXES says
-    dtype: torch.dtype
-    device: torch.device
-    lengths: Lengths  # of the samples of the step, in the batch's order
-    padded_rows: int = 8  # samples of a padded micro-batch
-    microbatch_tokens: int | None = None  # of a packed one; None: the longest sample's, the trainer's default
-    num_threads: int = 1  # on a CPU
-    num_samples: int = 20  # of a variant's times
-    max_seconds: float = 20.0  # of these
-    with_memory: bool = True
-
-    @property
-    def padded(self) -> dict[str, PaddedSettings]:
-        """The loops beside ours; the first is the plain one, the last has no padding to compute."""
-        return {
-            PADDED: PaddedSettings(self.padded_rows),
-            "padded, eager": PaddedSettings(self.padded_rows, attention="eager"),
-            "padded by length, sdpa": PaddedSettings(self.padded_rows, sorted=True),
-            "one by one, sdpa": PaddedSettings(1),
-        }
-
-    def config(self, folder: Path) -> Config:
-        """The policy's run: one rank."""
-        return Config.model_validate({
-            "platform": self.device.type,
-            "model": {"path": str(folder), "dtype": str(self.dtype).removeprefix("torch.")},
-            "rollout": {
-                "max_prompt_tokens": int(self.lengths.prompt.max()),
-                "max_response_tokens": int(self.lengths.sequence.max() - self.lengths.prompt.max()),
-            },
-            "trainer": {"microbatch_tokens": self.microbatch_tokens or int(self.lengths.sequence.max())},
-        })  # fmt: skip
-
-
-@dataclass(frozen=True)
-class Positions:
-    """What one forward pass over the batch computes."""
-
-    micro_batches: int
-    positions: int  # through the layers, padding included
-    padding: int  # of those
-    head_rows: int  # positions of which logits are computed
-
-
-@dataclass(frozen=True)
 class StepReport:
     """What the measuring process found, by variant."""
 
@@ -107,6 +54,7 @@ class StepReport:
     # The worst parameter's: the largest difference over the largest value, from float64, and of ours from the padded
     grad_errors: Mapping[str, float] = field(default_factory=dict)
     ours_from_padded: float | None = None
+    num_positions: int = 0  # of the policy's own plan
     times: Mapping[str, list[float]] = field(default_factory=dict)  # ms
     peaks: Mapping[str, int | None] = field(default_factory=dict)  # bytes beside weights, gradients, optimizer state
 
@@ -167,56 +115,6 @@ def targets(workload: StepWorkload, report: StepReport) -> list[Target]:
     ]
 
 
-def count_positions(workload: StepWorkload) -> dict[str, Positions]:
-    """By variant. In packed samples the last token is a target alone, and has no position."""
-    from fipo_megatron.parallel.plan import PackingUnits, plan_packing
-
-    sequence, responses = workload.lengths.sequence, int(workload.lengths.response.sum())
-    plan = plan_packing(
-        range(len(sequence)), sequence, sequence.astype(float), PackingUnits(), data_size=1,
-        microbatch_tokens=microbatch_tokens(workload.config(Path("unread"))),
-    )  # fmt: skip
-    padding = plan.num_positions - plan.num_tokens
-    counts = {OURS: Positions(plan.num_microbatches, plan.num_positions, padding, responses)}
-    for name, settings in workload.padded.items():
-        chosen = settings.micro_batches(sequence)
-        positions = sum(len(samples) * int(sequence[samples].max()) for samples in chosen)
-        counts[name] = Positions(len(chosen), positions, positions - int(sequence.sum()), positions)
-    return counts
-
-
-def write_model(workload: StepWorkload, folder: Path) -> None:
-    """Random weights; norms around 1, and biases that are not 0, so that one left out is noticed."""
-    from transformers import AutoModelForCausalLM, Qwen2Config
-
-    vocab, hidden, intermediate, layers, heads, key_value_heads = workload.shape
-    torch.manual_seed(0)
-    model = AutoModelForCausalLM.from_config(
-        Qwen2Config(
-            vocab_size=vocab, hidden_size=hidden, intermediate_size=intermediate, num_hidden_layers=layers,
-            num_attention_heads=heads, num_key_value_heads=key_value_heads, tie_word_embeddings=True,
-            max_position_embeddings=int(workload.lengths.sequence.max()),
-            bos_token_id=None, eos_token_id=1, pad_token_id=0,
-        )
-    )  # fmt: skip
-    for name, parameter in model.named_parameters():
-        if parameter.dim() == 1:
-            torch.nn.init.normal_(parameter, mean=1.0 if "norm" in name else 0.0, std=0.1)
-    model.to(workload.dtype).save_pretrained(folder)
-
-
-def make_batch(workload: StepWorkload) -> TrainingBatch:
-    """Random tokens and advantages for the lengths."""
-    rng = np.random.default_rng(0)
-    lengths = workload.lengths
-    return TrainingBatch(
-        token_ids=rng.integers(2, workload.shape[0], int(lengths.sequence.sum())),
-        cu_seqlens=np.concatenate([[0], np.cumsum(lengths.sequence)]),
-        prompt_lens=lengths.prompt,
-        advantages=rng.normal(size=len(lengths)).astype(np.float32),
-    )
-
-
 # ---------------------------------------------------------------- in the measuring process
 
 
@@ -256,8 +154,10 @@ def measure_peak(policy: MegatronPolicy, workload: StepWorkload, name: str) -> i
     """Bytes by which this process grows in a variant's second step on a CPU."""
     torch.set_num_threads(workload.num_threads)
     batch = make_batch(workload)
-    step = packed_step if name == OURS else padded_step
-    run_step = partial(step, policy if name == OURS else _make_padded(policy, workload, name), batch)
+    if name == OURS:
+        run_step = partial(packed_step, policy, batch)
+    else:
+        run_step = partial(padded_step, _make_padded(policy, workload, name), batch)
     run_step()
     return peak_of_process(run_step)
 
@@ -315,7 +215,8 @@ def check_steps(
             )
         if name in (OURS, PADDED):
             found[name] = results.grads
-    return StepReport(None, abs_errors, grad_errors, relative_error(found[OURS], found[PADDED]))
+    num_positions = policy.plan(batch, range(batch.num_samples)).num_positions
+    return StepReport(None, abs_errors, grad_errors, relative_error(found[OURS], found[PADDED]), num_positions)
 
 
 @dataclass(frozen=True)
@@ -350,8 +251,9 @@ def relative_error(found: Mapping[str, torch.Tensor], exact: Mapping[str, torch.
 
 
 def make_products(workload: StepWorkload) -> Call:
-    """The matrix products alone, over the tokens that there are: each layer's and the head's forward for the log-probs
-    and for the update, and both gradients. Without attention, a packed micro-batch's tokens at a time, into held memory.
+    """The matrix products alone of the tokens that there are, those of a packed micro-batch at a time, into held
+    memory: each layer's and the head's forward for the log-probs and for the update, and both gradients. Attention is
+    left out.
     """
     vocab, hidden, intermediate, layers, heads, key_value_heads = workload.shape
     num_positions = int(workload.lengths.sequence.sum()) - len(workload.lengths)
@@ -398,6 +300,4 @@ def _load_padded(policy: MegatronPolicy, settings: PaddedSettings, dtype: torch.
 
 
 def _note(text: str) -> None:
-    import sys
-
     print(text, file=sys.stderr, flush=True)
