@@ -10,6 +10,7 @@ from __future__ import annotations
 import gc
 import sys
 import tempfile
+import warnings
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, field, replace
 from functools import partial
@@ -25,12 +26,14 @@ from fipo_megatron.benchmarks.padded_step import PaddedSettings, PaddedStep
 from fipo_megatron.benchmarks.report import Row, Rows, Target, time_ratio
 from fipo_megatron.benchmarks.step_workload import OURS, PADDED, StepWorkload, make_batch, write_model
 from fipo_megatron.benchmarks.timing import Call, make_clock, measure, summarize
+from fipo_megatron.model.platform import Platform
 from fipo_megatron.parallel.packed import merge_response_rows
 from fipo_megatron.parallel.plan import microbatch_tokens
 from fipo_megatron.types import TrainingBatch
 
 if TYPE_CHECKING:
     from fipo_megatron.trainer.policy import MegatronPolicy
+    from fipo_megatron.trainer.policy_processes import Call as PolicyCall
 
 NAME = "step"
 ROOF = "bare GEMMs"
@@ -72,14 +75,14 @@ def run(workload: StepWorkload, note: Note) -> tuple[list[Row], StepReport]:
         note("writing the model ...")
         write_model(workload, folder)
         config = workload.config(folder)
-        load = ("load", (folder, config.optimizer))
-        _, [report] = run_policy(config, [load, (measure_steps, (workload,))], TIMEOUT_S)
+        load: list[PolicyCall] = [(prepare, (workload.num_threads,)), ("load", (folder, config.optimizer))]
+        *_, [report] = run_policy(config, [*load, (measure_steps, (workload,))], TIMEOUT_S)
         if report.problem is not None:
             raise RuntimeError(report.problem)
         if workload.with_memory and workload.device.type == "cpu":
             note(f"memory of {len(workload.padded) + 1} variants ...")
             for name in (OURS, *workload.padded):
-                _, [peak] = run_policy(config, [load, (measure_peak, (workload, name))], TIMEOUT_S)
+                *_, [peak] = run_policy(config, [*load, (measure_peak, (workload, name))], TIMEOUT_S)
                 report = replace(report, peaks={**report.peaks, name: peak})
     return [make_row(workload, report, name) for name in report.times], report
 
@@ -118,9 +121,25 @@ def targets(workload: StepWorkload, report: StepReport) -> list[Target]:
 # ---------------------------------------------------------------- in the measuring process
 
 
+class MeasuredPlatform(Platform):
+    """One on which the policy leaves the peak of memory to who measures a whole step from outside."""
+
+    def reset_peak_memory(self) -> None:
+        """Nothing."""
+
+
+def prepare(policy: MegatronPolicy, num_threads: int) -> None:
+    """Before the policy's load: also no bars of transformers, nor Megatron's warnings of kernels that are not here."""
+    from transformers.utils import logging
+
+    warnings.simplefilter("ignore")
+    logging.disable_progress_bar()
+    torch.set_num_threads(num_threads)
+    policy.platform = MeasuredPlatform(policy.platform.name)
+
+
 def measure_steps(policy: MegatronPolicy, workload: StepWorkload) -> StepReport:
     """Check every variant, then time all in turns."""
-    torch.set_num_threads(workload.num_threads)
     batch = make_batch(workload)
     loops = {name: _make_padded(policy, workload, name) for name in workload.padded}
     report = check_steps(policy, workload, batch, loops)
@@ -152,7 +171,6 @@ def measure_steps(policy: MegatronPolicy, workload: StepWorkload) -> StepReport:
 
 def measure_peak(policy: MegatronPolicy, workload: StepWorkload, name: str) -> int | None:
     """Bytes by which this process grows in a variant's second step on a CPU."""
-    torch.set_num_threads(workload.num_threads)
     batch = make_batch(workload)
     if name == OURS:
         run_step = partial(packed_step, policy, batch)

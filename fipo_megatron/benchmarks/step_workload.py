@@ -17,7 +17,7 @@ from fipo_megatron.types import TrainingBatch
 
 AXES = ("vocab", "hidden", "intermediate", "layers", "heads", "key-value heads")
 # On CUDA Qwen2.5-1.5B. All have Qwen2's layers and tied embeddings.
-DEFAULT_SHAPES = {"cpu": (4096, 128, 384, 4, 4, 2), "cuda": (151936, 1536, 8960, 28, 12, 2)}
+DEFAULT_SHAPES = {"cpu": (2048, 128, 384, 2, 4, 2), "cuda": (151936, 1536, 8960, 28, 12, 2)}
 DTYPES = ("float32", "bfloat16")
 OURS, PADDED = "ours: packed", "padded, sdpa"
 

@@ -51,6 +51,29 @@ def test_a_weight_sync(capsys):
     assert "between processes on a CPU" in capsys.readouterr().err
 
 
+STEP = ["step", "--shape", "70", "32", "48", "2", "4", "2", "--sequences", "5", "--mean-response", "9", *QUICK]
+
+
+@pytest.mark.multiproc
+def test_a_step(capsys):
+    arguments = [*STEP, "--max-response", "40", "--mean-prompt", "3", "--padded-rows", "2", "--no-memory", "--markdown"]
+    assert main(arguments) == 0
+    text = capsys.readouterr().out
+    assert "step, 70 vocab x 32 hidden x 48 intermediate x 2 layers x 4 heads x 2 key-value heads, float32, cpu" in text
+    assert re.search(r"padded, sdpa >= 2 x ours .* (met|not met)", text)
+    assert re.search(r"gradients of both, .* \d\.\d*e-0[67] .* met", text)
+    assert re.search(r"5 samples, \d+ tokens, \d+ of them in responses", text)
+
+
+@pytest.mark.gpu
+def test_a_step_of_one_gpu(capsys):
+    """Qwen2.5-1.5B in bfloat16."""
+    assert main(["step", "--json", "--device", "cuda", "--samples", "3"]) == 0
+    rows = {row.variant: row for row in (Row(**json.loads(line)) for line in capsys.readouterr().out.splitlines())}
+    assert rows["ours: packed"].shape == [151936, 1536, 8960, 28, 12, 2]
+    assert rows["ours: packed"].median_ms < rows["padded, sdpa"].median_ms
+
+
 def test_tables(capsys):
     arguments = ["linear_logprob", "--no-memory", "--shape", *SMALL["linear_logprob"].split(), *QUICK]
     assert main(arguments) == 0
@@ -86,6 +109,14 @@ def test_memory_is_measured_unless_it_is_not_wanted(monkeypatch, capsys):
         (["future_kl_scan", "--threads", "-1"], "--threads -1"),
         (["future_kl_scan", "--seconds", "0"], "--seconds 0"),
         (["weight_sync", "--shape", "300", "100", "1"], "H a multiple of 128"),
+        (["step", "--shape", "300", "128"], "--shape: step takes 6 sizes, V H I L Q K"),
+        (["step", "--shape", "300", "128", "200", "2", "3", "1"], "H a multiple of Q heads"),
+        (["step", "--dtype", "float16"], "--dtype float16: step takes float32 or bfloat16"),
+        (["step", "--sequences", "0"], "--sequences 0"),
+        (["step", "--padded-rows", "-2"], "--padded-rows -2"),
+        (["step", "--mean-response", "2000"], "mean_response = 2000"),
+        (["step", "--lengths", "not/there"], "not/there"),
+        (["step", "--microbatch-tokens", "40"], "the longest sample has"),
     ],
 )
 def test_unusable_options(arguments, message, capsys):

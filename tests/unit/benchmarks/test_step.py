@@ -204,6 +204,7 @@ def test_products_are_as_many_as_the_step_needs():
     assert counter.get_total_flops() == 8 * (56 * weights + 47 * 67 * 32)
 
 
+@pytest.mark.slow
 @pytest.mark.multiproc
 def test_the_whole_benchmark():
     rows, report = run(make_workload(with_memory=True), lambda text: None)
