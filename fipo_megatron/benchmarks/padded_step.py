@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -61,8 +62,7 @@ class PaddedStep:
     ) -> None:
         from transformers import AutoModelForCausalLM
 
-        model = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype, attn_implementation=settings.attention)
-        self.model = model.to(device).train()
+        self.model = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype).to(device).train()
         self.settings, self.algorithm, self.device = settings, algorithm, device
         self.max_grad_norm = optimizer.max_grad_norm
         parameters = list(self.model.parameters())
@@ -74,6 +74,12 @@ class PaddedStep:
             betas=(optimizer.adam_beta1, optimizer.adam_beta2),
             eps=optimizer.adam_eps,
         )
+
+    def share(self, settings: PaddedSettings) -> PaddedStep:
+        """Another loop over the same model and optimizer."""
+        other = copy.copy(self)
+        other.settings = settings
+        return other
 
     def logprobs(self, batch: TrainingBatch) -> np.ndarray:
         """Log-probs of all response tokens in sample order, [R] in the type that the loss is computed in."""
@@ -110,6 +116,7 @@ class PaddedStep:
         self.optimizer.step()
 
     def _micro_batches(self, batch: TrainingBatch) -> Iterator[tuple[list[int], PaddedRows]]:
+        self.model.set_attn_implementation(self.settings.attention)
         for samples in self.settings.micro_batches(np.diff(batch.cu_seqlens)):
             yield samples, pad_rows(batch, samples, self.device)
 

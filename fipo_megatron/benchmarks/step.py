@@ -141,7 +141,8 @@ def prepare(policy: MegatronPolicy, num_threads: int) -> None:
 def measure_steps(policy: MegatronPolicy, workload: StepWorkload) -> StepReport:
     """Check every variant, then time all in turns."""
     batch = make_batch(workload)
-    loops = {name: _make_padded(policy, workload, name) for name in workload.padded}
+    plain = _load_padded(policy, workload.padded[PADDED], workload.dtype)
+    loops = {name: plain.share(settings) for name, settings in workload.padded.items()}
     report = check_steps(policy, workload, batch, loops)
     if report.problem is not None:
         return report
@@ -175,7 +176,7 @@ def measure_peak(policy: MegatronPolicy, workload: StepWorkload, name: str) -> i
     if name == OURS:
         run_step = partial(packed_step, policy, batch)
     else:
-        run_step = partial(padded_step, _make_padded(policy, workload, name), batch)
+        run_step = partial(padded_step, _load_padded(policy, workload.padded[name], workload.dtype), batch)
     run_step()
     return peak_of_process(run_step)
 
@@ -306,10 +307,6 @@ def make_products(workload: StepWorkload) -> Call:
                     torch.mm(outputs[:n].t(), values[:n], out=grad_weight)
 
     return Call(run)
-
-
-def _make_padded(policy: MegatronPolicy, workload: StepWorkload, name: str) -> PaddedStep:
-    return _load_padded(policy, workload.padded[name], workload.dtype)
 
 
 def _load_padded(policy: MegatronPolicy, settings: PaddedSettings, dtype: torch.dtype) -> PaddedStep:

@@ -116,6 +116,17 @@ def test_padding_changes_nothing(folder, attention, is_sorted):
     assert max(padding_error(folder, PaddedSettings(3, attention, is_sorted))) < 2e-5
 
 
+def test_loops_that_share_a_model_keep_their_attention(folder):
+    first = make_loop(folder, PaddedSettings(3))
+    second = first.share(PaddedSettings(2, "eager"))
+    names = []
+    for loop in (first, second, first):
+        loop.logprobs(drifted_batch())
+        names.append(loop.model.config._attn_implementation)
+    assert names == ["sdpa", "eager", "sdpa"]
+    assert second.model is first.model
+
+
 def test_padding_that_counts_is_found(folder, monkeypatch):
     def pad_wrongly(*arguments):
         rows = pad_rows(*arguments)
