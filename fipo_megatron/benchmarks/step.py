@@ -38,9 +38,10 @@ if TYPE_CHECKING:
 NAME = "step"
 ROOF = "bare GEMMs"
 MIN_RATIO = {"cpu": 2.0, "cuda": 3.0}  # of the padded loop's time and ours
-# Of the largest value of a parameter's gradient, and of log-probs: beyond it a result is wrong. bfloat16 has 8 bits.
+# Of the largest value of a parameter's gradient, and of a log-prob or the loss: beyond it a result is wrong. bfloat16
+# has 8 bits.
 MAX_GRAD_ERROR = {torch.float32: 1e-4, torch.bfloat16: 0.25}
-MAX_LOGPROB_ERROR = {torch.float32: 1e-4, torch.bfloat16: 0.25}
+MAX_VALUE_ERROR = {torch.float32: 1e-4, torch.bfloat16: 0.25}
 GRAD_FLOOR = 1e-6  # of the largest of all gradients: a parameter whose own are below is judged by it
 DRIFT = 0.2  # standard deviation of the log-ratios that gradients are compared at: some tokens are clipped
 TIMEOUT_S = 6 * 3600
@@ -197,45 +198,35 @@ def check_steps(
     policy: MegatronPolicy, workload: StepWorkload, batch: TrainingBatch, loops: Mapping[str, PaddedStep]
 ) -> StepReport:
     """How far log-probs, loss and gradients of every variant are from those of transformers in float64."""
-    from fipo_megatron.trainer.layout_check import loss_and_gradients
-
     _note("float64 results ...")
-    settings = PaddedSettings(rows=1)
-    oracle = _load_padded(policy, settings, torch.float64)
+    oracle = _load_padded(policy, PaddedSettings(rows=1), torch.float64)
     logprobs = oracle.logprobs(batch)
     drift = np.random.default_rng(1).normal(scale=DRIFT, size=len(logprobs))
     drifted = replace(batch, old_logprobs=(logprobs - drift).astype(np.float32))
-    loss, oracle_grads = oracle.gradients(drifted)
-    exact = _Results(logprobs, loss, {name: grad.cpu() for name, grad in oracle_grads.items()})
-    del oracle, oracle_grads
+    exact = _padded_results(oracle, batch, drifted)
+    del oracle
     gc.collect()
 
-    abs_errors, grad_errors, found = {}, {}, {}
+    abs_errors, grad_errors, grads = {}, {}, {}
+    max_value_error, max_grad_error = MAX_VALUE_ERROR[workload.dtype], MAX_GRAD_ERROR[workload.dtype]
     for name in (OURS, *loops):
         if name == OURS:
-            parts = policy.logprobs(batch)
-            assert parts is not None, "one rank speaks for its tokens"
-            loss, arrays = loss_and_gradients(policy, drifted, range(batch.num_samples))
-            grads = {key: torch.from_numpy(array) for key, array in arrays.items()}
-            results = _Results(merge_response_rows(parts), loss, grads)
+            found = _packed_results(policy, batch, drifted)
         else:
-            loss, grads = loops[name].gradients(drifted)
-            results = _Results(
-                loops[name].logprobs(batch), loss, {key: grad.cpu().clone() for key, grad in grads.items()}
-            )
-        abs_errors[name], grad_errors[name] = results.abs_error(exact), relative_error(results.grads, exact.grads)
-        logprob_error = float(np.abs(results.logprobs - exact.logprobs).max())
-        _note(f"{name}: log-probs off by {logprob_error:.1e}, gradients by {grad_errors[name]:.1e} of the largest")
-        bounds = (MAX_LOGPROB_ERROR[workload.dtype], MAX_GRAD_ERROR[workload.dtype])
-        if not (logprob_error <= bounds[0] and grad_errors[name] <= bounds[1]):
-            return StepReport(
-                f"{name}: log-probs are off by {logprob_error:.1e}, or gradients by {grad_errors[name]:.1e} of their "
-                f"largest value, more than {bounds[0]:g} and {bounds[1]:g}"
-            )
+            found = _padded_results(loops[name], batch, drifted)
+        abs_errors[name], grad_errors[name] = found.abs_error(exact), relative_error(found.grads, exact.grads)
+        error = found.value_error(exact)
+        text = f"{name}: log-probs and loss off by {error:.1e}, gradients by {grad_errors[name]:.1e} of the largest"
+        _note(text)
+        if not (error <= max_value_error and grad_errors[name] <= max_grad_error):  # or NaN
+            return StepReport(f"{text}, more than {max_value_error:g} and {max_grad_error:g}")
         if name in (OURS, PADDED):
-            found[name] = results.grads
+            grads[name] = found.grads
+    difference = relative_error(grads[OURS], grads[PADDED])
+    if not difference <= max_grad_error:
+        return StepReport(f"{OURS}: gradients differ from those of {PADDED!r} by {difference:.1e} of the largest")
     num_positions = policy.plan(batch, range(batch.num_samples)).num_positions
-    return StepReport(None, abs_errors, grad_errors, relative_error(found[OURS], found[PADDED]), num_positions)
+    return StepReport(None, abs_errors, grad_errors, difference, num_positions)
 
 
 @dataclass(frozen=True)
@@ -244,11 +235,28 @@ class _Results:
     loss: float
     grads: Mapping[str, torch.Tensor]  # by Hugging Face name
 
+    def value_error(self, exact: _Results) -> float:
+        """The largest difference of the log-probs and the loss; NaN if there is one."""
+        return float(np.max([*np.abs(self.logprobs - exact.logprobs), abs(self.loss - exact.loss)]))
+
     def abs_error(self, exact: _Results) -> float:
-        """The largest difference of anything."""
-        errors = [float(np.abs(self.logprobs - exact.logprobs).max()), abs(self.loss - exact.loss)]
-        errors += [float((grad - exact.grads[name]).abs().max()) for name, grad in self.grads.items()]
-        return max(errors)
+        """The same, of gradients as well."""
+        errors = [float((grad - exact.grads[name]).abs().max()) for name, grad in self.grads.items()]
+        return float(np.max([self.value_error(exact), *errors]))
+
+
+def _packed_results(policy: MegatronPolicy, batch: TrainingBatch, drifted: TrainingBatch) -> _Results:
+    from fipo_megatron.trainer.layout_check import loss_and_gradients
+
+    parts = policy.logprobs(batch)
+    assert parts is not None, "one rank speaks for its tokens"
+    loss, arrays = loss_and_gradients(policy, drifted, range(batch.num_samples))
+    return _Results(merge_response_rows(parts), loss, {name: torch.from_numpy(a) for name, a in arrays.items()})
+
+
+def _padded_results(loop: PaddedStep, batch: TrainingBatch, drifted: TrainingBatch) -> _Results:
+    loss, grads = loop.gradients(drifted)
+    return _Results(loop.logprobs(batch), loss, {name: grad.to("cpu", copy=True) for name, grad in grads.items()})
 
 
 def relative_error(found: Mapping[str, torch.Tensor], exact: Mapping[str, torch.Tensor]) -> float:
