@@ -51,6 +51,9 @@ RAY = "ray>=2.60,<2.61"  # Places trainer ranks, engine and judges in processes;
 
 TENSORBOARD = "tensorboard>=2.20,<3"  # Curves of runs beside each other, without an account: run.trackers.
 
+# Serves a run's metrics to Prometheus: run.prometheus_port. 0.26 is tested; ray and vLLM ask for no version.
+PROMETHEUS = "prometheus-client>=0.20,<1"
+
 EXTRAS = {
     # A whole run on CPU, the quickstart among them. `make install` installs this extra and `dev`.
     "cpu": [
@@ -78,6 +81,7 @@ EXTRAS = {
         TENSORBOARD,
         # Curves on a server, or offline.
         "wandb>=0.31,<1",
+        PROMETHEUS,
     ],
     # The documentation site, in an environment of its own (`make docs`). Pinned: a build with --strict counts warnings.
     "docs": [
@@ -91,6 +95,7 @@ EXTRAS = {
     # What `make test` needs beside the package.
     "dev": [
         TENSORBOARD,
+        PROMETHEUS,
         "pytest>=9,<10",
         # No test hangs.
         "pytest-timeout>=2.4,<3",
@@ -124,7 +129,7 @@ setup(
     license="Apache-2.0",
     python_requires=">=3.11",
     packages=find_packages(include=["fipo_megatron", "fipo_megatron.*"]),
-    package_data={"fipo_megatron.observability": ["sample_page/*"]},
+    package_data={"fipo_megatron.observability": ["sample_page/*", "profile_page/*"]},
     install_requires=BASE,
     extras_require=EXTRAS,
 )

@@ -46,6 +46,9 @@ class RunConfig(Section):
         (), strict=False, description="where metrics go beside metrics.jsonl; a list, e.g. [tensorboard]"
     )
     wandb_project: str = Field("fipo", min_length=1, description="project of the wandb tracker")
+    prometheus_port: int | None = Field(
+        None, ge=1, le=65535, description="serves the metrics to Prometheus at 127.0.0.1, on this port; null: nowhere"
+    )
     sample_groups: int = Field(32, ge=0, description="groups a step whose samples are written, at most; 0: none")
     sample_tokens: int = Field(
         200_000, gt=0, description="tokens of their responses, at most, about 100 bytes each; one group is always whole"

@@ -2,11 +2,6 @@
 
 from __future__ import annotations
 
-import base64
-import hashlib
-import html
-import json
-import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from importlib.resources import files
@@ -14,9 +9,9 @@ from itertools import groupby
 from pathlib import Path
 from typing import Any
 
+from fipo_megatron.observability.html_page import fill_page
+
 ASSETS = files("fipo_megatron.observability") / "sample_page"
-# Nothing is loaded and nothing is sent; of scripts and styles only those in the page, told by their hashes, are used.
-POLICY = "default-src 'none'; script-src '{script}'; style-src '{style}'; base-uri 'none'; form-action 'none'"
 LOGPROB_DIGITS = 8  # significant: the difference of two log-probs is shown, too
 # Spelling of bytes in a byte-level vocabulary: printable Latin-1 stands for itself, the others follow from U+0100 on.
 PRINTABLE = (*range(33, 127), *range(161, 173), *range(174, 256))
@@ -63,10 +58,7 @@ def load_token_texts(model_folder: Path) -> TokenTexts:
 
 
 def render_page(run: str, algorithm: str, steps: Sequence[StepSamples], texts: TokenTexts, num_groups: int) -> str:
-    """The page, ASCII but for its own script, of the first `num_groups` groups of each step.
-
-    What the model wrote stands in a JSON block without a character that HTML reads; the script inserts it as text.
-    """
+    """The page of the first `num_groups` groups of each step, as `fill_page` makes it."""
     shown = [(step, _groups(step)[:num_groups]) for step in steps]
     ids = sorted({i for _, groups in shown for group in groups for sample in group["samples"] for i in sample["ids"]})
     data = {
@@ -77,15 +69,7 @@ def render_page(run: str, algorithm: str, steps: Sequence[StepSamples], texts: T
         "special": sorted(texts.special_ids.intersection(ids)),
         "steps": [{"step": step.step, "summary": step.summary, "groups": groups} for step, groups in shown],
     }
-    script, style = ((ASSETS / name).read_text(encoding="utf-8") for name in ("page.js", "page.css"))
-    parts = {
-        "POLICY": html.escape(POLICY.format(script=_hash(script), style=_hash(style)), quote=False),
-        "TITLE": html.escape(run),
-        "STYLE": style,
-        "SCRIPT": script,
-        "DATA": _json_for_html(data),
-    }
-    return re.sub("@@([A-Z]+)@@", lambda match: parts[match[1]], (ASSETS / "page.html").read_text(encoding="utf-8"))
+    return fill_page(ASSETS, run, data)
 
 
 def _groups(step: StepSamples) -> list[dict[str, Any]]:
@@ -120,13 +104,3 @@ def _sample(sample: Mapping[str, Any], weight_version: int) -> dict[str, Any]:
 
 def _rounded(values: Iterable[float]) -> list[float]:
     return [float(f"{value:.{LOGPROB_DIGITS}g}") for value in values]
-
-
-def _json_for_html(data: object) -> str:
-    """ASCII JSON without `<`, `>` and `&`: no text in it can end its block or begin another."""
-    text = json.dumps(data, separators=(",", ":"), allow_nan=False)
-    return text.replace("<", "\\u003c").replace(">", "\\u003e").replace("&", "\\u0026")
-
-
-def _hash(text: str) -> str:
-    return "sha256-" + base64.b64encode(hashlib.sha256(text.encode()).digest()).decode()

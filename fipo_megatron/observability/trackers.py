@@ -1,8 +1,9 @@
-"""A run's metrics in TensorBoard or Weights & Biases as well; either is imported only where it is asked for."""
+"""A run's metrics in TensorBoard, Weights & Biases or Prometheus as well; each is imported only where it is asked for."""
 
 from __future__ import annotations
 
 import re
+import socket
 from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
 from importlib.util import find_spec
@@ -14,6 +15,7 @@ from fipo_megatron.config.schema import Config, TrackerName
 
 WANDB_URL = "wandb_url.txt"  # in the run folder: the address of the run's page
 WANDB_ID = "wandb_id.txt"  # and what a resumed run goes on with
+LOOPBACK = "127.0.0.1"  # the only address that serves metrics: they have no password
 
 
 class Tracker(Protocol):
@@ -95,6 +97,42 @@ def wandb_names(metrics: Mapping[str, float]) -> dict[str, float]:
     return renamed
 
 
+class PrometheusTracker:
+    """Serves the newest value of each metric at http://127.0.0.1:`run.prometheus_port`/metrics while the run lasts.
+
+    They are gauges: `time/step_s` is `fipo_time_step_s{run="quickstart_cpu-seed0"}`, the step `fipo_step`.
+    """
+
+    def __init__(self, port: int, run_name: str) -> None:
+        from prometheus_client import CollectorRegistry, start_http_server
+
+        self._run_name = run_name
+        self._registry = CollectorRegistry()  # its own: the default one has metrics of Ray's
+        self._gauges: dict[str, Any] = {}  # by the metric's key
+        self._server, self._thread = start_http_server(port, addr=LOOPBACK, registry=self._registry)
+
+    def log(self, step: int, metrics: Mapping[str, float]) -> None:
+        """What is served from now on; a metric that the step does not have keeps its value."""
+        for key, value in {"step": step, **metrics}.items():
+            if key not in self._gauges:
+                self._gauges[key] = self._make_gauge(key)
+            self._gauges[key].labels(self._run_name).set(value)
+
+    def _make_gauge(self, key: str) -> Any:
+        from prometheus_client import Gauge
+
+        name = "fipo_" + re.sub(r"[^A-Za-z0-9_]", "_", key)
+        while any(gauge.describe()[0].name == name for gauge in self._gauges.values()):
+            name += "_"
+        return Gauge(name, key, ["run"], registry=self._registry)
+
+    def close(self, failed: bool) -> None:
+        """Frees the port."""
+        self._server.shutdown()
+        self._server.server_close()
+        self._thread.join()
+
+
 TRACKERS: dict[TrackerName, type[TensorBoardTracker] | type[WandbTracker]] = {
     "tensorboard": TensorBoardTracker,
     "wandb": WandbTracker,
@@ -111,6 +149,26 @@ def check_trackers(names: Sequence[TrackerName]) -> None:
             )
 
 
+def check_prometheus(port: int | None) -> None:
+    """Raises ValueError if metrics can't be served at a port; None: nowhere."""
+    if port is None:
+        return
+    if find_spec("prometheus_client") is None:
+        raise ValueError(
+            f"run.prometheus_port = {port}: prometheus_client is not installed; run "
+            "`.venv/bin/python -m pip install -e '.[trackers]'`, or leave it out"
+        )
+    with socket.socket() as listener:
+        listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)  # connections that linger don't count as taken
+        try:
+            listener.bind((LOOPBACK, port))
+            listener.listen()
+        except OSError as error:
+            raise ValueError(
+                f"run.prometheus_port = {port}: can't listen on {LOOPBACK} ({error.strerror}); choose another, one a run"
+            ) from None
+
+
 class Trackers:
     """The trackers that a run asks for, as one; a context manager, so that they are closed however the run ends."""
 
@@ -119,6 +177,8 @@ class Trackers:
         self._trackers: list[Tracker] = [
             TRACKERS[name](config, run_folder, resumed_step) for name in config.run.trackers
         ]
+        if config.run.prometheus_port is not None:
+            self._trackers.append(PrometheusTracker(config.run.prometheus_port, run_folder.name))
 
     def log(self, step: int, metrics: Mapping[str, float]) -> None:
         """Sends the metrics of a step to each."""

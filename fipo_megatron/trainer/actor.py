@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 import asyncio
+import time
 from collections.abc import AsyncIterator, Awaitable, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import ray
 from ray.exceptions import RayActorError, RayTaskError
 
 from fipo_megatron.config.schema import OptimizerConfig, TimeoutsConfig
+from fipo_megatron.observability.timers import SpanRecorder
 from fipo_megatron.parallel.packed import ResponseRows, merge_response_rows
 from fipo_megatron.reshard.session import WeightSession
 from fipo_megatron.rollout.client import EngineMemory
@@ -23,6 +26,9 @@ from fipo_megatron.types import (
     TrainingBatch,
     TransferCost,
 )
+
+if TYPE_CHECKING:  # a policy's rank, which the driver need not import
+    from fipo_megatron.trainer.profiled_policy import ProfileSettings, RankProfile
 
 MAX_CAUSE_CHARS = 400
 GRACE_S = 5.0  # after a first failure: how long the others may take to name theirs, which may be the cause
@@ -38,6 +44,7 @@ class PolicyClient:
     def __init__(self, actors: Sequence[Any], timeouts: TimeoutsConfig) -> None:
         self.actors = {f"policy rank {rank}": actor for rank, actor in enumerate(actors)}
         self.timeouts = timeouts
+        self.recorder: SpanRecorder | None = None  # of the calls, in a profile
 
     async def connect(self) -> None:
         """Form the trainer's process groups, once every rank is up."""
@@ -118,12 +125,21 @@ class PolicyClient:
         """Move the policy to host memory until a call needs it."""
         await self._call("offload")
 
+    async def begin_profile(self, settings: ProfileSettings) -> None:
+        """Have ranks that are `ProfiledPolicy` record what they do."""
+        await self._call("begin_profile", settings)
+
+    async def end_profile(self) -> list[RankProfile]:
+        """What they have recorded, a rank each."""
+        return await self._call("end_profile")
+
     async def _call(
         self, method: str, *args: Any, first_only: bool = False, timeout_s: float | None = None
     ) -> list[Any]:
         actors = dict(list(self.actors.items())[:1]) if first_only else self.actors
-        refs = {name: getattr(actor, method).remote(*args) for name, actor in actors.items()}
-        return await _gather(refs, method, timeout_s or self.timeouts.call_s)
+        with _recorded(self.recorder, method):
+            refs = {name: getattr(actor, method).remote(*args) for name, actor in actors.items()}
+            return await _gather(refs, method, timeout_s or self.timeouts.call_s)
 
     @staticmethod
     def _join(replies: Sequence[list[ResponseRows] | None]) -> np.ndarray:
@@ -137,6 +153,7 @@ class EngineClient:
         self.actor = actor
         self.timeouts = timeouts
         self.name = name
+        self.recorder: SpanRecorder | None = None  # of the calls, in a profile
 
     async def ready(self) -> None:
         """Return when the engine is up."""
@@ -146,13 +163,14 @@ class EngineClient:
         self, requests: Sequence[GenerationRequest], sampling: SamplingSettings
     ) -> AsyncIterator[FinishedResponse]:
         """One response a request, in the order in which they are finished; `timeouts.call_s` is for each wait."""
-        stream = self.actor.generate.options(num_returns="streaming").remote(requests, sampling)
-        while True:
-            (finished,) = await _gather({self.name: _next_item(stream)}, "generate", self.timeouts.call_s)
-            if finished is None:
-                return
-            for response in finished:
-                yield response
+        with _recorded(self.recorder, "generate"):
+            stream = self.actor.generate.options(num_returns="streaming").remote(requests, sampling)
+            while True:
+                (finished,) = await _gather({self.name: _next_item(stream)}, "generate", self.timeouts.call_s)
+                if finished is None:
+                    return
+                for response in finished:
+                    yield response
 
     async def check_session(self, init_info: dict[str, Any]) -> None:
         """Return if the engine can take part in a `WeightSession`.
@@ -168,7 +186,14 @@ class EngineClient:
 
     async def update_weights(self, update_info: dict[str, Any]) -> dict[str, float]:
         """Receive the weights that the trainer sends, and verify them; what it took."""
-        return await self._call("update_weights", update_info)
+        start = time.time_ns()
+        took = await self._call("update_weights", update_info)
+        if self.recorder is not None:  # of the call's time the engine says what was what, in this order
+            for name in ("receive_s", "verify_s"):
+                end = start + round(took.get(name, 0.0) * 1e9)
+                self.recorder.add(name.removesuffix("_s"), start, end)
+                start = end
+        return took
 
     async def release_memory(self) -> None:
         """Have the engine give its device's memory back, weights included."""
@@ -179,8 +204,13 @@ class EngineClient:
         await self._call("resume_memory", parts)
 
     async def _call(self, method: str, *args: Any, timeout_s: float | None = None) -> Any:
-        ref = getattr(self.actor, method).remote(*args)
-        return (await _gather({self.name: ref}, method, timeout_s or self.timeouts.call_s))[0]
+        with _recorded(self.recorder, method):
+            ref = getattr(self.actor, method).remote(*args)
+            return (await _gather({self.name: ref}, method, timeout_s or self.timeouts.call_s))[0]
+
+
+def _recorded(recorder: SpanRecorder | None, name: str) -> AbstractContextManager[None]:
+    return nullcontext() if recorder is None else recorder.span(name)
 
 
 async def _gather(refs: dict[str, Awaitable[Any]], method: str, timeout_s: float) -> list[Any]:

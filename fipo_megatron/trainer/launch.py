@@ -32,7 +32,7 @@ from fipo_megatron.data.tasks import make_task
 from fipo_megatron.data.tasks.base import Task
 from fipo_megatron.model.platform import check_cpu_versions, resolve_platform
 from fipo_megatron.observability.progress import Progress
-from fipo_megatron.observability.trackers import Trackers, check_trackers
+from fipo_megatron.observability.trackers import Trackers, check_prometheus, check_trackers
 from fipo_megatron.reshard.layout import engine_layout, trainer_layout
 from fipo_megatron.reshard.plan import make_plan
 from fipo_megatron.reward.judge import make_reward
@@ -42,6 +42,9 @@ from fipo_megatron.trainer.bundles import num_devices, plan_bundles
 from fipo_megatron.trainer.checkpoints import RunState, read_run_state
 from fipo_megatron.trainer.loop import train
 from fipo_megatron.trainer.placement import Workers
+from fipo_megatron.trainer.policy import MegatronPolicy
+from fipo_megatron.trainer.profile import Profile
+from fipo_megatron.trainer.profiled_policy import ProfiledPolicy
 from fipo_megatron.trainer.ray_cluster import check_cluster
 from fipo_megatron.trainer.resume import Resumption
 from fipo_megatron.trainer.run import Run
@@ -61,6 +64,7 @@ def check_before_start(config: Config, is_resumed: bool = False) -> ProblemFiles
     if not is_resumed:
         check_run_folder(config)
     check_trackers(config.run.trackers)
+    check_prometheus(config.run.prometheus_port)
     make_reward(config.reward, config.rollout.max_response_tokens)  # refuses a function that does not exist
     platform = resolve_platform(config.platform).name
     check_kernels(config.kernels, platform)
@@ -149,10 +153,13 @@ def plan_training(
     return TrainingPlan(config, base, source, model_folder, prompts, resumed, state)
 
 
-async def run_training(plan: TrainingPlan, folder: Path, progress: Progress, stop: Event) -> int:
+async def run_training(
+    plan: TrainingPlan, folder: Path, progress: Progress, stop: Event, profile: Profile | None = None
+) -> int:
     """Train into the run folder, in processes that are gone when this returns or raises; the last step that was made.
 
-    When `stop` is set the run ends after the step under way. No checkpoint is left half-written.
+    When `stop` is set the run ends after the step under way. No checkpoint is left half-written. A `profile` records
+    all training.
     """
     config, base, source, model_folder = plan.config, plan.base, plan.source, plan.model_folder
     checkpoint = plan.resumed.checkpoint if plan.resumed is not None else None
@@ -161,7 +168,7 @@ async def run_training(plan: TrainingPlan, folder: Path, progress: Progress, sto
         trackers = stack.enter_context(
             Trackers(config, folder, plan.resumed.step if plan.resumed is not None else None)
         )
-        workers = stack.enter_context(Workers(config, folder))
+        workers = stack.enter_context(Workers(config, folder, ProfiledPolicy if profile else MegatronPolicy))
         workers.start_engines(model_folder)
 
         async def prepare_policy() -> None:
@@ -184,7 +191,10 @@ async def run_training(plan: TrainingPlan, folder: Path, progress: Progress, sto
             closing(Run(config, folder, workers, base, plan.prompts, progress, trackers, plan.state, stop))
         )
         try:
-            return await train(run)
+            if profile is None:
+                return await train(run)
+            async with profile.recording(run):
+                return await train(run)
         finally:
             await run.checkpoints.cancel()  # before what it asks, and what it writes to, is gone
 

@@ -16,7 +16,8 @@ async def train(run: Run) -> int:
     Returns the last step that was made: an earlier one where the run was asked to stop.
     """
     config, policy = run.config, run.workers.policy
-    await run.workers.sync_weights(version=run.first_step - 1)
+    with run.timers.phase("sync"):
+        await run.workers.sync_weights(version=run.first_step - 1)
     if run.first_step == 1:
         run.record(0, await run.evaluate(step=0))
 
@@ -24,19 +25,21 @@ async def train(run: Run) -> int:
         version = step - 1  # of the weights that sample this batch
         with run.timers.phase("rollout"):
             groups, metrics = await run.collect_groups(version)
-        advantages = group_relative_advantages(
-            [sample.reward for group in groups for sample in group.samples],
-            [len(group.samples) for group in groups],
-            normalize_by_std=config.algorithm.normalize_advantage_by_std,
-        )
-        batch = make_training_batch(groups, advantages, mask_truncated=config.reward.mask_truncated)
+        with run.timers.phase("batch"):
+            advantages = group_relative_advantages(
+                [sample.reward for group in groups for sample in group.samples],
+                [len(group.samples) for group in groups],
+                normalize_by_std=config.algorithm.normalize_advantage_by_std,
+            )
+            batch = make_training_batch(groups, advantages, mask_truncated=config.reward.mask_truncated)
 
         with run.timers.phase("old_logprobs"):
             handle = policy.put(batch)
             batch = replace(batch, old_logprobs=await policy.logprobs(handle))
             if config.algorithm.reference_kl_coef > 0:
                 batch = replace(batch, ref_logprobs=await policy.ref_logprobs(handle))
-        metrics |= run.check_mismatch(groups, batch, version)
+        with run.timers.phase("checks"):
+            metrics |= run.check_mismatch(groups, batch, version)
 
         random_states = await run.random_states(step)
         with run.timers.phase("train"):
@@ -45,8 +48,9 @@ async def train(run: Run) -> int:
             updates = [await policy.update(handle, samples, lr) for samples in mini_batches(config, step)]
             logprobs = await policy.logprobs(handle)
         run.record_replay(step, groups, batch, lr, random_states, updates, logprobs)
-        metrics |= run.update_metrics(updates, lr)
-        metrics |= run.check_kl(batch, logprobs)
+        with run.timers.phase("checks"):
+            metrics |= run.update_metrics(updates, lr)
+            metrics |= run.check_kl(batch, logprobs)
 
         with run.timers.phase("sync"):
             metrics |= await run.workers.sync_weights(version=step)

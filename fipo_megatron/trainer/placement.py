@@ -10,7 +10,7 @@ import secrets
 import shutil
 import signal
 import tempfile
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Sequence
 from contextlib import asynccontextmanager
 from pathlib import Path
 from types import TracebackType
@@ -51,8 +51,9 @@ class Workers:
     engine: Replicas
     model_folder: Path  # what the engine is started from, also when it is rebuilt
 
-    def __init__(self, config: Config, log_folder: Path) -> None:
+    def __init__(self, config: Config, log_folder: Path, policy_kind: type[MegatronPolicy] = MegatronPolicy) -> None:
         self.config = config
+        self._policy_kind = policy_kind
         self.log_folder = log_folder
         self.platform = resolve_platform(config.platform)
         self._joins = config.cluster.ray_address is not None
@@ -146,7 +147,7 @@ class Workers:
             await self._release_engines()
         self.policy = PolicyClient(
             [
-                self._start_actor(MegatronPolicy, self._options(place, environment={}), self.config, rank)
+                self._start_actor(self._policy_kind, self._options(place, environment={}), self.config, rank)
                 for rank, place in enumerate(self._reservation.plan.ranks)
             ],
             self.config.timeouts,
@@ -159,6 +160,11 @@ class Workers:
         self.model_folder = model_folder
         self._engines = [self._start_engine(replica) for replica in range(self.config.rollout.replicas)]
         self.engine = Replicas(self._engines)
+
+    @property
+    def engines(self) -> Sequence[EngineClient]:
+        """One a replica; a rebuilt engine takes its predecessor's place."""
+        return self._engines
 
     async def engines_ready(self) -> None:
         """Return when all engines are up."""

@@ -239,7 +239,10 @@ class Run:
 
     async def random_states(self, step: int) -> list[dict[str, np.ndarray]]:
         """The random generators of the policy's ranks; none in a step of which no replay file is written."""
-        return await self.workers.policy.random_states() if self._is_recorded(step) else []
+        if not self._is_recorded(step):
+            return []
+        with self.timers.phase("replay"):
+            return await self.workers.policy.random_states()
 
     def record_replay(
         self,
@@ -279,16 +282,17 @@ class Run:
         return every > 0 and step % every == 0
 
     def record(self, step: int, metrics: dict[str, float]) -> None:
-        """Write a step's metrics and curves, and show the step."""
+        """Write a step's metrics and curves, and show the step. What this takes is the next step's time."""
         metrics = metrics | self.timers.collect()
         metrics |= throughput(metrics)
-        self._metrics.write(step, metrics)
-        self.trackers.log(step, metrics)
+        with self.timers.phase("record"):
+            self._metrics.write(step, metrics)
+            self.trackers.log(step, metrics)
+            self.progress.step(step, self.config.trainer.steps, metrics)
         if any(name.startswith("eval/") for name in metrics) or time.perf_counter() - self._drawn_s > CURVES_EVERY_S:
-            with self.timers.phase("curves"):  # its time is the next step's: the figure shows this one
+            with self.timers.phase("curves"):
                 plot_curves(self.folder / "metrics.jsonl", self.folder / "curves.png")
             self._drawn_s = time.perf_counter()
-        self.progress.step(step, self.config.trainer.steps, metrics)
 
     async def save(self, step: int, metrics: dict[str, float], stops: bool) -> None:
         """What is due after a recorded step: an export, and a checkpoint, also where the run stops.

@@ -2,19 +2,23 @@
 
 from __future__ import annotations
 
+import socket
 import sys
+import urllib.request
 from importlib.util import find_spec
 from pathlib import Path
 from types import ModuleType
 from typing import Any
 
+import psutil
 import pytest
 
 from fipo_megatron.config.schema import Config
 from fipo_megatron.observability import trackers
-from fipo_megatron.observability.trackers import Trackers, check_trackers, wandb_names
+from fipo_megatron.observability.trackers import Trackers, check_prometheus, check_trackers, wandb_names
 
 needs_tensorboard = pytest.mark.skipif(find_spec("tensorboard") is None, reason="tensorboard is not installed")
+needs_prometheus = pytest.mark.skipif(find_spec("prometheus_client") is None, reason="no prometheus_client")
 needs_wandb = pytest.mark.skipif(find_spec("wandb") is None, reason="wandb is not installed")
 
 
@@ -125,3 +129,45 @@ def test_without_trackers_nothing_is_written(tmp_path: Path) -> None:
     with Trackers(make_config(), tmp_path) as tracker:
         tracker.log(1, {"train/policy_kl": 0.5})
     assert list(tmp_path.iterdir()) == []
+
+
+def free_port() -> int:
+    with socket.socket() as listener:
+        listener.bind(("127.0.0.1", 0))
+        return int(listener.getsockname()[1])
+
+
+def scrape(port: int) -> dict[str, float]:
+    """The samples that a server gives, by name and labels as they stand in its text."""
+    with urllib.request.urlopen(f"http://127.0.0.1:{port}/metrics", timeout=10) as reply:
+        lines = reply.read().decode().splitlines()
+    return {name: float(value) for name, value in (line.rsplit(" ", 1) for line in lines if line[0] != "#")}
+
+
+@needs_prometheus
+def test_prometheus_is_served_the_newest_values_on_loopback_alone(tmp_path: Path) -> None:
+    port = free_port()
+    config = Config.model_validate({"run": {"prometheus_port": port}})
+    folder = tmp_path / "quickstart-seed0"
+    with Trackers(config, folder) as tracker:
+        tracker.log(0, {"eval/avg@32": 0.25, "time/step_s": 2.5})
+        tracker.log(1, {"time/step_s": 1.5, "eval/avg_32": 0.75})
+        run = '{run="quickstart-seed0"}'
+        assert scrape(port) == {
+            f"fipo_step{run}": 1.0,
+            f"fipo_eval_avg_32{run}": 0.25,  # of step 0, the newest there is
+            f"fipo_time_step_s{run}": 1.5,
+            f"fipo_eval_avg_32_{run}": 0.75,
+        }
+        listening = [c.laddr for c in psutil.Process().net_connections("inet") if c.status == psutil.CONN_LISTEN]
+        assert {address.ip for address in listening if address.port == port} == {"127.0.0.1"}
+        with pytest.raises(ValueError, match=rf"^run\.prometheus_port = {port}: can't listen on 127\.0\.0\.1 \("):
+            check_prometheus(port)
+    check_prometheus(port)  # free again
+    check_prometheus(None)
+
+
+def test_prometheus_that_is_not_installed_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(trackers, "find_spec", lambda name: None)
+    with pytest.raises(ValueError, match=r"^run\.prometheus_port = 9100: prometheus_client is not installed; run "):
+        check_prometheus(9100)

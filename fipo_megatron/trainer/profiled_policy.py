@@ -1,0 +1,271 @@
+"""A rank of the policy that records what it does: MegatronPolicy itself has nothing of it."""
+
+from __future__ import annotations
+
+import socket
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial, wraps
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from fipo_megatron.observability.attribution import FORWARD, TRAINING, RankProfile, Workload
+from fipo_megatron.observability.timers import Span, SpanRecorder
+from fipo_megatron.trainer.policy import MegatronPolicy
+from fipo_megatron.types import PolicyUpdate, TrainingBatch
+
+CALLS = (
+    "logprobs",
+    "ref_logprobs",
+    "update",
+    "connect_engines",
+    "push_weights",
+    "offload",
+    "random_states",
+    "begin_save",
+    "finish_save",
+    "export",
+)
+NUM_COST_SPANS = 2000  # by which the cost of one is measured
+MATRIX_SIZE = {"cpu": 1024, "cuda": 8192}  # of the product that shows what a device reaches
+NUM_PRODUCTS = 8
+
+
+@dataclass(frozen=True)
+class ProfileSettings:
+    """What the ranks record beside spans, between two syncs of weights."""
+
+    folder: Path  # for traces and snapshots
+    after: int  # version of the weights whose push begins it
+    until: int  # and of those whose push ends it
+    trace: bool = False  # torch's profiler
+    memory_snapshot: bool = False  # of torch's allocator
+    nsys: bool = False  # ranges, and the beginning and end of what nsys captures
+
+    def check(self, platform: str) -> None:
+        """Raises ValueError for what the platform does not have."""
+        for is_asked, option, remedy in (
+            (self.memory_snapshot, "--memory-snapshot", "--trace has the memory of each operation"),
+            (self.nsys, "--nsys", "--trace has the ranges, too"),
+        ):
+            if is_asked and platform != "cuda":
+                raise ValueError(f"{option} with platform = {platform!r}: of CUDA alone; leave it out, {remedy}")
+
+
+class ProfiledPolicy(MegatronPolicy):
+    """Records the calls in CALLS, and what is in them, once `begin_profile` was called."""
+
+    recording: RankRecording | None = None
+
+    def begin_profile(self, settings: ProfileSettings) -> None:
+        """Begin to record; after `load`, and once."""
+        self.recording = RankRecording(self, settings)
+
+    def end_profile(self) -> RankProfile:
+        """What was recorded. Every rank at once: their matrix products share the machine, as their work does."""
+        assert self.recording is not None, "begin_profile comes first"
+        recording, self.recording = self.recording, None
+        return recording.result()
+
+
+def _recorded(name: str) -> Callable[..., Any]:
+    method = getattr(MegatronPolicy, name)
+
+    @wraps(method)
+    def call(self: ProfiledPolicy, *args: Any, **kwargs: Any) -> Any:
+        if self.recording is None:
+            return method(self, *args, **kwargs)
+        return self.recording.call(name, partial(method, self, *args, **kwargs), args)
+
+    return call
+
+
+for _name in CALLS:
+    setattr(ProfiledPolicy, _name, _recorded(_name))
+
+
+class RankRecording:
+    """What one rank records."""
+
+    def __init__(self, policy: MegatronPolicy, settings: ProfileSettings) -> None:
+        self.policy, self.settings = policy, settings
+        self.recorder = SpanRecorder() if policy.platform.name == "cpu" else DeviceRecorder()
+        self.peak_bytes: dict[str, int] = {}
+        self.workloads: list[Workload] = []
+        self._calls: list[str] = []  # under way, the innermost last
+        self._profiler: Any = None
+        self._instrument()
+
+    def _instrument(self) -> None:
+        from fipo_megatron.model.schedule_spans import record_schedules
+
+        policy, timed = self.policy, self.recorder.timed
+        record_schedules(self.recorder, policy.chunks)
+        step, offload, plan = policy.step, policy.host_offload, policy.plan
+        run = step._run
+
+        def run_pass(microbatches: Any, loss: Any, forward_only: bool) -> Any:
+            with self.recorder.span(FORWARD if forward_only else TRAINING):
+                return run(microbatches, loss, forward_only)
+
+        def make_plan(batch: TrainingBatch, samples: Any) -> Any:
+            lengths = np.diff(batch.cu_seqlens)[list(samples)]
+            num_responses = int(lengths.sum() - batch.prompt_lens[list(samples)].sum())
+            self.workloads.append(Workload(self._calls[-1], time.time_ns(), lengths, num_responses))
+            return plan(batch, samples)
+
+        replaced: dict[tuple[Any, str], Callable[..., Any]] = {
+            (step, "_run"): run_pass,
+            (step, "_logprobs"): timed("head", step._logprobs),
+            (policy, "plan"): timed("plan", make_plan),
+            (policy, "_microbatches"): timed("pack", policy._microbatches),
+            (policy, "_all_reduce"): timed("reduce statistics", policy._all_reduce),
+            (policy, "_optimizer_step"): timed("optimizer", policy._optimizer_step),
+            (offload, "reload"): timed("reload", offload.reload),
+        }
+        for (owner, name), function in replaced.items():
+            setattr(owner, name, function)
+
+    def call(self, name: str, method: Callable[[], Any], args: tuple[Any, ...]) -> Any:
+        """The result of a call, recorded with the memory it took."""
+        platform = self.policy.platform
+        self._calls.append(name)
+        platform.reset_peak_memory()
+        try:
+            with self.recorder.span(name):
+                result = method()
+        finally:
+            self._calls.pop()
+        peak = platform.peak_memory_bytes()
+        if isinstance(result, PolicyUpdate) and result.cost is not None:  # it measures its own, and begins anew
+            peak = max(peak, result.cost.peak_memory_bytes)
+        self.peak_bytes[name] = max(peak, self.peak_bytes.get(name, 0))
+        if name == "push_weights":
+            self._pass_version(args[0])
+        return result
+
+    def _pass_version(self, version: int) -> None:
+        if version == self.settings.after:
+            self._begin_tools()
+        if version == self.settings.until:
+            self._end_tools()
+
+    def _begin_tools(self) -> None:
+        settings = self.settings
+        if settings.trace:
+            # The CPU alone where there is no device, and that by default where there is one.
+            self._profiler = torch.profiler.profile(profile_memory=True)
+            self._profiler.start()
+            self.recorder.annotate = torch.profiler.record_function
+        if settings.memory_snapshot:
+            torch.cuda.memory._record_memory_history()
+        if settings.nsys:
+            torch.cuda.cudart().cudaProfilerStart()
+            self.recorder.annotate = torch.cuda.nvtx.range
+
+    def _end_tools(self) -> None:
+        settings, rank = self.settings, self.policy.rank
+        self.recorder.annotate = None
+        if self._profiler is not None:
+            self._profiler.stop()
+            self._profiler.export_chrome_trace(str(settings.folder / f"trace-rank{rank}.json.gz"))
+            self._profiler = None
+        if settings.memory_snapshot:
+            torch.cuda.memory._dump_snapshot(str(settings.folder / f"memory-rank{rank}.pickle"))
+            torch.cuda.memory._record_memory_history(enabled=None)
+        if settings.nsys:
+            torch.cuda.cudart().cudaProfilerStop()
+
+    def result(self) -> RankProfile:
+        """All that was recorded, and what a span costs and a matrix product reaches here."""
+        policy, groups = self.policy, self.policy.groups
+        spans = self.recorder.take()
+        device = policy.platform.device
+        return RankProfile(
+            rank=policy.rank,
+            stage=groups.pipeline.rank(),
+            data=groups.data_context.rank(),
+            pipeline=_first_rank(groups.pipeline),
+            host=socket.gethostname(),
+            device=torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu",
+            spans=spans,
+            peak_bytes=self.peak_bytes,
+            workloads=self.workloads,
+            span_cost_s=_span_cost(self.recorder),
+            call_cost_s=_call_cost(policy),
+            matmul_flops=measure_matmul(device, getattr(torch, policy.config.model.dtype)),
+        )
+
+
+class DeviceRecorder(SpanRecorder):
+    """Spans by a GPU's own clock: events in its stream tell when the work of a block began and ended there, so that
+    nothing waits for the device."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._set_origin()
+
+    def mark(self) -> torch.cuda.Event:
+        """An event in the current stream."""
+        event = torch.cuda.Event(enable_timing=True)
+        event.record()
+        return event
+
+    def nanoseconds(self, mark: torch.cuda.Event) -> int:
+        """When the event was passed, as the host's clock had it. Waits for the device."""
+        mark.synchronize()
+        return self._origin_ns + round(self._origin.elapsed_time(mark) * 1e6)
+
+    def take(self) -> list[Span]:
+        """What was recorded; then the clocks are compared anew."""
+        taken = super().take()
+        self._set_origin()
+        return taken
+
+    def _set_origin(self) -> None:
+        torch.cuda.synchronize()
+        self._origin = self.mark()
+        torch.cuda.synchronize()
+        self._origin_ns = time.time_ns()
+
+
+def measure_matmul(device: torch.device, dtype: torch.dtype) -> float:
+    """Operations per second of the best of a few square matrix products: a peak where no data sheet has one."""
+    size = MATRIX_SIZE[device.type]
+    left, right = (torch.ones(size, size, dtype=dtype, device=device) for _ in range(2))
+    product = left @ right
+    seconds = []
+    for _ in range(NUM_PRODUCTS):
+        start = time.perf_counter()
+        torch.mm(left, right, out=product)
+        if device.type == "cuda":
+            torch.cuda.synchronize()
+        seconds.append(time.perf_counter() - start)
+    return 2.0 * size**3 / min(seconds)
+
+
+def _first_rank(group: torch.distributed.ProcessGroup) -> int:
+    return min(torch.distributed.get_process_group_ranks(group))
+
+
+def _span_cost(recorder: SpanRecorder) -> float:
+    """Seconds of one span, of which nothing is kept."""
+    start = time.perf_counter()
+    for _ in range(NUM_COST_SPANS):
+        with recorder.span("cost"):
+            pass
+    seconds = time.perf_counter() - start
+    recorder.take()
+    return seconds / NUM_COST_SPANS
+
+
+def _call_cost(policy: MegatronPolicy) -> float:
+    """Seconds that it takes to measure the memory of one call."""
+    start = time.perf_counter()
+    policy.platform.reset_peak_memory()
+    policy.platform.peak_memory_bytes()
+    return time.perf_counter() - start

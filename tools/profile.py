@@ -1,0 +1,181 @@
+"""Profile steps of a real run: where their time and memory went, on driver, ranks and engines."""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import importlib.util
+import io
+import signal
+import sys
+import sysconfig
+import tempfile
+from dataclasses import replace
+from pathlib import Path
+from threading import Event
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from fipo_megatron.config.schema import Config
+    from fipo_megatron.data.load import ProblemFiles
+    from fipo_megatron.observability.progress import Progress
+    from fipo_megatron.trainer.profile import Profile
+
+if __name__ == "profile":
+    # Scripts here, and the workers of their runs, look for modules in tools/ first. Who imports the standard library's
+    # `profile`, as cProfile does, and torch by it, finds this file, and is given what it wanted.
+    _spec = importlib.util.spec_from_file_location("profile", Path(sysconfig.get_path("stdlib"), "profile.py"))
+    assert _spec is not None
+    assert _spec.loader is not None
+    sys.modules["profile"] = importlib.util.module_from_spec(_spec)
+    _spec.loader.exec_module(sys.modules["profile"])
+
+EXAMPLES = """\
+examples:
+  tools/profile.py configs/quickstart_cpu.yaml
+  tools/profile.py configs/quickstart_cpu.yaml --steps 5 --out runs/profile parallel.tensor=1 parallel.pipeline=2
+  tools/profile.py configs/quickstart_cpu.yaml --steps 1 --trace
+  tools/profile.py configs/quickstart_cpu.yaml --pairs 3
+
+Trains as tools/train.py does: one step to warm up, then those that are reported. The run's folder gets
+profile/report.html, a page with a timeline that needs no network; profile.json, the numbers; and timeline.json, for
+Perfetto or chrome://tracing. docs/profiling.md says how to read them, and what each number is.
+
+exit status: 0 profiled, 1 a failure in the run, 2 refused before a process started, 130 interrupted
+"""
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Exit status of the command."""
+    options = make_parser().parse_intermixed_args(arguments)
+    signal.signal(signal.SIGTERM, signal.getsignal(signal.SIGINT))
+    try:
+        profile_run(options)
+    except KeyboardInterrupt:
+        print("interrupted; all worker processes have ended", file=sys.stderr)
+        return 130
+    except ValueError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    except Exception as error:
+        notes = " ".join(getattr(error, "__notes__", []))
+        print(f"error: {type(error).__name__}: {error} {notes}".rstrip(), file=sys.stderr)
+        return 1
+    return 0
+
+
+def make_parser() -> argparse.ArgumentParser:
+    """The options."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, epilog=EXAMPLES, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("config", help="YAML file, e.g. configs/quickstart_cpu.yaml")
+    parser.add_argument("overrides", nargs="*", metavar="key=value", help="settings that replace the file's")
+    parser.add_argument("--steps", type=int, default=3, metavar="N", help="that are reported (default: 3)")
+    parser.add_argument(
+        "--out", type=Path, metavar="FOLDER", help="the run's folder (default: runs/<config>-profile-seed<seed>)"
+    )
+    parser.add_argument("--trace", action="store_true", help="torch's profiler, a trace of these steps for each rank")
+    parser.add_argument(
+        "--memory-snapshot", action="store_true", help="CUDA: what torch's allocator did in them, for each rank"
+    )
+    parser.add_argument("--nsys", action="store_true", help="CUDA: ranges for nsys, see docs/profiling.md")
+    parser.add_argument(
+        "--pairs",
+        type=int,
+        default=0,
+        metavar="N",
+        help="afterwards N runs that record and N that don't, in turns: what recording costs (default: 0)",
+    )
+    return parser
+
+
+def profile_run(options: argparse.Namespace) -> None:
+    """Runs, records, prints the tables and says where the report is.
+
+    Raises:
+        ValueError: what refuses it before a process starts.
+    """
+    from fipo_megatron.config.load import load_config
+    from fipo_megatron.observability.progress import Progress, print_table
+    from fipo_megatron.trainer.launch import check_before_start
+    from fipo_megatron.trainer.profile import FOLDER, with_steps, write_report
+
+    for name, least in (("steps", 1), ("pairs", 0)):
+        if getattr(options, name) < least:
+            raise ValueError(f"--{name} {getattr(options, name)}: must be at least {least}")
+    config = with_steps(load_config(options.config, options.overrides), options.steps)
+    if options.out is not None:
+        run = config.run.model_copy(update={"root": str(options.out.parent), "name": options.out.name})
+        config = config.model_copy(update={"run": run})
+    files = check_before_start(config)
+    name = f"{Path(options.config).stem}-profile"
+    with Progress() as progress:
+        folder, profile = train(options, config, files, name, progress)
+    assert profile.result is not None
+    assert profile.model_shape is not None
+    for table in write_report(profile.result, profile.model_shape, folder / FOLDER):
+        print_table(table.title, table.header, table.rows)
+    print(f"report: {folder / FOLDER / 'report.html'}")
+    if options.pairs:
+        compare_pairs(options, config, files)
+
+
+def train(
+    options: argparse.Namespace, config: Config, files: ProblemFiles, name: str, progress: Progress
+) -> tuple[Path, Profile]:
+    """The folder of a run, and what was recorded of it."""
+    from fipo_megatron.model.platform import resolve_platform
+    from fipo_megatron.trainer.launch import plan_training, run_training
+    from fipo_megatron.trainer.profile import FOLDER, WARM_UP_STEPS, Profile
+    from fipo_megatron.trainer.profiled_policy import ProfileSettings
+    from fipo_megatron.trainer.run_folder import locked, make_run_folder
+
+    settings = ProfileSettings(
+        folder=Path(),  # known when the run has one
+        after=WARM_UP_STEPS,
+        until=config.trainer.steps,
+        trace=options.trace,
+        memory_snapshot=options.memory_snapshot,
+        nsys=options.nsys,
+    )
+    settings.check(resolve_platform(config.platform).name)
+    with tempfile.TemporaryDirectory(prefix="fipo-") as scratch:
+        plan = plan_training(config, files, Path(scratch), progress)
+        folder = make_run_folder(config, name)
+        profile = Profile(config, replace(settings, folder=(folder / FOLDER).absolute()))
+        with locked(folder):
+            progress.note(f"run folder: {folder}")
+            asyncio.run(run_training(plan, folder, progress, Event(), profile))
+    return folder, profile
+
+
+def compare_pairs(options: argparse.Namespace, config: Config, files: ProblemFiles) -> None:
+    """Runs with and without recording in turns (A B, B A), in folders that are not kept; prints by how much they
+    differ."""
+    from fipo_megatron.observability.metrics import read_metrics
+    from fipo_megatron.observability.progress import Progress
+    from fipo_megatron.trainer.launch import plan_training, run_training
+    from fipo_megatron.trainer.profile import WARM_UP_STEPS, Profile, slowdown
+    from fipo_megatron.trainer.profiled_policy import ProfileSettings
+
+    seconds: dict[bool, list[list[float]]] = {True: [], False: []}
+    for number in range(2 * options.pairs):
+        records = number % 4 in (0, 3)
+        with tempfile.TemporaryDirectory(prefix="fipo-") as scratch, Progress(io.StringIO()) as progress:
+            folder = Path(scratch) / "run"
+            folder.mkdir()
+            plan = plan_training(config, files, Path(scratch), progress)
+            settings = ProfileSettings(folder / "profile", WARM_UP_STEPS, config.trainer.steps)
+            profile = Profile(config, settings) if records else None
+            asyncio.run(run_training(plan, folder, progress, Event(), profile))
+            lines = read_metrics(folder / "metrics.jsonl")
+        times = [line["time/step_s"] for line in lines if line["step"] > WARM_UP_STEPS]
+        seconds[records].append(times)
+        kind = "with" if records else "without"
+        print(f"pair {number // 2 + 1}, {kind} recording: {sum(times):.3f} s in {len(times)} steps", flush=True)
+    print(f"recording makes the steps longer by {slowdown(seconds[True], seconds[False]):.2%}, fastest of each step")
+
+
+if __name__ == "__main__":
+    sys.exit(main())
