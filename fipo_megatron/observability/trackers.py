@@ -1,4 +1,4 @@
-"""A run's metrics in TensorBoard, Weights & Biases or Prometheus as well; each is imported only where it is asked for."""
+"""A run's metrics in TensorBoard, Weights & Biases or Prometheus, too; each is imported only where it is asked for."""
 
 from __future__ import annotations
 
@@ -165,7 +165,8 @@ def check_prometheus(port: int | None) -> None:
             listener.listen()
         except OSError as error:
             raise ValueError(
-                f"run.prometheus_port = {port}: can't listen on {LOOPBACK} ({error.strerror}); choose another, one a run"
+                f"run.prometheus_port = {port}: can't listen on {LOOPBACK} ({error.strerror}); choose another, each run "
+                "its own"
             ) from None
 
 

@@ -146,8 +146,8 @@ def find_peaks(ranks: list[RankProfile]) -> list[tuple[float, str]]:
 
 def gpu_of_device(device: str) -> Gpu | None:
     """The GPU of the planner's table with a device's name as CUDA gives it, e.g. `NVIDIA H100 80GB HBM3`."""
-    words = device.lower().split()
-    return next((gpu for gpu in GPUS.values() if gpu.name.split("-")[0] in words), None)
+    words = device.lower().replace("-", " ").split()
+    return next((gpu for gpu in GPUS.values() if gpu.name.split("-")[0] in words and "nvidia" in words), None)
 
 
 def slowdown(profiled: Sequence[Sequence[float]], plain: Sequence[Sequence[float]]) -> float:

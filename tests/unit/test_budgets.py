@@ -31,6 +31,7 @@ TESTED_ELSEWHERE = {
     "checkpoint/megatron_to_hf.py": "unit/checkpoint/test_conversion.py",
     "checkpoint/tensor_files.py": "unit/checkpoint/test_conversion.py",
     "types.py": "unit/parallel/test_packed.py",  # records
+    "observability/html_page.py": "unit/observability/test_sample_viewer.py",
     "config/problems.py": "unit/config/test_schema.py",
     "config/section.py": "unit/config/test_schema.py",
     "model/build.py": PROCESSES,
@@ -38,6 +39,7 @@ TESTED_ELSEWHERE = {
     "model/weights.py": PROCESSES,
     "parallel/groups.py": PROCESSES,
     "model/response_rows.py": PROCESSES,
+    "model/schedule_spans.py": "smoke/test_profile.py",
     "trainer/layout_check.py": "parity/test_layouts.py",
     "trainer/policy.py": PROCESSES,
     "trainer/policy_processes.py": PROCESSES,

@@ -173,7 +173,7 @@ function addLegend() {
 }
 
 function addTable({ title, header, rows }) {
-  const figure = make("figure"), table = make("table"), head = make("tr");
+  const figure = make("figure", undefined, header.length > 5 ? "wide" : ""), table = make("table"), head = make("tr");
   head.append(...header.map((cell) => make("th", cell)));
   table.createTHead().append(head);
   const body = table.createTBody();

@@ -1,10 +1,12 @@
 """Times against a clock that the test moves."""
 
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 import pytest
 
-from fipo_megatron.observability.timers import PhaseTimers
+from fipo_megatron.observability.timers import STEP, PhaseTimers, Span, SpanRecorder
 
 
 class Clock:
@@ -55,3 +57,46 @@ def test_a_phase_that_raises_is_timed(clock: Clock) -> None:
     with pytest.raises(KeyError):
         advance_and_raise()
     assert timers.collect()["time/sync_s"] == 3.0
+
+
+def test_phases_are_spans_as_well_where_there_is_a_recorder(clock: Clock, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(time, "time_ns", lambda: round(clock.now * 1e9))
+    timers = PhaseTimers()
+    timers.recorder = SpanRecorder()
+    clock.now += 1.0
+    with timers.phase("rollout"):
+        clock.now += 2.0
+    clock.now += 0.5
+    assert timers.collect() == {"time/rollout_s": 2.0, "time/step_s": 3.5}
+    second = 1_000_000_000
+    step = Span(STEP, 100 * second, 103 * second + second // 2)
+    assert timers.recorder.take() == [Span("rollout", 101 * second, 103 * second), step]
+    assert step.seconds == 3.5
+
+
+def test_a_recorder_keeps_what_raises_and_what_is_within(monkeypatch: pytest.MonkeyPatch) -> None:
+    now = iter(range(100))
+    monkeypatch.setattr(time, "time_ns", lambda: next(now))
+    recorder = SpanRecorder()
+    ranges: list[str] = []
+
+    @contextmanager
+    def annotate(name: str) -> Iterator[None]:
+        ranges.append(name)
+        yield
+
+    def fail(value: int) -> int:
+        if value < 0:
+            raise KeyError
+        return value + 1
+
+    timed = recorder.timed("inner", fail)
+    with recorder.span("outer"):
+        assert timed(1) == 2
+    recorder.annotate = annotate
+    with pytest.raises(KeyError):
+        timed(-1)
+    recorder.add("elsewhere", 7, 9)
+    assert recorder.take() == [("inner", 1, 2), ("outer", 0, 3), ("inner", 4, 5), ("elsewhere", 7, 9)]
+    assert ranges == ["inner"]
+    assert recorder.take() == []

@@ -12,6 +12,7 @@ import pytest
 from ray.exceptions import ActorDiedError
 
 from fipo_megatron.config.schema import TimeoutsConfig
+from fipo_megatron.observability.timers import SpanRecorder
 from fipo_megatron.trainer.actor import EngineClient, PolicyClient, WorkerError, _cause, _gather
 from fipo_megatron.types import SamplingSettings
 
@@ -143,3 +144,42 @@ def test_an_engine_that_falls_silent_or_fails_in_the_middle_is_named(last_item: 
     received, error = read([(0, "a")], last_item, call_s=0.2)
     assert received == [(0, "a")]
     assert str(error).startswith(cause)
+
+
+def test_a_profile_has_each_call_and_what_an_engine_says_of_an_update() -> None:
+    async def answer(value: Any) -> Any:
+        await asyncio.sleep(0.05)
+        return value
+
+    took = {"receive_s": 0.03, "verify_s": 0.01}
+    calls = {"update_weights": took, "release_memory": None}
+    actor = SimpleNamespace(
+        **{name: SimpleNamespace(remote=lambda *_, value=value: answer(value)) for name, value in calls.items()}
+    )
+    client = EngineClient(actor, TimeoutsConfig())
+
+    async def call_all() -> None:
+        assert await client.update_weights({"version": 1}) == took  # not recorded
+        client.recorder = SpanRecorder()
+        assert await client.update_weights({"version": 2}) == took
+        await client.release_memory()
+
+    asyncio.run(call_all())
+    assert client.recorder is not None
+    update, receive, verify, release = client.recorder.take()
+    assert [span.name for span in (update, receive, verify, release)] == [
+        "update_weights", "receive", "verify", "release_memory",
+    ]  # fmt: skip
+    assert (receive.seconds, verify.seconds) == pytest.approx((0.03, 0.01))
+    assert receive.start <= update.start < verify.start == receive.end
+    assert release.seconds >= 0.05
+
+    streaming = EngineClient(StreamingActor([(0, "a")], 0.05), TimeoutsConfig())
+    streaming.recorder = SpanRecorder()
+
+    async def read_all() -> None:
+        assert [item async for item in streaming.generate([], SamplingSettings(1.0, 1.0, 8))] == [(0, "a")]
+
+    asyncio.run(read_all())
+    (generate,) = streaming.recorder.take()
+    assert (generate.name, generate.seconds > 0.04) == ("generate", True)
