@@ -100,7 +100,7 @@ class TrainingState:
         cells = [(name, f"{self.metrics[key]:{form}}") for key, name, form in SHOWN if key in self.metrics]
         for start in range(0, len(cells), METRICS_A_ROW):
             table.add_row(*(text for cell in cells[start : start + METRICS_A_ROW] for text in cell))
-        times = "  ".join(f"{name} {seconds:.1f}" for name, seconds in self.phases.items())
+        times = "  ".join(f"{name} {seconds:.1f}" for name, seconds in self.phases.items() if seconds >= 0.05)
         left = self.seconds_left
         title = f"step {self.step}/{self.num_steps}" + ("" if left is None else f"  ETA {format_duration(left)}")
         return Panel(

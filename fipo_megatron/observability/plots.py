@@ -12,6 +12,7 @@ from fipo_megatron.observability.metrics import read_metrics
 BLUE, ORANGE, GREY = "#1f5fa8", "#d9741a", "#8a8a8a"
 PHASE_COLORS = ("#1f5fa8", "#d9741a", "#3a8f5c", "#8c6bb1", "#b8a13a", "#c2528b", "#5aa7b8")
 BAND_OPACITY = 0.15
+SMALL_PHASE = 0.01
 
 
 @dataclass(frozen=True)
@@ -113,16 +114,24 @@ def _draw_step_time(ax: Any, lines: Sequence[dict[str, Any]]) -> None:
     """Phases stacked under the whole step: what is left between them and the line is unaccounted for."""
     steps, totals = _series(lines, "time/step_s")
     if steps:
-        timed = [line for line in lines if "time/step_s" in line]
-        timings = {key for line in timed for key in line if key.startswith("time/") and key.endswith("_s")}
-        phases = sorted(timings - {"time/step_s"})
-        stacks = [[line.get(phase, 0.0) for line in timed] for phase in phases]
-        labels = [phase.removeprefix("time/").removesuffix("_s") for phase in phases]
-        colors = [PHASE_COLORS[i % len(PHASE_COLORS)] for i in range(len(phases))]
-        ax.stackplot(steps, *stacks, labels=labels, colors=colors, alpha=0.7)
+        stacks = stack_phases([line for line in lines if "time/step_s" in line])
+        colors = [PHASE_COLORS[i % len(PHASE_COLORS)] for i in range(len(stacks))]
+        ax.stackplot(steps, *stacks.values(), labels=list(stacks), colors=colors, alpha=0.7)
         ax.plot(steps, totals, color="black", linewidth=1, label="whole step")
         ax.set_ylim(0, 1.4 * max(totals))  # room for the legend
     finish_axes(ax, "Step time [s]", legend_columns=3)
+
+
+def stack_phases(lines: Sequence[dict[str, Any]]) -> dict[str, list[float]]:
+    """Seconds of each phase by line; phases that take less than SMALL_PHASE of all time are `other` together."""
+    least = SMALL_PHASE * sum(line["time/step_s"] for line in lines)
+    keys = {key for line in lines for key in line if key.startswith("time/") and key.endswith("_s")} - {"time/step_s"}
+    seconds = {key: [line.get(key, 0.0) for line in lines] for key in sorted(keys)}
+    small = [values for values in seconds.values() if sum(values) < least]
+    stacks = {
+        key.removeprefix("time/").removesuffix("_s"): values for key, values in seconds.items() if sum(values) >= least
+    }
+    return {**stacks, **({"other": [sum(values) for values in zip(*small, strict=True)]} if small else {})}
 
 
 def finish_axes(ax: Any, title: str, legend_columns: int = 1) -> None:

@@ -165,8 +165,8 @@ def check_prometheus(port: int | None) -> None:
             listener.listen()
         except OSError as error:
             raise ValueError(
-                f"run.prometheus_port = {port}: can't listen on {LOOPBACK} ({error.strerror}); choose another, each run "
-                "its own"
+                f"run.prometheus_port = {port}: can't listen on {LOOPBACK} ({error.strerror}); "
+                "choose another, each run its own"
             ) from None
 
 

@@ -7,7 +7,7 @@ import pytest
 from matplotlib.figure import Figure
 
 from fipo_megatron.observability.metrics import MetricsWriter
-from fipo_megatron.observability.plots import plot_curves
+from fipo_megatron.observability.plots import plot_curves, stack_phases
 
 PNG_SIGNATURE = b"\x89PNG\r\n\x1a\n"
 
@@ -61,6 +61,18 @@ def test_a_step_served_from_surplus_leaves_a_gap(tmp_path: Path, drawn: list[Fig
     lines = {ax.get_title(loc="left"): ax.lines[0].get_xydata().tolist() for ax in drawn[0].axes if ax.lines}
     assert lines["Accuracy"] == [[1, 0.3], [3, 0.5]]
     assert lines["Clip fraction"] == [[1, 0.1], [2, 0.2], [3, 0.3]]
+
+
+def test_small_phases_are_stacked_as_one() -> None:
+    lines = [
+        {"time/train_s": 6.0, "time/sync_s": 0.05, "time/eval_s": 2.0, "time/step_s": 8.1},
+        {"time/train_s": 5.0, "time/sync_s": 0.06, "time/record_s": 0.02, "time/step_s": 5.5},
+    ]
+    stacks = stack_phases(lines)
+    assert list(stacks) == ["eval", "train", "other"]
+    assert stacks["eval"] == [2.0, 0.0]
+    assert stacks["other"] == pytest.approx([0.05, 0.08])
+    assert stack_phases([{"time/step_s": 1.0}]) == {}
 
 
 def test_a_run_without_steps_is_refused(tmp_path: Path) -> None:
