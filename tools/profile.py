@@ -75,7 +75,7 @@ def make_parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--out", type=Path, metavar="FOLDER", help="the run's folder (default: runs/<config>-profile-seed<seed>)"
     )
-    parser.add_argument("--trace", action="store_true", help="torch's profiler, a trace of these steps for each rank")
+    parser.add_argument("--trace", action="store_true", help="torch's profiler: a trace of these steps for each rank")
     parser.add_argument(
         "--memory-snapshot", action="store_true", help="CUDA: what torch's allocator did in them, for each rank"
     )
@@ -134,7 +134,6 @@ def train(
     settings = ProfileSettings(
         folder=Path(),  # known when the run has one
         after=WARM_UP_STEPS,
-        until=config.trainer.steps,
         trace=options.trace,
         memory_snapshot=options.memory_snapshot,
         nsys=options.nsys,
@@ -166,7 +165,7 @@ def compare_pairs(options: argparse.Namespace, config: Config, files: ProblemFil
             folder = Path(scratch) / "run"
             folder.mkdir()
             plan = plan_training(config, files, Path(scratch), progress)
-            settings = ProfileSettings(folder / "profile", WARM_UP_STEPS, config.trainer.steps)
+            settings = ProfileSettings(folder / "profile", after=WARM_UP_STEPS)
             profile = Profile(config, settings) if records else None
             asyncio.run(run_training(plan, folder, progress, Event(), profile))
             lines = read_metrics(folder / "metrics.jsonl")

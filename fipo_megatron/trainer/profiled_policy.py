@@ -37,11 +37,10 @@ NUM_PRODUCTS = 8
 
 @dataclass(frozen=True)
 class ProfileSettings:
-    """What the ranks record beside spans, between two syncs of weights."""
+    """What the ranks record beside spans, from a sync of weights to the end of the run."""
 
     folder: Path  # for traces and snapshots
-    after: int  # version of the weights whose push begins it
-    until: int  # and of those whose push ends it
+    after: int  # version of the weights whose push comes before
     trace: bool = False  # torch's profiler
     memory_snapshot: bool = False  # of torch's allocator
     nsys: bool = False  # ranges, and the beginning and end of what nsys captures
@@ -144,15 +143,9 @@ class RankRecording:
         if isinstance(result, PolicyUpdate) and result.cost is not None:  # it measures its own, and begins anew
             peak = max(peak, result.cost.peak_memory_bytes)
         self.peak_bytes[name] = max(peak, self.peak_bytes.get(name, 0))
-        if name == "push_weights":
-            self._pass_version(args[0])
-        return result
-
-    def _pass_version(self, version: int) -> None:
-        if version == self.settings.after:
+        if (name, args) == ("push_weights", (self.settings.after,)):
             self._begin_tools()
-        if version == self.settings.until:
-            self._end_tools()
+        return result
 
     def _begin_tools(self) -> None:
         settings = self.settings
@@ -170,10 +163,9 @@ class RankRecording:
     def _end_tools(self) -> None:
         settings, rank = self.settings, self.policy.rank
         self.recorder.annotate = None
-        if self._profiler is not None:
+        if settings.trace:
             self._profiler.stop()
             self._profiler.export_chrome_trace(str(settings.folder / f"trace-rank{rank}.json.gz"))
-            self._profiler = None
         if settings.memory_snapshot:
             torch.cuda.memory._dump_snapshot(str(settings.folder / f"memory-rank{rank}.pickle"))
             torch.cuda.memory._record_memory_history(enabled=None)
@@ -183,6 +175,7 @@ class RankRecording:
     def result(self) -> RankProfile:
         """All that was recorded, and what a span costs and a matrix product reaches here."""
         policy, groups = self.policy, self.policy.groups
+        self._end_tools()
         spans = self.recorder.take()
         device = policy.platform.device
         return RankProfile(

@@ -14,11 +14,11 @@ from fipo_megatron.trainer.profiled_policy import CALLS, DeviceRecorder, Profile
 
 @pytest.mark.parametrize("option", ["memory_snapshot", "nsys"])
 def test_what_only_cuda_has_is_refused_elsewhere(option: str) -> None:
-    settings = ProfileSettings(Path(), after=1, until=2, **{option: True})
+    settings = ProfileSettings(Path(), after=1, **{option: True})
     settings.check("cuda")
     with pytest.raises(ValueError, match=rf"^--{option.replace('_', '-')} with platform = 'cpu': of CUDA alone; leave"):
         settings.check("cpu")
-    ProfileSettings(Path(), after=1, until=2, trace=True).check("cpu")
+    ProfileSettings(Path(), after=1, trace=True).check("cpu")
 
 
 def test_without_a_recording_a_call_is_the_policys_own(monkeypatch: pytest.MonkeyPatch) -> None:
