@@ -6,6 +6,7 @@ import argparse
 import asyncio
 import importlib.util
 import io
+import json
 import signal
 import sys
 import sysconfig
@@ -99,15 +100,15 @@ def profile_run(options: argparse.Namespace) -> None:
     from fipo_megatron.config.load import load_config
     from fipo_megatron.observability.progress import Progress, print_table
     from fipo_megatron.trainer.launch import check_before_start
-    from fipo_megatron.trainer.profile import FOLDER, with_steps, write_report
+    from fipo_megatron.trainer.profile import FOLDER, WARM_UP_STEPS, write_report
 
     for name, least in (("steps", 1), ("pairs", 0)):
         if getattr(options, name) < least:
             raise ValueError(f"--{name} {getattr(options, name)}: must be at least {least}")
-    config = with_steps(load_config(options.config, options.overrides), options.steps)
-    if options.out is not None:
-        run = config.run.model_copy(update={"root": str(options.out.parent), "name": options.out.name})
-        config = config.model_copy(update={"run": run})
+    settings = [*options.overrides, f"trainer.steps={WARM_UP_STEPS + options.steps}"]
+    if options.out is not None:  # as text, also where it could be a number
+        settings += [f"run.root={json.dumps(str(options.out.parent))}", f"run.name={json.dumps(options.out.name)}"]
+    config = load_config(options.config, settings)
     files = check_before_start(config)
     name = f"{Path(options.config).stem}-profile"
     with Progress() as progress:
@@ -145,7 +146,10 @@ def train(
         profile = Profile(config, replace(settings, folder=(folder / FOLDER).absolute()))
         with locked(folder):
             progress.note(f"run folder: {folder}")
-            asyncio.run(run_training(plan, folder, progress, Event(), profile))
+            try:
+                asyncio.run(run_training(plan, folder, progress, Event(), profile))
+            except ValueError as error:  # which refuses nothing any more
+                raise RuntimeError(str(error)) from error
     return folder, profile
 
 

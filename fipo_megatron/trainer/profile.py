@@ -37,12 +37,6 @@ NUM_COST_SPANS = 2000
 FOLDER = "profile"  # in the run's folder
 
 
-def with_steps(config: Config, num_steps: int) -> Config:
-    """The run's configuration for a profile of so many steps after those that warm up."""
-    trainer = config.trainer.model_copy(update={"steps": WARM_UP_STEPS + num_steps})
-    return config.model_copy(update={"trainer": trainer})
-
-
 class Profile:
     """What is recorded of one run, from its beginning."""
 

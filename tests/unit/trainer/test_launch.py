@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import json
+import socket
 from pathlib import Path
 from typing import Any
 
@@ -99,6 +100,15 @@ def test_limits_of_judging_count_where_an_evaluation_set_needs_them(make_config)
 def test_kernels_of_another_platform_are_refused(make_config, kernels: dict[str, str], line: str) -> None:
     with pytest.raises(ValueError, match=line):
         check_before_start(make_config(kernels=kernels))
+
+
+def test_a_port_for_prometheus_that_is_taken_is_refused(make_config) -> None:
+    with socket.socket() as listener:
+        listener.bind(("127.0.0.1", 0))
+        listener.listen()
+        port = listener.getsockname()[1]
+        with pytest.raises(ValueError, match=rf"^run\.prometheus_port = {port}: can't listen on 127\.0\.0\.1 "):
+            check_before_start(make_config(run={"prometheus_port": port}))
 
 
 @pytest.mark.parametrize(("vocab", "added"), [({"a": 0, "b": 512}, []), ({"a": 0}, [{"id": 512}])])

@@ -8,12 +8,11 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from fipo_megatron.config.schema import Config
 from fipo_megatron.model.hf_config import ModelShape
 from fipo_megatron.observability.attribution import Workload
 from fipo_megatron.planner.flops import forward_flops
 from fipo_megatron.planner.gpu import GPUS
-from fipo_megatron.trainer.profile import find_utilisations, gpu_of_device, slowdown, with_steps, write_report
+from fipo_megatron.trainer.profile import find_utilisations, gpu_of_device, slowdown, write_report
 from tests.unit.observability.test_profile_report import make_profile
 
 SHAPE = ModelShape(
@@ -74,11 +73,6 @@ def test_the_planners_gpu_of_a_device(device: str, gpu: str | None) -> None:
 
 def test_of_each_step_the_fastest_run_counts() -> None:
     assert slowdown([[1.1, 2.5], [1.3, 2.1]], [[1.0, 2.4], [1.2, 2.0]]) == pytest.approx(3.2 / 3.0 - 1)
-
-
-def test_steps_come_after_one_that_warms_up() -> None:
-    config = with_steps(Config.model_validate({"warm_start": {}, "trainer": {"steps": 40}}), 3)
-    assert config.trainer.steps == 4
 
 
 def test_the_report_is_three_files(tmp_path: Path) -> None:
