@@ -110,6 +110,10 @@ class PhaseTimers:
         self._phases, self._start, self._start_ns = {}, now, now_ns
         return seconds
 
+    def restart(self) -> None:
+        """Forgets what came before: the first step begins now."""
+        self._phases, self._start, self._start_ns = {}, time.perf_counter(), time.time_ns()
+
     def _span(self, name: str) -> AbstractContextManager[None]:
         return nullcontext() if self.recorder is None else self.recorder.span(name)
 

@@ -56,6 +56,7 @@ class Profile:
         by_engine = {f"engine {replica}": SpanRecorder() for replica in range(len(engines))}
         for engine, recorder in zip(engines, by_engine.values(), strict=True):
             engine.recorder = recorder
+        run.timers.restart()
         yield
         policy.recorder = None
         ranks = await policy.end_profile()

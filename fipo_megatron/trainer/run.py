@@ -74,7 +74,6 @@ class Run:
         self.model_folder = model_folder
         self.progress = progress
         self.trackers = trackers
-        self.timers = PhaseTimers(progress.phase)
         self.decode = load_decode(model_folder)
         self._rewards = make_rewards(config.reward, prompts.rules.values(), config.rollout.max_response_tokens)
         self._reward = self._rewards[config.reward.rule]
@@ -94,6 +93,7 @@ class Run:
             self._restore(resumed)
         self._metrics = MetricsWriter(folder / "metrics.jsonl")
         self._drawn_s = -math.inf  # when the curves were
+        self.timers = PhaseTimers(progress.phase)  # last: the first step begins here
 
     async def collect_groups(self, version: int) -> tuple[list[SampleGroup], dict[str, float]]:
         """The groups that a step trains on, sampled by weights `version` or left over, and their metrics."""

@@ -63,15 +63,17 @@ def test_phases_are_spans_as_well_where_there_is_a_recorder(clock: Clock, monkey
     monkeypatch.setattr(time, "time_ns", lambda: round(clock.now * 1e9))
     timers = PhaseTimers()
     timers.recorder = SpanRecorder()
-    clock.now += 1.0
+    clock.now -= 5.0
+    timers.restart()
+    clock.now += 6.0
     with timers.phase("rollout"):
         clock.now += 2.0
     clock.now += 0.5
-    assert timers.collect() == {"time/rollout_s": 2.0, "time/step_s": 3.5}
+    assert timers.collect() == {"time/rollout_s": 2.0, "time/step_s": 8.5}
     second = 1_000_000_000
-    step = Span(STEP, 100 * second, 103 * second + second // 2)
+    step = Span(STEP, 95 * second, 103 * second + second // 2)
     assert timers.recorder.take() == [Span("rollout", 101 * second, 103 * second), step]
-    assert step.seconds == 3.5
+    assert step.seconds == 8.5
 
 
 def test_a_recorder_keeps_what_raises_and_what_is_within(monkeypatch: pytest.MonkeyPatch) -> None:
