@@ -33,6 +33,7 @@ class PhaseMemory:
     tensor_bytes: int
     resident_bytes: int  # beyond what it had after its imports
     blocks: tuple[tuple[int, int], ...]  # (bytes, how many) of the large blocks at the tensors' peak, largest sum first
+    operations: tuple[str, ...]  # that were at work then, outermost first
 
 
 def measure(policy: Any, folder: Path, batch: TrainingBatch) -> dict[str, PhaseMemory]:
@@ -57,20 +58,20 @@ def measure(policy: Any, folder: Path, batch: TrainingBatch) -> dict[str, PhaseM
             call()
             resident.append(_status_bytes("VmHWM") - baseline)
             marks.append(time.time_ns())
-    events = [
-        (event.start_ns(), event.nbytes()) for event in record.kineto_results.events() if event.name() == "[memory]"
-    ]
-    return {
-        phase: PhaseMemory(*peak, tuple(blocks)) if False else PhaseMemory(peak, resident[i], blocks)
-        for i, phase in enumerate(PHASES)
-        for peak, blocks in [_peak_between(events, marks[i], marks[i + 1])]
-    }
+    found = record.kineto_results.events()
+    blocks = [(event.start_ns(), event.nbytes()) for event in found if event.name() == "[memory]"]
+    phases = {}
+    for i, phase in enumerate(PHASES):
+        at, tensor_bytes, large = _peak_between(blocks, marks[i], marks[i + 1])
+        operations = tuple(event.name() for event in found if event.start_ns() <= at < event.end_ns())
+        phases[phase] = PhaseMemory(tensor_bytes, resident[i], large, operations)
+    return phases
 
 
 def _peak_between(
     events: Sequence[tuple[int, int]], start: int, end: int
-) -> tuple[int, tuple[tuple[int, int], ...]]:
-    """The most bytes that live in a span of time, and the large blocks that do then."""
+) -> tuple[int, int, tuple[tuple[int, int], ...]]:
+    """When most bytes live in a span of time, how many, and the large blocks that do then."""
     times, sizes = (np.array(values) for values in zip(*sorted(events), strict=True))
     live = np.cumsum(sizes)
     inside = np.flatnonzero((times >= start) & (times < end))
@@ -79,7 +80,7 @@ def _peak_between(
     for size in sizes[: peak + 1].tolist():
         blocks[abs(size)] += 1 if size > 0 else -1
     large = sorted(((size, n) for size, n in blocks.items() if n and size >= LARGE_BYTES), key=lambda b: -b[0] * b[1])
-    return int(live[peak]), tuple(large)
+    return int(times[peak]), int(live[peak]), tuple(large)
 
 
 def _status_bytes(name: str) -> int:

@@ -1,0 +1,170 @@
+"""What one transformer layer keeps of a microbatch for its backward pass, and the most that it has beside that.
+
+t tokens of one context-parallel rank, s = t / tp of them under sequence parallelism, else s = t; h hidden size; q and kv
+a rank's widths of queries and of keys; i a rank's width of the MLP; b bytes of the model's type. Three kinds of layers:
+
+| layer | `local_cpu` (model/local_layers.py) | `local_cuda` | `transformer_engine` |
+|---|---|---|---|
+| norm of n numbers | x, x / rms (float32 both), result: (8 + b) n | x, result: 2 b n | x, result: 2 b n |
+| norm of query and key heads | x and x / rms: 8 (q + kv) t, in float32 with the qkv product, of which the key is a view | x | x |
+| rotation | cos and sin, of q and k: 4 d b t | the same | one table for all layers |
+| attention | copies of q, k and v, its result and log-sum, and the result in order: (3 q + 2 kv) b t | q, k, result, \
+and the qkv product, of which the value is a view: (3 q + 3 kv) b t | the same |
+| gated MLP | product, silu, other half, product of both: 5 i b t | the same | product and result: 3 i b t |
+| experts, P tokens | (h + 6 i) b P: theirs, and the result before its weight | the same | (h + 3 i) b P |
+| dropout of 0 in a fused sum | nothing | nothing | two masks: 2 s h |
+
+Residual sums and linear layers keep what is kept already: the input of a linear layer is a norm's, attention's or MLP's
+result. The form of Korthikanti et al. 2022, "Reducing Activation Recomputation in Large Transformer Models", section 4,
+for packed sequences, fused attention (no scores are kept, so selective recomputation gains little), SwiGLU and grouped
+queries. What local layers on a CPU keep is measured (docs/planner.md); of the other two it is read from the code.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+from fipo_megatron.config.schema import ParallelConfig
+from fipo_megatron.model.hf_config import ModelShape
+from fipo_megatron.planner.parameters import bytes_of_type
+
+LayerKind = Literal["local_cpu", "local_cuda", "transformer_engine"]
+Recompute = Literal["none", "selective", "full"]
+FLOAT_BYTES = 4
+
+
+@dataclass(frozen=True)
+class LayerSizes:
+    """The sizes of a layer on one rank, in numbers, of a microbatch."""
+
+    kind: LayerKind
+    b: int
+    t: float
+    s: float
+    h: int
+    q: float
+    kv: float
+    i: float
+    head_dim: int
+    heads: float
+    context: int
+    is_sharded: bool  # s < t: what all ranks of a tensor-parallel group need is gathered
+    longest: float  # positions of the longest sequence, over all context-parallel ranks
+    has_qk_norm: bool
+    num_experts: int
+    routed: float  # P: tokens that this rank's experts compute, one for each expert of a token
+
+    @property
+    def is_cpu(self) -> bool:
+        return self.kind == "local_cpu"
+
+
+def layer_sizes(
+    kind: LayerKind,
+    dtype: str,
+    parallel: ParallelConfig,
+    shape: ModelShape,
+    tokens: int,
+    longest: int,
+    expert_load: float,
+) -> LayerSizes:
+    """Of a microbatch of `tokens` on each context-parallel rank. `expert_load`: tokens of the rank whose experts get
+    most, over the mean."""
+    tensor, is_sharded = parallel.tensor, parallel.sequence_parallel
+    own = tokens / tensor if is_sharded else tokens
+    has_experts = shape.num_experts > 0
+    routed = 0.0
+    if has_experts:  # every rank brings own * k; those of the experts' group meet, cut over expert_tensor ranks
+        routed = own * shape.experts_per_token * parallel.expert_tensor
+        routed = min(routed * (expert_load if parallel.expert > 1 else 1.0), routed * parallel.expert)
+    return LayerSizes(
+        kind=kind,
+        b=bytes_of_type(dtype),
+        t=tokens,
+        s=own,
+        h=shape.hidden_size,
+        q=shape.num_attention_heads * shape.head_dim / tensor,
+        kv=shape.num_key_value_heads * shape.head_dim / tensor,
+        i=shape.moe_intermediate_size / parallel.expert_tensor if has_experts else shape.intermediate_size / tensor,
+        head_dim=shape.head_dim,
+        heads=shape.num_attention_heads / tensor,
+        context=parallel.context,
+        is_sharded=is_sharded,
+        longest=longest,
+        has_qk_norm=shape.qk_norm,
+        num_experts=shape.num_experts,
+        routed=routed,
+    )
+
+
+def kept_by_layer(x: LayerSizes, recompute: Recompute) -> float:
+    """Bytes that wait for the backward pass of one layer."""
+    if recompute == "full":
+        return x.b * x.s * x.h
+    mlp = _kept_by_experts(x) if x.num_experts else (3 if x.kind == "transformer_engine" else 5) * x.i * x.b * x.t
+    masks = 2 * x.s * x.h if x.kind == "transformer_engine" else 0
+    return 2 * kept_by_norm(x) + _kept_by_attention(x, recompute) + mlp + masks
+
+
+def kept_by_norm(x: LayerSizes, with_result: bool = True) -> float:
+    """Of the norm of all tokens' hidden states, and its result where what follows keeps it."""
+    result = x.b * x.s * x.h if with_result else 0
+    return result + (2 * FLOAT_BYTES if x.is_cpu else x.b) * x.s * x.h
+
+
+def _kept_by_attention(x: LayerSizes, recompute: Recompute) -> float:
+    product = (x.q + 2 * x.kv) * x.b * x.t
+    is_float = x.b == FLOAT_BYTES
+    kept = 0.0
+    if x.kind != "transformer_engine":
+        kept += 4 * x.head_dim * x.b * x.t  # cos and sin
+    keeps_product = not x.is_cpu
+    if x.has_qk_norm:
+        if x.is_cpu:
+            kept += FLOAT_BYTES * x.t * (2 * x.q + x.kv + (0 if is_float else x.kv))
+            keeps_product = is_float
+        else:
+            kept += x.q * x.b * x.t
+    if recompute == "selective":  # inputs of attention, and its result for the layer behind it
+        return kept + product + (2 * x.q + x.kv) * x.b * x.t
+    kept += FLOAT_BYTES * x.heads * x.t  # log-sums
+    keys = x.t if x.context == 1 else x.t * (2 * x.context + 1) / 2  # of both chunks of every sequence
+    if x.is_cpu:
+        kept += (3 * x.q * x.t + 2 * x.kv * keys) * x.b
+        if x.context > 1:  # masks, as truth values and as numbers, of runs that see more keys than they have queries
+            chunk = x.longest / (2 * x.context)
+            sequences = x.t * x.context / x.longest
+            kept += sequences * chunk**2 * (2 * x.context + 1) * (1 + x.b)
+    elif x.kind == "local_cuda" and x.context > 1:
+        kept += (2 * x.q * x.t + 2 * x.kv * keys) * x.b
+        keeps_product = False
+    else:
+        kept += (2 * x.q + x.kv) * x.b * x.t
+    return kept + (product if keeps_product else 0)
+
+
+def _kept_by_experts(x: LayerSizes) -> float:
+    """Tokens that experts compute, and the router's: of each token and expert a logit, a weight and truth values."""
+    widths = x.h + (3 if x.kind == "transformer_engine" else 6) * x.i
+    return x.routed * (widths * x.b + 3 * FLOAT_BYTES) + x.s * x.num_experts * (2 * FLOAT_BYTES + 2)
+
+
+def most_in_forward(x: LayerSizes) -> float:
+    """Bytes of a layer at its fullest where nothing is kept: its input, and what the MLP has when it multiplies."""
+    gathered = x.h * x.b * x.t if x.is_sharded else 0
+    if x.num_experts:
+        return 2 * x.s * x.h * x.b + gathered + 3 * x.routed * x.h * x.b
+    factor = 3 if x.kind == "transformer_engine" else 5
+    return 2 * x.s * x.h * x.b + gathered + factor * x.i * x.b * x.t
+
+
+def most_in_backward(x: LayerSizes) -> float:
+    """Bytes beside all that is kept when a layer's backward pass begins: the gradient of its result, and in the MLP
+    those of its halves, or of a matrix."""
+    own = x.s * x.h * x.b
+    gathered = x.h * x.b * x.t if x.is_sharded else 0
+    if x.num_experts:
+        return own + gathered + 2 * x.routed * x.h * x.b
+    inner = x.i * x.b * x.t
+    return own + gathered + max(inner + x.h * x.i * x.b, 2 * inner)
