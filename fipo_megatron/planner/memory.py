@@ -41,7 +41,7 @@ POSITION_BYTES, ROW_BYTES = 16, 37
 LOSS_ARRAYS = 24  # float32 of each response row, in the loss and its gradient (algorithm/fipo_loss.py)
 # Two blocks of rows in ops/token_logprob/torch_impl.py, of this microbatch and of the one before, whose graph lives on.
 CPU_SCRATCH_BYTES = 2 * 2 * (2 * MIB)
-DOUBLE_BYTES = 8
+DOUBLE_BYTES, NORM_ELEMENTS = 8, 1 << 24  # of the piece of the gradient whose norm is computed (trainer/policy.py)
 
 
 def _input(default: float, meaning: str) -> Any:
@@ -275,7 +275,7 @@ class _Planner:
         after_head = self._kept_rows() if held.stage == config.parallel.pipeline - 1 else {}
         moments.append(Moment("train", "a layer's backward pass", state | kept | after_head | {"one layer at work": work}))
         everything = self._state(held, "weights", "gradients", "optimizer") | self._batch() | self._gathered()
-        widest = max(buffer.num_elements for buffer in held.buffers) * DOUBLE_BYTES
+        widest = min(max(buffer.num_elements for buffer in held.buffers), NORM_ELEMENTS) * DOUBLE_BYTES
         before = self._state(held, *parts) | self._batch() | self._gathered()
         moments.append(Moment("train", "the norm of the gradient", before | {"gradient in float64": float(widest)}))
         moments.append(Moment("train", "the optimizer's step", everything | self._step(held)))

@@ -37,6 +37,7 @@ if TYPE_CHECKING:  # Megatron-Core must not be imported before `prepare_process`
     from fipo_megatron.checkpoint.policy_state import PolicySave, RankState
 
 FLOAT32_MAX = torch.finfo(torch.float32).max
+NORM_ELEMENTS = 1 << 24  # of a piece of the gradient whose norm is computed at once
 
 
 class PolicyDivergedError(RuntimeError):
@@ -228,7 +229,9 @@ class MegatronPolicy:
     def _has_finite_gradient(self) -> bool:
         """Whether the gradient in Megatron's buffers has a finite norm: Adam would keep a NaN. Collective."""
         buffers = [buffer for chunk in self.chunks for buffer in (*chunk.buffers, *chunk.expert_parallel_buffers)]
-        norms = [torch.linalg.vector_norm(buffer.grad_data, dtype=torch.float64) for buffer in buffers]
+        # Piece by piece: each is converted to float64, which of a whole buffer is twice the gradients' memory again.
+        pieces = [piece for buffer in buffers for piece in buffer.grad_data.split(NORM_ELEMENTS)]
+        norms = [torch.linalg.vector_norm(piece, dtype=torch.float64) for piece in pieces]
         squares = torch.stack(norms).square().sum()
         dist.all_reduce(squares, group=self.groups.world)
         return squares.item() < FLOAT32_MAX  # False for NaN; in float32 Megatron sums these squares to clip by them

@@ -58,21 +58,46 @@ def measure(policy: Any, folder: Path, batch: TrainingBatch) -> dict[str, PhaseM
             call()
             resident.append(_status_bytes("VmHWM") - baseline)
             marks.append(time.time_ns())
-    found = record.kineto_results.events()
-    blocks = [(event.start_ns(), event.nbytes()) for event in found if event.name() == "[memory]"]
+    blocks, operations = _read_record(record.kineto_results)
     phases = {}
     for i, phase in enumerate(PHASES):
         at, tensor_bytes, large = _peak_between(blocks, marks[i], marks[i + 1])
-        operations = tuple(event.name() for event in found if event.start_ns() <= at < event.end_ns())
-        phases[phase] = PhaseMemory(tensor_bytes, resident[i], large, operations)
+        names = tuple(name for start, end, name in operations if start <= at < end)
+        phases[phase] = PhaseMemory(tensor_bytes, resident[i], large, names)
     return phases
+
+
+def _read_record(results: Any) -> tuple[list[tuple[int, int]], list[tuple[int, int, str]]]:
+    """The times and bytes of blocks taken and given back (negative), and the times and names of operations.
+
+    What gloo's own threads give back is not recorded: such a block is known to be gone when its address is taken again.
+    """
+    from torch._C._profiler import _EventType
+
+    allocations, operations, left = [], [], list(results.experimental_event_tree())
+    while left:
+        event = left.pop()
+        left += event.children
+        if event.tag == _EventType.Allocation:
+            allocations.append((event.start_time_ns, event.typed[1].ptr, event.typed[1].alloc_size))
+        elif event.tag == _EventType.TorchOp:
+            operations.append((event.start_time_ns, event.end_time_ns, event.name))
+    held: dict[int, int] = {}
+    blocks = []
+    for at, address, size in sorted(allocations):
+        if size < 0:
+            size = -held.pop(address, 0)
+        else:
+            size, held[address] = size - held.get(address, 0), size
+        blocks.append((at, size))
+    return blocks, sorted(operations)
 
 
 def _peak_between(
     events: Sequence[tuple[int, int]], start: int, end: int
 ) -> tuple[int, int, tuple[tuple[int, int], ...]]:
     """When most bytes live in a span of time, how many, and the large blocks that do then."""
-    times, sizes = (np.array(values) for values in zip(*sorted(events), strict=True))
+    times, sizes = (np.array(values) for values in zip(*events, strict=True))
     live = np.cumsum(sizes)
     inside = np.flatnonzero((times >= start) & (times < end))
     peak = int(inside[live[inside].argmax()])

@@ -1,0 +1,229 @@
+"""What a plan says: whether all fits, by how much it does not, tables of memory and of time, and the same as plain data."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from typing import Any
+
+from fipo_megatron.config.schema import Config
+from fipo_megatron.model.hf_config import ModelShape
+from fipo_megatron.planner.activations import LayerKind
+from fipo_megatron.planner.gpu import Gpu
+from fipo_megatron.planner.memory import (
+    GIB,
+    PHASES,
+    MemoryInputs,
+    Moment,
+    StageMemory,
+    engine_weight_bytes,
+    predict_memory,
+)
+from fipo_megatron.planner.parameters import count_model
+from fipo_megatron.planner.step_time import Estimate, StepTime
+
+Table = tuple[str, tuple[str, ...], list[tuple[str, ...]]]  # title, header, rows
+# What makes an item smaller.
+REMEDIES = {
+    "weights": "raise parallel.tensor or parallel.pipeline",
+    "gradients": "raise parallel.tensor or parallel.pipeline",
+    "optimizer": "raise parallel.data or parallel.pipeline",
+    "activations": "set trainer.recompute=full, or raise parallel.tensor with sequence_parallel, or parallel.context",
+    "one layer at work": "raise parallel.context or parallel.tensor, or lower trainer.microbatch_tokens",
+    "head": "lower kernels.workspace_mib, or raise parallel.tensor",
+    "final norm and rows": "raise parallel.context, or lower trainer.microbatch_tokens",
+    "engine weights": "raise rollout.tensor",
+    "engine KV cache": "lower rollout.gpu_memory_utilization",
+    "AdamW at work": "raise parallel.data, with parallel.distributed_optimizer=true",
+}
+
+
+@dataclass(frozen=True)
+class Misfit:
+    """A need that is larger than what there is."""
+
+    where: str  # stage and ranks, or the engines
+    phase: str
+    moment: str
+    needed: float  # bytes
+    available: float
+    largest: str
+    largest_bytes: float
+    remedy: str
+
+    def describe(self) -> str:
+        """One line."""
+        return (
+            f"{self.where}, {self.phase}, at {self.moment}: {self.needed / GIB:.2f} GiB needed, "
+            f"{self.available / GIB:.2f} there, {(self.needed - self.available) / GIB:.2f} GiB too much; the largest "
+            f"item is {self.largest}, {self.largest_bytes / GIB:.2f} GiB: {self.remedy}"
+        )
+
+
+@dataclass(frozen=True)
+class Plan:
+    """A configuration on a kind of device."""
+
+    config: Config
+    shape: ModelShape
+    origin: str  # of the shape
+    gpu: Gpu
+    kind: LayerKind
+    inputs: MemoryInputs
+    stages: list[StageMemory]
+    misfits: list[Misfit]
+    time: StepTime | None = None  # None: something does not fit, or it was not asked for
+
+    @property
+    def binding(self) -> tuple[StageMemory, Moment]:
+        """The stage and moment with most of the policy's memory. A rollout on shared devices is left out: there the
+        engine takes the share that it is given."""
+        return max(
+            ((stage, stage.phases[phase]) for stage in self.stages for phase in PHASES if phase != "rollout"),
+            key=lambda pair: pair[1].total,
+        )
+
+
+def make_plan(
+    config: Config, shape: ModelShape, origin: str, gpu: Gpu, kind: LayerKind, inputs: MemoryInputs
+) -> Plan:
+    """The memory of a configuration, and what of it does not fit. ValueError: the layout can't hold the model."""
+    stages = predict_memory(config, shape, kind, inputs, device_bytes=gpu.memory_bytes)
+    return Plan(config, shape, origin, gpu, kind, inputs, stages, find_misfits(config, shape, gpu, stages))
+
+
+def find_misfits(config: Config, shape: ModelShape, gpu: Gpu, stages: Sequence[StageMemory]) -> list[Misfit]:
+    """What is larger than the device, the worst first."""
+    found = [
+        Misfit(
+            where=f"stage {stage.parameters.stage} (each of ranks {_span(stage.parameters.ranks)})",
+            phase=phase,
+            moment=moment.name,
+            needed=moment.total,
+            available=gpu.memory_bytes,
+            largest=moment.largest,
+            largest_bytes=moment.items[moment.largest],
+            remedy=REMEDIES.get(moment.largest, "use a device with more memory, or more of them"),
+        )
+        for stage in stages
+        for phase, moment in stage.phases.items()
+        if moment.total > gpu.memory_bytes
+    ]
+    if config.rollout.engine != "hf" and config.platform != "cpu":
+        found += _engine_misfits(config, shape, gpu)
+    return sorted(found, key=lambda misfit: misfit.available - misfit.needed)
+
+
+def _engine_misfits(config: Config, shape: ModelShape, gpu: Gpu) -> list[Misfit]:
+    """An engine whose share of the device does not hold its weights and the cache of one longest sample."""
+    rollout = config.rollout
+    weights = engine_weight_bytes(config, shape)
+    cache = (rollout.max_prompt_tokens + rollout.max_response_tokens) * kv_bytes_per_token(config, shape)
+    share = rollout.gpu_memory_utilization * gpu.memory_bytes
+    if weights + cache <= share:
+        return []
+    largest, size = max((("engine weights", weights), ("engine KV cache", cache)), key=lambda pair: pair[1])
+    remedy = "raise rollout.tensor, or rollout.gpu_memory_utilization"
+    return [Misfit("engines (each worker)", "rollout", "one longest sample", weights + cache, share, largest, size, remedy)]
+
+
+def kv_bytes_per_token(config: Config, shape: ModelShape) -> float:
+    """Of one worker of an engine; more workers than key-value heads hold copies."""
+    heads = max(shape.num_key_value_heads / config.rollout.tensor, 1)
+    return 2 * heads * shape.head_dim * 2 * shape.num_layers / config.rollout.pipeline
+
+
+# ---------------------------------------------------------------- tables
+
+
+def memory_table(plan: Plan) -> Table:
+    """A line a stage and phase."""
+    rows = []
+    for stage in plan.stages:
+        held = stage.parameters
+        for phase, moment in stage.phases.items():
+            largest = sorted(moment.items.items(), key=lambda item: -item[1])[:3]
+            rows.append((
+                f"{held.stage}: ranks {_span(held.ranks)}",
+                phase,
+                moment.name,
+                f"{moment.total / GIB:.2f}",
+                f"{(plan.gpu.memory_bytes - moment.total) / GIB:.2f}",
+                ", ".join(f"{name} {size / GIB:.2f}" for name, size in largest if size),
+            ))  # fmt: skip
+    title = f"GiB of each rank, by stage and phase; {plan.gpu.name} has {plan.gpu.memory_bytes / GIB:.2f}"
+    return title, ("stage", "phase", "fullest moment", "needed", "free", "largest"), rows
+
+
+def time_table(time: StepTime) -> Table:
+    """A line a phase, and the step."""
+
+    def row(name: str, estimate: Estimate) -> tuple[str, ...]:
+        return name, *(f"{value:,.1f}" for value in (estimate.low, estimate.expected, estimate.high))
+
+    rows = [row(name, estimate) for name, estimate in time.phases.items()]
+    rows.append(row("step", time.step_s))
+    rows.append(row("evaluation, a step's share", time.eval_s))
+    return "seconds of a step", ("phase", "low", "expected", "high"), rows
+
+
+def describe_time(time: StepTime) -> list[str]:
+    """What follows from a step's time, a line each."""
+    mfu, tokens = time.mfu, time.tokens_per_gpu_s
+    sent = ", ".join(f"{kind} {size / GIB:.1f}" for kind, size in time.communication.items() if size)
+    return [
+        f"microbatches: {time.num_microbatches} of each rank in all updates of a step; pipeline bubble of each stage: "
+        + ", ".join(f"{share:.1%}" for share in time.bubble),
+        f"MFU of the updates: {mfu.low:.1%} to {mfu.high:.1%}, {mfu.expected:.1%} expected; trained tokens a second "
+        f"and GPU: {tokens.low:,.0f} to {tokens.high:,.0f}, {tokens.expected:,.0f} expected",
+        f"GiB that the busiest rank sends in a step: {sent or 'none'}",
+        f"run of {time.steps} steps on {time.num_gpus} GPUs: {time.run_hours.low:,.0f} to {time.run_hours.high:,.0f} "
+        f"hours, {time.gpu_hours.expected:,.0f} GPU hours and {time.cost.expected:,.0f} USD expected",
+    ]
+
+
+def describe_binding(plan: Plan) -> str:
+    """Which stage and moment bind, on one line."""
+    stage, moment = plan.binding
+    fits = "fits" if not plan.misfits else "does not fit"
+    return (
+        f"{fits} {plan.gpu.name}: stage {stage.parameters.stage} binds, in {moment.phase} at {moment.name}: "
+        f"{moment.total / GIB:.2f} of {plan.gpu.memory_bytes / GIB:.2f} GiB"
+    )
+
+
+def to_json(plan: Plan) -> dict[str, Any]:
+    """The plan as plain data; bytes and seconds."""
+    time = plan.time
+    return {
+        "model": {"architecture": plan.shape.architecture, "parameters": count_model(plan.shape), "shape": plan.origin},
+        "gpu": asdict(plan.gpu),
+        "layers": plan.kind,
+        "memory_inputs": asdict(plan.inputs),
+        "fits": not plan.misfits,
+        "misfits": [asdict(misfit) for misfit in plan.misfits],
+        "stages": [
+            {
+                "stage": stage.parameters.stage,
+                "ranks": list(stage.parameters.ranks),
+                "layers": list(stage.parameters.layers),
+                "parameters": stage.parameters.num_parameters,
+                "host_bytes": stage.host_bytes,
+                "phases": {
+                    phase: {"moment": moment.name, "total": moment.total, "items": moment.items}
+                    for phase, moment in stage.phases.items()
+                },
+            }
+            for stage in plan.stages
+        ],
+        "time": None if time is None else _time_to_json(time),
+    }
+
+
+def _time_to_json(time: StepTime) -> dict[str, Any]:
+    derived = ("step_s", "tokens_per_gpu_s", "mfu", "run_hours", "gpu_hours", "cost")
+    return asdict(time) | {name: asdict(getattr(time, name)) for name in derived}
+
+
+def _span(ranks: range) -> str:
+    return f"{ranks[0]}-{ranks[-1]}" if len(ranks) > 1 else str(ranks[0])
