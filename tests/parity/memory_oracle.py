@@ -1,21 +1,22 @@
-"""What real ranks of a policy take: bytes of tensors by the allocator's own record, and resident memory by the kernel's.
+"""What real ranks of a policy take: bytes of tensors by the allocator's own record, and memory by the kernel's.
 
 Neither knows anything of planner/memory.py. Tensors: every block that torch's CPU allocator gives and takes back, as its
-profiler records them, temporaries inside an operation included. Resident memory: what the process has beyond what it had
-after its imports; small blocks are mapped and unmapped one by one (MALLOC_MMAP_THRESHOLD_), so that what is freed is gone.
+profiler records them, temporaries inside an operation included. Resident: anonymous memory of the process (from /proc,
+every few milliseconds) beyond what it had after its imports; blocks are mapped and unmapped one by one
+(MALLOC_MMAP_THRESHOLD_), so that what is freed is gone. The record itself takes some megabytes of it.
 """
 
 from __future__ import annotations
 
 import json
 import os
-import re
+import threading
 import time
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
 import numpy as np
 
@@ -36,35 +37,73 @@ class PhaseMemory:
     operations: tuple[str, ...]  # that were at work then, outermost first
 
 
-def measure(policy: Any, folder: Path, batch: TrainingBatch) -> dict[str, PhaseMemory]:
-    """The phases of a policy's second step, of a model of random weights. A call for `run_policy`."""
+def measure(policy: Any, folder: Path, first: TrainingBatch, batch: TrainingBatch) -> dict[str, PhaseMemory]:
+    """The phases of a policy's second step, of a model of random weights: the first, on a small batch, leaves moments
+    as all later ones find them. A call for `run_policy`."""
     from torch.autograd.profiler import profile
 
-    import fipo_megatron.model.build
-    import fipo_megatron.model.host_offload
-    import fipo_megatron.trainer.step  # noqa: F401  the imports that are no part of what is measured
-
-    samples = range(batch.num_samples)
-    baseline = _status_bytes("VmRSS")
-    marks, resident = [time.time_ns()], []
-    with profile(profile_memory=True, use_kineto=True) as record:
+    _import_all()
+    marks, resident = [time.time_ns()], _Resident()
+    with profile(profile_memory=True, use_kineto=True) as record, resident:
         for call in (
             lambda: policy.load(folder, OptimizerConfig(), random_seed=0),
-            lambda: policy.update(batch, samples, 1e-5),
+            lambda: policy.update(first, range(first.num_samples), 1e-5),
             lambda: policy.logprobs(batch),
-            lambda: policy.update(batch, samples, 1e-5),
+            lambda: policy.update(batch, range(batch.num_samples), 1e-5),
         ):
-            policy.platform.reset_peak_memory()
             call()
-            resident.append(_status_bytes("VmHWM") - baseline)
             marks.append(time.time_ns())
     blocks, operations = _read_record(record.kineto_results)
     phases = {}
-    for i, phase in enumerate(PHASES):
-        at, tensor_bytes, large = _peak_between(blocks, marks[i], marks[i + 1])
-        names = tuple(name for start, end, name in operations if start <= at < end)
-        phases[phase] = PhaseMemory(tensor_bytes, resident[i], large, names)
+    for phase, start, end in zip(PHASES, marks, marks[1:], strict=False):
+        at, tensor_bytes, large = _peak_between(blocks, start, end)
+        names = tuple(name for begun, ended, name in operations if begun <= at < ended)
+        phases[phase] = PhaseMemory(tensor_bytes, resident.most_between(start, end), large, names)
     return phases
+
+
+def _import_all() -> None:
+    """What would else be imported or compiled within what is measured."""
+    import torch
+
+    import fipo_megatron.model.build
+    import fipo_megatron.model.host_offload
+    import fipo_megatron.trainer.step  # noqa: F401
+    from fipo_megatron.ops.future_kl_scan import future_kl_scan
+    from fipo_megatron.types import SegmentTable
+
+    future_kl_scan(torch.zeros(4), 0.5, SegmentTable(torch.tensor([0, 4])))
+
+
+class _Resident:
+    """Samples the anonymous memory of this process while it is entered."""
+
+    def __init__(self) -> None:
+        self._samples: list[tuple[int, int]] = []
+        self._stop = threading.Event()
+        self._thread = threading.Thread(target=self._sample)
+        self._page_bytes = os.sysconf("SC_PAGE_SIZE")
+        self._baseline = self._read()
+
+    def most_between(self, start: int, end: int) -> int:
+        """Bytes above those at the beginning."""
+        return max(size for at, size in self._samples if start <= at < end) - self._baseline
+
+    def __enter__(self) -> Self:
+        self._thread.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._stop.set()
+        self._thread.join()
+
+    def _sample(self) -> None:
+        while not self._stop.wait(0.003):
+            self._samples.append((time.time_ns(), self._read()))
+
+    def _read(self) -> int:
+        _, resident, shared, *_ = Path("/proc/self/statm").read_text().split()
+        return (int(resident) - int(shared)) * self._page_bytes
 
 
 def _read_record(results: Any) -> tuple[list[tuple[int, int]], list[tuple[int, int, str]]]:
@@ -108,11 +147,6 @@ def _peak_between(
     return int(times[peak]), int(live[peak]), tuple(large)
 
 
-def _status_bytes(name: str) -> int:
-    (kib,) = re.findall(rf"{name}:\s+(\d+) kB", Path("/proc/self/status").read_text())
-    return int(kib) << 10
-
-
 def write_shape(folder: Path, architecture: str, **sizes: Any) -> Path:
     """A folder whose config.json alone describes a model."""
     folder.mkdir(parents=True, exist_ok=True)
@@ -152,7 +186,7 @@ def make_config(
     values: dict[str, Any] = {
         "platform": "cpu",
         "model": {"path": str(folder), "dtype": dtype},
-        "rollout": {"max_prompt_tokens": 512, "max_response_tokens": microbatch_tokens - 512},
+        "rollout": {"max_prompt_tokens": 256, "max_response_tokens": microbatch_tokens - 256},
         "trainer": {"microbatch_tokens": microbatch_tokens, "max_policy_kl": 1e9},
         "parallel": parallel,
         "timeouts": {"startup_s": 100, "call_s": 290, "collective_s": 280},
