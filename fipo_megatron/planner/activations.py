@@ -25,7 +25,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
-from fipo_megatron.config.schema import ParallelConfig
+from fipo_megatron.config.schema import Config, ParallelConfig
 from fipo_megatron.model.hf_config import ModelShape
 from fipo_megatron.planner.parameters import bytes_of_type
 
@@ -58,6 +58,14 @@ class LayerSizes:
     @property
     def is_cpu(self) -> bool:
         return self.kind == "local_cpu"
+
+
+def layer_kind(config: Config, has_transformer_engine: bool = True) -> LayerKind:
+    """What a run's layers are computed by, on GPUs where `has_transformer_engine` is true. With float32 it has to be
+    absent there (model/build.py)."""
+    if config.platform == "cpu":
+        return "local_cpu"
+    return "transformer_engine" if has_transformer_engine and config.model.dtype != "float32" else "local_cuda"
 
 
 def layer_sizes(

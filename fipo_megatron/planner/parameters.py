@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import math
 from dataclasses import dataclass
 
@@ -28,22 +29,23 @@ def bytes_of_type(dtype: str) -> int:
 class ParameterBuffer:
     """Megatron's buffer of parameters that are reduced over the same ranks, on one rank."""
 
-    sizes: tuple[int, ...]  # elements of each parameter
+    buckets: tuple[tuple[int, ...], ...]  # elements of each parameter, in the order of the forward pass
     replicas: int  # ranks that hold the same, and share out the optimizer's state where it is distributed
     is_distributed: bool
 
     @property
     def num_parameters(self) -> int:
-        return sum(self.sizes)
+        return sum(map(sum, self.buckets))
 
     @property
     def num_elements(self) -> int:
-        """With the padding between parameters and at the end."""
-        if not self.is_distributed or not self.sizes:
+        """With the padding between parameters, and at the end of a bucket."""
+        if not self.is_distributed:
             return self.num_parameters
-        *front, last = self.sizes
-        end = sum(_ceil(size, PARAMETER_MULTIPLE) for size in front) + last
-        return _ceil(end, math.lcm(BUCKET_MULTIPLE, self.replicas))
+        multiple = math.lcm(BUCKET_MULTIPLE, self.replicas)
+        # Megatron fills a bucket from its last parameter to its first.
+        ends = (first + sum(_ceil(size, PARAMETER_MULTIPLE) for size in rest) for first, *rest in self.buckets)
+        return sum(_ceil(end, multiple) for end in ends)
 
     @property
     def num_updated(self) -> int:
@@ -53,7 +55,7 @@ class ParameterBuffer:
     @property
     def largest_updated(self) -> int:
         """Of the largest tensor that it updates."""
-        return min(max(self.sizes, default=0), self.num_updated)
+        return min(max((size for bucket in self.buckets for size in bucket), default=0), self.num_updated)
 
 
 @dataclass(frozen=True)
@@ -128,12 +130,15 @@ def _count_stage(
 ) -> StageParameters:
     layers = layout.layers_of_stage(shape.num_layers, stage)
     is_first, is_last = stage == 0, stage == parallel.pipeline - 1
-    ends = [EMBEDDING] if is_first else []
-    if is_last:
-        ends.append(FINAL_NORM)
-        if not (shape.tie_word_embeddings and is_first):  # tied on two stages: both hold it
-            ends.append(HEAD)
-    sizes = [*dense * len(layers), *(_shard_size(entry, shape, parallel) for entry in ends)]
+    size = functools.partial(_shard_size, shape=shape, parallel=parallel)
+    start = [size(EMBEDDING)] if is_first else []
+    end = [size(FINAL_NORM)] if is_last else []
+    body = [*dense * len(layers), *end]
+    head = [size(HEAD)] if is_last and not (shape.tie_word_embeddings and is_first) else []
+    if shape.tie_word_embeddings and parallel.pipeline > 1:  # both ends of the pipeline hold it, in a bucket of its own
+        buckets = [bucket for bucket in (start, body, head) if bucket]
+    else:
+        buckets = [start + body + head]
     first = stage * layout.ranks_per_stage
     expert_replicas = layout.ranks_per_stage // (parallel.expert * parallel.expert_tensor)
     is_distributed = parallel.distributed_optimizer
@@ -141,8 +146,8 @@ def _count_stage(
         stage=stage,
         ranks=range(first, first + layout.ranks_per_stage),
         layers=tuple(layers),
-        dense=ParameterBuffer(tuple(sizes), parallel.data * parallel.context, is_distributed),
-        experts=ParameterBuffer(tuple(experts * len(layers)), expert_replicas, is_distributed),
+        dense=ParameterBuffer(tuple(map(tuple, buckets)), parallel.data * parallel.context, is_distributed),
+        experts=ParameterBuffer((tuple(experts * len(layers)),) if experts else (), expert_replicas, is_distributed),
         dtype=dtype,
     )
 

@@ -6,7 +6,6 @@ import tempfile
 import time
 import warnings
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -31,7 +30,9 @@ from fipo_megatron.model.weight_map.entry import WeightMapEntry, hf_tensor_shape
 from fipo_megatron.model.weight_map.families import EMBEDDING, HEAD, make_entries
 from fipo_megatron.observability.progress import print_table
 from fipo_megatron.parallel.groups import simulated_groups
-from fipo_megatron.parallel.plan import microbatch_tokens
+from fipo_megatron.planner.activations import layer_kind
+from fipo_megatron.planner.memory import GIB, MemoryInputs, engine_weight_bytes, predict_memory
+from fipo_megatron.planner.parameters import StageParameters, count_model, count_parameters
 from fipo_megatron.reshard.layout import engine_layout, trainer_layout
 from fipo_megatron.reshard.plan import make_plan
 from fipo_megatron.reward.judge import make_reward
@@ -39,26 +40,6 @@ from fipo_megatron.trainer.bundles import plan_bundles
 from fipo_megatron.trainer.warm_start import write_skeleton
 
 FIRST_ROWS = 100
-GIB = 1 << 30
-GRADIENT_BYTES = 4  # a parameter's, whatever its type: they are summed in float32
-MOMENT_BYTES = 8  # both, in float32
-MAIN_BYTES = 4  # the float32 copy of a bfloat16 parameter that the optimizer updates
-
-
-@dataclass(frozen=True)
-class StageShapes:
-    """What each rank of a pipeline stage holds: all hold as much."""
-
-    ranks: range
-    layers: list[int]
-    num_parameters: int
-    weight_bytes: int
-    gradient_bytes: int
-    optimizer_bytes: int
-
-    @property
-    def total_bytes(self) -> int:
-        return self.weight_bytes + self.gradient_bytes + self.optimizer_bytes
 
 
 def run_dry(config: Config, config_folder: Path) -> None:
@@ -144,11 +125,11 @@ def find_shape(config: Config, config_folder: Path) -> tuple[ModelShape, str]:
     return shape, origin
 
 
-def check_ranks(config: Config, shape: ModelShape) -> list[StageShapes]:
-    """What the ranks of each stage hold.
+def check_ranks(config: Config, shape: ModelShape) -> list[StageParameters]:
+    """What the ranks of each stage hold, as the planner counts it.
 
     Megatron's model of one rank a stage is built on the meta device, in the groups that it would have. What the weight
-    map says of every rank is held against it: names, and the shape of each shard that it would read.
+    map says of every rank is held against it: names, the shape of each shard that it would read, and their number.
 
     Raises:
         ValueError: Megatron refuses the layout, or would hold another parameter than the weight map fills.
@@ -158,10 +139,9 @@ def check_ranks(config: Config, shape: ModelShape) -> list[StageShapes]:
         prepare_process(platform, config.parallel)
     from fipo_megatron.model.build import build_shapes
 
-    layout, stages = trainer_layout(config.parallel), []
-    for stage in range(config.parallel.pipeline):
-        first = stage * layout.ranks_per_stage
-        with simulated_groups(config.parallel, first) as groups:
+    stages = count_parameters(config.parallel, shape, config.model.dtype)
+    for stage, counted in enumerate(stages):
+        with simulated_groups(config.parallel, counted.ranks[0]) as groups:
             try:
                 parameters = build_shapes(config, shape, platform, groups)
             except (AssertionError, ValueError, RuntimeError) as error:
@@ -169,11 +149,11 @@ def check_ranks(config: Config, shape: ModelShape) -> list[StageShapes]:
                     f"parallel: Megatron-Core refuses stage {stage}: {error}; change the layout"
                 ) from error
         built = {name: tuple(parameter.shape) for name, parameter in parameters.items()}
-        layers = layout.layers_of_stage(shape.num_layers, stage)
-        entries = _entries_of_stage(config.parallel, shape, stage, layers)
+        entries = _entries_of_stage(config.parallel, shape, stage, counted.layers)
         for entry_set in _distinct_ranks(config.parallel, shape, entries):
             _compare(built, entry_set, shape, config.parallel, stage)
-        stages.append(_measure(config, entries, built, range(first, first + layout.ranks_per_stage), layers))
+        num_built = sum(torch.Size(size).numel() for size in built.values())
+        assert num_built == counted.num_parameters, f"stage {stage}: {num_built}, counted {counted.num_parameters}"
     return stages
 
 
@@ -250,72 +230,30 @@ def _compare(
         )
 
 
-def _measure(
-    config: Config,
-    entries: dict[str, WeightMapEntry],
-    built: dict[str, tuple[int, ...]],
-    ranks: range,
-    layers: list[int],
-) -> StageShapes:
-    parallel = config.parallel
-    sizes = {name: torch.Size(size).numel() for name, size in built.items()}
-    experts = sum(size for name, size in sizes.items() if entries[name].expert is not None)
-    dense = sum(sizes.values()) - experts
-    is_half = config.model.dtype == "bfloat16"
-    state = MOMENT_BYTES + (MAIN_BYTES if is_half else 0)
-    dense_replicas = parallel.data * parallel.context if parallel.distributed_optimizer else 1
-    expert_replicas = len(ranks) // (parallel.expert * parallel.expert_tensor) if parallel.distributed_optimizer else 1
-    return StageShapes(
-        ranks=ranks,
-        layers=layers,
-        num_parameters=dense + experts,
-        weight_bytes=(dense + experts) * (2 if is_half else 4),
-        gradient_bytes=(dense + experts) * GRADIENT_BYTES,
-        optimizer_bytes=state * -(-dense // dense_replicas) + state * -(-experts // expert_replicas),
-    )
-
-
-def print_stages(config: Config, shape: ModelShape, origin: str, stages: Sequence[StageShapes]) -> None:
+def print_stages(config: Config, shape: ModelShape, origin: str, stages: Sequence[StageParameters]) -> None:
     """Prints the model, a line a stage, and the engines' share."""
-    counts = [
-        torch.Size(hf_tensor_shape(name, shape)).numel() for entry in make_entries(shape) for name in entry.hf_names
-    ]
-    number = f"{sum(counts) / 1e9:.4g} billion" if sum(counts) >= 1e9 else f"{sum(counts):,}"
+    count = count_model(shape)
+    number = f"{count / 1e9:.4g} billion" if count >= 1e9 else f"{count:,}"
     print(f"model: {shape.architecture}, {number} parameters, shape of {origin}")
-    rows = [
-        (
-            str(stage),
+    rows = []
+    for held, memory in zip(stages, predict_memory(config, shape, layer_kind(config), MemoryInputs()), strict=True):
+        train = memory.phases["train"]
+        state = (held.weight_bytes, held.gradient_bytes, held.optimizer_bytes)
+        sizes = (*state, train.items.get("activations", 0.0), train.total)
+        rows.append((
+            str(held.stage),
             _runs(held.ranks),
             _runs(held.layers),
             f"{held.num_parameters:,}",
-            *(f"{size / GIB:.2f}" for size in (held.weight_bytes, held.gradient_bytes, held.optimizer_bytes)),
-            f"{held.total_bytes / GIB:.2f}",
-        )
-        for stage, held in enumerate(stages)
-    ]
-    header = ("stage", "ranks", "layers", "parameters", "weights", "gradients", "optimizer", "sum")
-    print_table("GiB of each rank of a pipeline stage, before activations", header, rows)
-    print_layer_inputs(config, shape, stages)
+            *(f"{size / GIB:.2f}" for size in sizes),
+        ))  # fmt: skip
+    header = ("stage", "ranks", "layers", "parameters", "weights", "gradients", "optimizer", "activations", "at most")
+    print_table("GiB of each rank of a pipeline stage in an update; tools/plan.py has the other phases", header, rows)
     rollout = config.rollout
     if rollout.engine != "hf":
+        share = engine_weight_bytes(config, shape) / GIB
         workers = rollout.tensor * rollout.pipeline
-        share = sum(counts) * (2 if config.model.dtype == "bfloat16" else 4) / workers / GIB
         print(f"engines: {rollout.replicas} of {workers} worker(s), each with about {share:.2f} GiB of weights")
-
-
-def print_layer_inputs(config: Config, shape: ModelShape, stages: Sequence[StageShapes]) -> None:
-    """Prints the least that activations take where every layer is computed again: the layers' inputs."""
-    parallel = config.parallel
-    if config.trainer.recompute != "full" or parallel.virtual_pipeline is not None:
-        return
-    tokens, in_flight = microbatch_tokens(config), parallel.pipeline
-    shards = parallel.tensor if parallel.sequence_parallel else 1
-    width = shape.hidden_size * (2 if config.model.dtype == "bfloat16" else 4)
-    kept = tokens * width * len(stages[0].layers) * in_flight / shards / GIB
-    print(
-        f"activations: at least {kept:.2f} GiB on stage 0, inputs of {len(stages[0].layers)} layers for {in_flight} "
-        f"microbatch(es) of {tokens:,} tokens; one layer's own and the log-probs' workspace come on top"
-    )
 
 
 def _runs(numbers: Sequence[int]) -> str:

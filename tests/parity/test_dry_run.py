@@ -56,8 +56,7 @@ def test_a_real_rank_holds_what_was_said(family: str, parallel: dict[str, Any], 
         stages = pool.submit(check_ranks, config, read_model_shape(tmp_path)).result()
     for stage in stages:
         in_stage = [ranks[rank] for rank in stage.ranks]
-        assert {(number, weights) for number, weights, _, _ in in_stage} == {(stage.num_parameters, stage.weight_bytes)}
-        for _, _, gradients, _ in in_stage:  # buffers are padded
-            assert stage.gradient_bytes <= gradients < 1.05 * stage.gradient_bytes
+        assert {number for number, *_ in in_stage} == {stage.num_parameters}
+        assert {gradients for _, _, gradients, _ in in_stage} == {stage.gradient_bytes}
         mean = sum(state for *_, state in in_stage) / len(in_stage)  # the optimizer's shares differ a little
         assert mean == pytest.approx(stage.optimizer_bytes, rel=0.01)

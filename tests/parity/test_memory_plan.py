@@ -69,7 +69,7 @@ LARGE = {
         7,
         sections={"trainer": {"recompute": "full"}},
     ),
-    "pp4": Case(QWEN3, 24, 48000, "float32", {"pipeline": 4}, 1536, 256, 4, 4),
+    "pp4": Case(QWEN3, 24, 72000, "float32", {"pipeline": 4}, 1536, 256, 4, 4),
     "tp2_pp2_sp_bf16_tied": Case(
         QWEN3, 16, 160000, "bfloat16", {"tensor": 2, "pipeline": 2, "sequence_parallel": True}, 4096, 256, 2, 4, tied=True
     ),
@@ -80,9 +80,9 @@ LARGE = {
     "dp2_cp2_tied": Case(QWEN3, 8, 64000, "float32", {"data": 2, "context": 2}, 1536, 512, 1, tied=True),
 }
 SMALL = {
-    "small_tp2_sp": Case(QWEN2, 2, 4000, "float32", {"tensor": 2, "sequence_parallel": True}, 512, 128, 1),
+    "small_tp2_sp": Case(QWEN2, 2, 1000, "float32", {"tensor": 2, "sequence_parallel": True}, 1024, 256, 1),
     "small_pp2_full": Case(
-        LLAMA, 4, 4000, "float32", {"pipeline": 2}, 512, 128, 2, 7, sections={"trainer": {"recompute": "full"}}
+        LLAMA, 4, 1000, "float32", {"pipeline": 2}, 1024, 256, 2, 7, sections={"trainer": {"recompute": "full"}}
     ),
 }
 
