@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import json
 import sys
+import time
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from fipo_megatron.config.schema import Config
+    from fipo_megatron.planner.activations import LayerKind
+    from fipo_megatron.planner.lengths import Lengths
     from fipo_megatron.planner.memory import MemoryInputs
     from fipo_megatron.planner.report import Plan, Table
 
@@ -26,6 +30,9 @@ No process is started and no weights are read. A model folder that is not here i
 name beside the configuration that has a config.json. How the numbers come about, and which are inputs: docs/planner.md.
 exit status: 0 it fits, 1 it does not, 2 unusable arguments or a configuration that no run would take
 """
+
+NUM_PROPOSALS, NUM_MISFITS = 5, 3  # that are shown
+QUIET_S = 2.0  # after which a search says how far it is
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -60,54 +67,105 @@ def _make_parser() -> argparse.ArgumentParser:
 
 
 def _plan(options: argparse.Namespace) -> int:
+    from fipo_megatron.config.checks import check_config
     from fipo_megatron.config.load import load_config
     from fipo_megatron.planner.gpu import find_gpu
-    from fipo_megatron.planner.report import make_plan
+    from fipo_megatron.planner.report import make_plan, to_json
+    from fipo_megatron.trainer.dry_run import find_shape
 
     if options.gpus is not None and not options.search:
         raise ValueError(f"--gpus {options.gpus}: the layout of the configuration has its own number; add --search")
     config = load_config(options.config, options.overrides)
-    is_cpu = config.platform == "cpu"
-    gpu = find_gpu(options.gpu or ("cpu-core" if is_cpu else "h100-80gb"))
-    kind = _layer_kind(config, options.layers)
-    inputs = _memory_inputs(options.memory, is_cpu)
-    if options.search:
-        raise NotImplementedError
-    shape, origin = _find_shape(config, options)
+    check_config(config)
+    gpu = find_gpu(options.gpu or ("cpu-core" if config.platform == "cpu" else "h100-80gb"))
+    kind, inputs = _layer_kind(config, options.layers), _memory_inputs(options.memory)
+    shape, origin = find_shape(config, Path(options.config).parent)
     plan = make_plan(config, shape, origin, gpu, kind, inputs)
+    if options.search:
+        return _search(plan, options)
     if not plan.misfits:
-        plan = _with_time(plan, options)
-    if options.json:
-        from fipo_megatron.planner.report import to_json
+        from fipo_megatron.planner.efficiency import parse_efficiencies
+        from fipo_megatron.planner.step_time import predict_step
 
+        step = predict_step(config, shape, _lengths(config, options), gpu, parse_efficiencies(options.efficiency))
+        plan = dataclasses.replace(plan, time=step)
+    if options.json:
         print(json.dumps(to_json(plan), indent=1))
     else:
         _print(plan)
-    for misfit in plan.misfits[:3]:
-        print(f"does not fit: {misfit.describe()}", file=sys.stderr)
+    _complain(plan)
     return 1 if plan.misfits else 0
 
 
-def _find_shape(config: Config, options: argparse.Namespace):
-    from fipo_megatron.config.checks import check_config
-    from fipo_megatron.trainer.dry_run import find_shape
+def _search(plan: Plan, options: argparse.Namespace) -> int:
+    """Proposes layouts. The configuration's own need not fit."""
+    from fipo_megatron.planner.efficiency import parse_efficiencies
+    from fipo_megatron.planner.report import describe_settings, proposal_table, to_json
+    from fipo_megatron.planner.search import Inputs, search
 
-    check_config(config)
-    return find_shape(config, Path(options.config).parent)
+    config, lengths = plan.config, _lengths(plan.config, options)
+    inputs = Inputs(
+        config,
+        plan.shape,
+        plan.origin,
+        plan.gpu,
+        plan.kind,
+        plan.inputs,
+        lengths,
+        parse_efficiencies(options.efficiency),
+    )
+    start, num_gpus = time.perf_counter(), options.gpus or _num_gpus(config)
+    if num_gpus < 1:
+        raise ValueError(f"--gpus {num_gpus}: must be 1 or more")
+
+    def note(text: str) -> None:
+        if time.perf_counter() - start > QUIET_S:
+            print(text, file=sys.stderr, flush=True)
+
+    found = search(inputs, num_gpus, NUM_PROPOSALS, note)
+    if options.json:
+        proposals = [{"settings": each.settings} | to_json(each.plan) for each in found.proposals]
+        counts = {"gpus": num_gpus, "allowed": found.num_allowed, "fitting": found.num_fitting}
+        print(json.dumps(counts | {"proposals": proposals}, indent=1))
+    else:
+        print(f"{num_gpus} x {plan.gpu.name}: {found.num_allowed} layouts are allowed, {found.num_fitting} of them fit")
+        if found.proposals:
+            _print_table(proposal_table([(each.settings, each.plan) for each in found.proposals]))
+        for number, each in enumerate(found.proposals, 1):
+            print(f"{number}: {describe_settings(each.settings) or 'as configured'}")
+    if found.nearest is not None:
+        _complain(found.nearest)
+    return 0 if found.proposals else 1
 
 
-def _layer_kind(config: Config, layers: str | None):
-    if config.platform == "cpu":
-        if layers is not None:
-            raise ValueError(f"--layers {layers}: for GPUs, and platform = 'cpu'; leave the option out")
-        return "local_cpu"
+def _num_gpus(config: Config) -> int:
+    """That the configuration takes."""
+    engines = config.rollout.replicas * config.rollout.tensor * config.rollout.pipeline
+    return config.parallel.world_size + (0 if config.placement.mode == "colocated" else engines)
+
+
+def _lengths(config: Config, options: argparse.Namespace) -> Lengths:
+    from fipo_megatron.planner.lengths import Lengths
+
+    return Lengths.of_config(config) if options.lengths is None else Lengths.from_file(options.lengths)
+
+
+def _complain(plan: Plan) -> None:
+    for misfit in plan.misfits[:NUM_MISFITS]:
+        print(f"does not fit {plan.gpu.name}: {misfit.describe()}", file=sys.stderr)
+
+
+def _layer_kind(config: Config, layers: str | None) -> LayerKind:
+    from fipo_megatron.planner.activations import layer_kind
+
+    if layers is not None and config.platform == "cpu":
+        raise ValueError(f"--layers {layers}: for GPUs, and platform = 'cpu'; leave the option out")
     if layers == "te" and config.model.dtype == "float32":
-        raise ValueError("--layers te: Transformer Engine takes packed sequences in bfloat16 alone; give --layers local")
-    is_te = layers == "te" or (layers is None and config.model.dtype == "bfloat16")
-    return "transformer_engine" if is_te else "local_cuda"
+        raise ValueError("--layers te: takes packed sequences in bfloat16 alone; set model.dtype=bfloat16")
+    return layer_kind(config, has_transformer_engine=layers != "local")
 
 
-def _memory_inputs(settings: list[str], is_cpu: bool) -> MemoryInputs:
+def _memory_inputs(settings: list[str]) -> MemoryInputs:
     from fipo_megatron.planner.memory import MemoryInputs
 
     values = {}
@@ -120,24 +178,14 @@ def _memory_inputs(settings: list[str], is_cpu: bool) -> MemoryInputs:
     return MemoryInputs().with_values(**values)
 
 
-def _with_time(plan: Plan, options: argparse.Namespace) -> Plan:
-    from dataclasses import replace
-
-    from fipo_megatron.planner.efficiency import parse_efficiencies
-    from fipo_megatron.planner.lengths import Lengths
-    from fipo_megatron.planner.step_time import predict_step
-
-    lengths = Lengths.of_config(plan.config) if options.lengths is None else Lengths.from_file(options.lengths)
-    efficiencies = parse_efficiencies(options.efficiency)
-    return replace(plan, time=predict_step(plan.config, plan.shape, lengths, plan.gpu, efficiencies))
-
-
 def _print(plan: Plan) -> None:
     from fipo_megatron.planner.parameters import count_model
-    from fipo_megatron.planner.report import describe_binding, describe_time, memory_table, time_table
+    from fipo_megatron.planner.report import describe_binding, describe_time, phase_table, time_table, train_table
 
-    print(f"model: {plan.shape.architecture}, {count_model(plan.shape) / 1e9:.4g} billion parameters, shape of {plan.origin}")
-    _print_table(memory_table(plan))
+    number = f"{count_model(plan.shape) / 1e9:.4g} billion parameters"
+    print(f"model: {plan.shape.architecture}, {number}, shape of {plan.origin}")
+    _print_table(train_table(plan))
+    _print_table(phase_table(plan))
     print(describe_binding(plan))
     if plan.time is not None:
         _print_table(time_table(plan.time))

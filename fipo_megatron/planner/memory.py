@@ -6,7 +6,7 @@ engine's is a named input (`MemoryInputs`), and so is what only a run can tell: 
 
 from __future__ import annotations
 
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, field, fields, replace
 from typing import Any
 
 import numpy as np
@@ -45,8 +45,6 @@ DOUBLE_BYTES, NORM_ELEMENTS = 8, 1 << 24  # of the piece of the gradient whose n
 
 
 def _input(default: float, meaning: str) -> Any:
-    from dataclasses import field
-
     return field(default=default, metadata={"meaning": meaning})
 
 
@@ -191,11 +189,12 @@ class _Planner:
             inputs.expert_load,
         )
         self.b = bytes_of_type(config.model.dtype)
+        self.engine_weights = engine_weight_bytes(config, shape)
 
     def stage(self, held: StageParameters) -> StageMemory:
         """All phases of a stage's ranks."""
         moments = [
-            Moment("rollout", "engine at work", self._resting() | self._engine("weights", "KV cache")),
+            Moment("rollout", "the engine at work", self._state(held) | self._engine("weights", "KV cache")),
             Moment("sync", "weights on their way", self._sending(held)),
             *self._logprobs(held),
             *self._train(held),
@@ -218,15 +217,12 @@ class _Planner:
             return {name: size for name, size in sizes.items() if name in parts} | copies
         return {name: size for name, size in sizes.items() if name in parts}
 
-    def _resting(self) -> dict[str, float]:
-        return {}
-
     def _engine(self, *parts: str) -> dict[str, float]:
         """What a colocated engine has on the same device."""
         config = self.config
         if config.placement.mode != "colocated" or self.device_bytes is None or self.kind == "local_cpu":
             return {}
-        weights = engine_weight_bytes(config, self.shape)
+        weights = self.engine_weights
         found = {"engine weights": weights} if "weights" in parts else {}
         if "KV cache" in parts:
             found["engine KV cache"] = max(config.rollout.gpu_memory_utilization * self.device_bytes - weights, 0.0)
@@ -273,7 +269,9 @@ class _Planner:
         elif config.trainer.recompute == "selective" and x.is_cpu:
             work += (3 * x.q + 2 * x.kv) * x.b * x.t
         after_head = self._kept_rows() if held.stage == config.parallel.pipeline - 1 else {}
-        moments.append(Moment("train", "a layer's backward pass", state | kept | after_head | {"one layer at work": work}))
+        moments.append(
+            Moment("train", "a layer's backward pass", state | kept | after_head | {"one layer at work": work})
+        )
         everything = self._state(held, "weights", "gradients", "optimizer") | self._batch() | self._gathered()
         widest = min(max(buffer.num_elements for buffer in held.buffers), NORM_ELEMENTS) * DOUBLE_BYTES
         before = self._state(held, *parts) | self._batch() | self._gathered()

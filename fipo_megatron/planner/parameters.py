@@ -25,27 +25,33 @@ def bytes_of_type(dtype: str) -> int:
     return 2 if dtype == "bfloat16" else 4
 
 
+Bucket = tuple[tuple[int, int], ...]  # (elements of a parameter, how many such), in about the forward pass's order
+
+
 @dataclass(frozen=True)
 class ParameterBuffer:
     """Megatron's buffer of parameters that are reduced over the same ranks, on one rank."""
 
-    buckets: tuple[tuple[int, ...], ...]  # elements of each parameter, in the order of the forward pass
+    buckets: tuple[Bucket, ...]
     replicas: int  # ranks that hold the same, and share out the optimizer's state where it is distributed
     is_distributed: bool
 
-    @property
+    @functools.cached_property
     def num_parameters(self) -> int:
-        return sum(map(sum, self.buckets))
+        return sum(size * count for bucket in self.buckets for size, count in bucket)
 
-    @property
+    @functools.cached_property
     def num_elements(self) -> int:
         """With the padding between parameters, and at the end of a bucket."""
         if not self.is_distributed:
             return self.num_parameters
         multiple = math.lcm(BUCKET_MULTIPLE, self.replicas)
-        # Megatron fills a bucket from its last parameter to its first.
-        ends = (first + sum(_ceil(size, PARAMETER_MULTIPLE) for size in rest) for first, *rest in self.buckets)
-        return sum(_ceil(end, multiple) for end in ends)
+        total = 0
+        for bucket in self.buckets:
+            padded = sum(_ceil(size, PARAMETER_MULTIPLE) * count for size, count in bucket)
+            first, _ = bucket[0]  # Megatron fills a bucket from its last parameter to its first
+            total += _ceil(padded - _ceil(first, PARAMETER_MULTIPLE) + first, multiple)
+        return total
 
     @property
     def num_updated(self) -> int:
@@ -55,7 +61,7 @@ class ParameterBuffer:
     @property
     def largest_updated(self) -> int:
         """Of the largest tensor that it updates."""
-        return min(max((size for bucket in self.buckets for size in bucket), default=0), self.num_updated)
+        return min(max((size for bucket in self.buckets for size, _ in bucket), default=0), self.num_updated)
 
 
 @dataclass(frozen=True)
@@ -131,14 +137,16 @@ def _count_stage(
     layers = layout.layers_of_stage(shape.num_layers, stage)
     is_first, is_last = stage == 0, stage == parallel.pipeline - 1
     size = functools.partial(_shard_size, shape=shape, parallel=parallel)
-    start = [size(EMBEDDING)] if is_first else []
-    end = [size(FINAL_NORM)] if is_last else []
-    body = [*dense * len(layers), *end]
-    head = [size(HEAD)] if is_last and not (shape.tie_word_embeddings and is_first) else []
+    start = ((size(EMBEDDING), 1),) if is_first else ()
+    end = ((size(FINAL_NORM), 1),) if is_last else ()
+    body = *((of_layer, len(layers)) for of_layer in dense), *end
+    head = ((size(HEAD), 1),) if is_last and not (shape.tie_word_embeddings and is_first) else ()
     if shape.tie_word_embeddings and parallel.pipeline > 1:  # both ends of the pipeline hold it, in a bucket of its own
-        buckets = [bucket for bucket in (start, body, head) if bucket]
+        buckets = tuple(bucket for bucket in (start, body, head) if bucket)
     else:
-        buckets = [start + body + head]
+        buckets = (start + body + head,)
+    per_layer = shape.num_experts // parallel.expert if experts else 0
+    of_experts = tuple((of_expert, per_layer * len(layers)) for of_expert in experts)
     first = stage * layout.ranks_per_stage
     expert_replicas = layout.ranks_per_stage // (parallel.expert * parallel.expert_tensor)
     is_distributed = parallel.distributed_optimizer
@@ -146,19 +154,18 @@ def _count_stage(
         stage=stage,
         ranks=range(first, first + layout.ranks_per_stage),
         layers=tuple(layers),
-        dense=ParameterBuffer(tuple(map(tuple, buckets)), parallel.data * parallel.context, is_distributed),
-        experts=ParameterBuffer((tuple(experts * len(layers)),) if experts else (), expert_replicas, is_distributed),
+        dense=ParameterBuffer(buckets, parallel.data * parallel.context, is_distributed),
+        experts=ParameterBuffer((of_experts,) if experts else (), expert_replicas, is_distributed),
         dtype=dtype,
     )
 
 
 def _sizes_of_layer(parallel: ParallelConfig, shape: ModelShape) -> tuple[list[int], list[int]]:
-    """Elements of each parameter of one layer on one rank: of all but experts, and of its experts."""
+    """Elements of each parameter of one layer on one rank: of all but experts, and of one expert."""
     dense, experts = [], []
     for row in LAYERS[shape.architecture]:
         if is_expert(row):
-            size = _shard_size(layer_entry(row, 0, 0), shape, parallel)
-            experts += [size] * (shape.num_experts // parallel.expert)
+            experts.append(_shard_size(layer_entry(row, 0, 0), shape, parallel))
         else:
             dense.append(_shard_size(layer_entry(row, 0, None), shape, parallel))
     return dense, experts

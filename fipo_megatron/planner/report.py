@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -76,17 +76,15 @@ class Plan:
 
     @property
     def binding(self) -> tuple[StageMemory, Moment]:
-        """The stage and moment with most of the policy's memory. A rollout on shared devices is left out: there the
-        engine takes the share that it is given."""
+        """The stage and moment that bind: of an update, which grows with the layout, unless something else is too
+        large."""
+        phases = PHASES if self.misfits else ("train",)
         return max(
-            ((stage, stage.phases[phase]) for stage in self.stages for phase in PHASES if phase != "rollout"),
-            key=lambda pair: pair[1].total,
+            ((stage, stage.phases[phase]) for stage in self.stages for phase in phases), key=lambda pair: pair[1].total
         )
 
 
-def make_plan(
-    config: Config, shape: ModelShape, origin: str, gpu: Gpu, kind: LayerKind, inputs: MemoryInputs
-) -> Plan:
+def make_plan(config: Config, shape: ModelShape, origin: str, gpu: Gpu, kind: LayerKind, inputs: MemoryInputs) -> Plan:
     """The memory of a configuration, and what of it does not fit. ValueError: the layout can't hold the model."""
     stages = predict_memory(config, shape, kind, inputs, device_bytes=gpu.memory_bytes)
     return Plan(config, shape, origin, gpu, kind, inputs, stages, find_misfits(config, shape, gpu, stages))
@@ -110,11 +108,11 @@ def find_misfits(config: Config, shape: ModelShape, gpu: Gpu, stages: Sequence[S
         if moment.total > gpu.memory_bytes
     ]
     if config.rollout.engine != "hf" and config.platform != "cpu":
-        found += _engine_misfits(config, shape, gpu)
+        found += engine_misfits(config, shape, gpu)
     return sorted(found, key=lambda misfit: misfit.available - misfit.needed)
 
 
-def _engine_misfits(config: Config, shape: ModelShape, gpu: Gpu) -> list[Misfit]:
+def engine_misfits(config: Config, shape: ModelShape, gpu: Gpu) -> list[Misfit]:
     """An engine whose share of the device does not hold its weights and the cache of one longest sample."""
     rollout = config.rollout
     weights = engine_weight_bytes(config, shape)
@@ -124,7 +122,9 @@ def _engine_misfits(config: Config, shape: ModelShape, gpu: Gpu) -> list[Misfit]
         return []
     largest, size = max((("engine weights", weights), ("engine KV cache", cache)), key=lambda pair: pair[1])
     remedy = "raise rollout.tensor, or rollout.gpu_memory_utilization"
-    return [Misfit("engines (each worker)", "rollout", "one longest sample", weights + cache, share, largest, size, remedy)]
+    return [
+        Misfit("engines (each worker)", "rollout", "one longest sample", weights + cache, share, largest, size, remedy)
+    ]
 
 
 def kv_bytes_per_token(config: Config, shape: ModelShape) -> float:
@@ -136,23 +136,35 @@ def kv_bytes_per_token(config: Config, shape: ModelShape) -> float:
 # ---------------------------------------------------------------- tables
 
 
-def memory_table(plan: Plan) -> Table:
-    """A line a stage and phase."""
+def train_table(plan: Plan) -> Table:
+    """A line a stage: the fullest moment of an update, by its items."""
+    named = ("weights", "gradients", "optimizer", "activations", "reserve")
     rows = []
     for stage in plan.stages:
-        held = stage.parameters
-        for phase, moment in stage.phases.items():
-            largest = sorted(moment.items.items(), key=lambda item: -item[1])[:3]
-            rows.append((
-                f"{held.stage}: ranks {_span(held.ranks)}",
-                phase,
-                moment.name,
-                f"{moment.total / GIB:.2f}",
-                f"{(plan.gpu.memory_bytes - moment.total) / GIB:.2f}",
-                ", ".join(f"{name} {size / GIB:.2f}" for name, size in largest if size),
-            ))  # fmt: skip
-    title = f"GiB of each rank, by stage and phase; {plan.gpu.name} has {plan.gpu.memory_bytes / GIB:.2f}"
-    return title, ("stage", "phase", "fullest moment", "needed", "free", "largest"), rows
+        held, moment = stage.parameters, stage.phases["train"]
+        rest = sum(size for name, size in moment.items.items() if name not in named)
+        sizes = [*(moment.items.get(name, 0.0) for name in named[:4]), rest, moment.items.get("reserve", 0.0)]
+        rows.append((
+            f"{held.stage}: ranks {_span(held.ranks)}",
+            str(len(held.layers)),
+            f"{held.num_parameters:,}",
+            *(f"{size / GIB:.2f}" for size in (*sizes, moment.total)),
+            moment.name,
+        ))  # fmt: skip
+    header = ("stage", "layers", "parameters", *named[:4], "at work", "reserve", "sum", "fullest at")
+    return "GiB of each rank in an update", header, rows
+
+
+def phase_table(plan: Plan) -> Table:
+    """A line a stage: the sum of each phase's fullest moment."""
+    rows = []
+    for stage in plan.stages:
+        totals = {phase: stage.phases[phase].total for phase in PHASES}
+        free = plan.gpu.memory_bytes - max(totals.values())
+        sizes = (*totals.values(), free, stage.host_bytes)
+        rows.append((f"{stage.parameters.stage}", *(f"{size / GIB:.2f}" for size in sizes)))
+    title = f"GiB of each rank by phase; {plan.gpu.name} has {plan.gpu.memory_bytes / GIB:.2f}"
+    return title, ("stage", *PHASES, "free", "host memory"), rows
 
 
 def time_table(time: StepTime) -> Table:
@@ -190,6 +202,54 @@ def describe_binding(plan: Plan) -> str:
         f"{fits} {plan.gpu.name}: stage {stage.parameters.stage} binds, in {moment.phase} at {moment.name}: "
         f"{moment.total / GIB:.2f} of {plan.gpu.memory_bytes / GIB:.2f} GiB"
     )
+
+
+def proposal_table(proposals: Sequence[tuple[Mapping[str, Any], Plan]]) -> Table:
+    """A line a layout."""
+    rows = []
+    for number, (_, plan) in enumerate(proposals, 1):
+        assert plan.time is not None
+        step, config = plan.time.step_s, plan.config
+        stage, moment = plan.binding
+        rows.append((
+            str(number),
+            f"{step.expected:,.0f} ({step.low:,.0f}-{step.high:,.0f})",
+            f"{plan.time.phases['rollout'].expected:,.0f}",
+            f"{plan.time.phases['train'].expected:,.0f}",
+            f"{moment.total / GIB:.1f}, stage {stage.parameters.stage}",
+            describe_layout(config),
+            f"{config.rollout.replicas} x {config.rollout.tensor * config.rollout.pipeline}",
+            config.placement.mode,
+        ))  # fmt: skip
+    header = ("", "step, s", "rollout, s", "train, s", "train, GiB", "policy", "engines", "placement")
+    return "layouts that fit, the fastest first", header, rows
+
+
+def describe_layout(config: Config) -> str:
+    """Sizes of the policy's layout, `tp8 pp2 dp8`."""
+    parallel, trainer = config.parallel, config.trainer
+    sizes = {
+        "tp": parallel.tensor,
+        "cp": parallel.context,
+        "pp": parallel.pipeline,
+        "vpp": parallel.virtual_pipeline or 1,
+        "dp": parallel.data,
+        "ep": parallel.expert,
+        "etp": parallel.expert_tensor,
+    }
+    named = [f"{name}{size}" for name, size in sizes.items() if size > 1]
+    named += [] if trainer.recompute == "none" else [f"recompute {trainer.recompute}"]
+    named += [] if trainer.microbatch_tokens is None else [f"{trainer.microbatch_tokens} tokens"]
+    return " ".join(named) or "one rank"
+
+
+def describe_settings(settings: Mapping[str, Any]) -> str:
+    """Settings as they can be pasted behind a command."""
+
+    def text(value: Any) -> str:
+        return "null" if value is None else str(value).lower() if isinstance(value, bool) else str(value)
+
+    return " ".join(f"{key}={text(value)}" for key, value in sorted(settings.items()))
 
 
 def to_json(plan: Plan) -> dict[str, Any]:

@@ -37,7 +37,6 @@ from fipo_megatron.reshard.layout import engine_layout, trainer_layout
 from fipo_megatron.reshard.plan import make_plan
 from fipo_megatron.reward.judge import make_reward
 from fipo_megatron.trainer.bundles import plan_bundles
-from fipo_megatron.trainer.warm_start import write_skeleton
 
 FIRST_ROWS = 100
 
@@ -103,6 +102,8 @@ def _declared_format(file: DataFileConfig) -> str:
 def find_shape(config: Config, config_folder: Path) -> tuple[ModelShape, str]:
     """The shape of the run's model, and where it is from."""
     if config.model.path is None:
+        from fipo_megatron.trainer.warm_start import write_skeleton
+
         with tempfile.TemporaryDirectory(prefix="fipo-") as scratch:
             source: Any = make_task(config.task)
             if config.data.train:

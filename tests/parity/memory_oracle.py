@@ -1,8 +1,8 @@
 """What real ranks of a policy take: bytes of tensors by the allocator's own record, and memory by the kernel's.
 
-Neither knows anything of planner/memory.py. Tensors: every block that torch's CPU allocator gives and takes back, as its
-profiler records them, temporaries inside an operation included. Resident: anonymous memory of the process (from /proc,
-every few milliseconds) beyond what it had after its imports; blocks are mapped and unmapped one by one
+Neither knows anything of planner/memory.py. Tensors: every block that torch's CPU allocator gives and takes back, as
+its profiler records them, temporaries inside an operation included. Resident: anonymous memory of the process (from
+/proc, every few milliseconds) beyond what it had after its imports; blocks are mapped and unmapped one by one
 (MALLOC_MMAP_THRESHOLD_), so that what is freed is gone. The record itself takes some megabytes of it.
 """
 

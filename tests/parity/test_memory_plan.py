@@ -71,7 +71,16 @@ LARGE = {
     ),
     "pp4": Case(QWEN3, 24, 72000, "float32", {"pipeline": 4}, 1536, 256, 4, 4),
     "tp2_pp2_sp_bf16_tied": Case(
-        QWEN3, 16, 160000, "bfloat16", {"tensor": 2, "pipeline": 2, "sequence_parallel": True}, 4096, 256, 2, 4, tied=True
+        QWEN3,
+        16,
+        160000,
+        "bfloat16",
+        {"tensor": 2, "pipeline": 2, "sequence_parallel": True},
+        4096,
+        256,
+        2,
+        4,
+        tied=True,
     ),
     "moe_ep2": Case(MOE, 6, 48000, "float32", {"data": 2, "expert": 2}, 1280, 256, 1),
     "moe_tp2_etp2_sp_bf16": Case(

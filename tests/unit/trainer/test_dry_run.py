@@ -193,7 +193,8 @@ def test_what_is_printed(capsys: pytest.CaptureFixture[str]) -> None:
     assert f"model: Qwen2ForCausalLM, {total(shape):,} parameters, shape of here" in printed
     (line,) = [line.split() for line in printed.splitlines() if " 1 " in line and "2-3" in line]
     held = f"{stages[1].num_parameters:,}"
-    assert line[:16] == ["│", "1", "│", "2-3", "│", "2-3", "│", held, "│", "0.00", "│", "0.00", "│", "0.00", "│", "0.13"]
+    state = ["│", "0.00", "│", "0.00", "│", "0.00"]
+    assert line[:16] == ["│", "1", "│", "2-3", "│", "2-3", "│", held, *state, "│", "0.13"]
     # one microbatch in flight; of two layers their inputs: tokens x 64, over 2 ranks, of 2 bytes
     assert f"{(2048 + (1 << 20)) * 64 * 2 * 2 / 2 / (1 << 30):.2f}" == "0.13"
     assert "engines: 3 of 2 worker(s)" in printed
