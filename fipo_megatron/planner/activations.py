@@ -1,23 +1,35 @@
 """What one transformer layer keeps of a microbatch for its backward pass, and the most that it has beside that.
 
-t tokens of one context-parallel rank, s = t / tp of them under sequence parallelism, else s = t; h hidden size; q and kv
-a rank's widths of queries and of keys; i a rank's width of the MLP; b bytes of the model's type. Three kinds of layers:
+t tokens of one context-parallel rank, s = t / tp of them under sequence parallelism, else s = t; h hidden size; q and
+kv a rank's widths of queries and of keys; i a rank's width of the MLP, or of an expert; d size of a head; b bytes of
+the model's type; P tokens that a rank's experts compute. Bytes of the three kinds of layers:
 
-| layer | `local_cpu` (model/local_layers.py) | `local_cuda` | `transformer_engine` |
-|---|---|---|---|
-| norm of n numbers | x, x / rms (float32 both), result: (8 + b) n | x, result: 2 b n | x, result: 2 b n |
-| norm of query and key heads | x and x / rms: 8 (q + kv) t, in float32 with the qkv product, of which the key is a view | x | x |
-| rotation | cos and sin, of q and k: 4 d b t | the same | one table for all layers |
-| attention | copies of q, k and v, its result and log-sum, and the result in order: (3 q + 2 kv) b t | q, k, result, \
-and the qkv product, of which the value is a view: (3 q + 3 kv) b t | the same |
-| gated MLP | product, silu, other half, product of both: 5 i b t | the same | product and result: 3 i b t |
-| experts, P tokens | (h + 6 i) b P: theirs, and the result before its weight | the same | (h + 3 i) b P |
-| dropout of 0 in a fused sum | nothing | nothing | two masks: 2 s h |
+norm of n numbers
+    `local_cpu` (model/local_layers.py): x and x / rms, both float32, and the result: (8 + b) n.
+    `local_cuda`, `transformer_engine`: x and the result: 2 b n.
+norm of query and key heads
+    `local_cpu`: x and x / rms of queries and of keys, 8 (q + kv) t; in float32 x of the keys is a view of the whole qkv
+    product, 4 (q + 2 kv) t. Others: x of the queries; that of the keys is a view of the product, which attention keeps.
+rotation
+    Local: cos and sin, for queries and for keys: 4 d b t. Transformer Engine: one table for all layers.
+attention
+    `local_cpu`: copies of q, k and v, the result, and the result in order: (3 q + 2 kv) b t. Others: q, k, the result,
+    and the qkv product, of which the values are a view: (3 q + 3 kv) b t. All: log-sums, 4 bytes a head and token. With
+    context parallelism local layers gather keys: (2 cp + 1) / 2 as many, for both chunks of a sequence; on a CPU masks,
+    too, (1 + b) bytes for each query and key of a chunk.
+gated MLP
+    Local: product of both halves, silu, the other half, product: 5 i b t. Transformer Engine: 3 i b t.
+experts
+    Local: input, and per expert what an MLP keeps and the result before it is weighted: (h + 6 i) b P. Transformer
+    Engine: (h + 3 i) b P. The router: logits and weights of all experts, 8 E s, and truth values.
+dropout of probability 0 behind attention and MLP
+    Transformer Engine's fused sum: a mask each, 2 s h. Local: nothing.
 
-Residual sums and linear layers keep what is kept already: the input of a linear layer is a norm's, attention's or MLP's
-result. The form of Korthikanti et al. 2022, "Reducing Activation Recomputation in Large Transformer Models", section 4,
-for packed sequences, fused attention (no scores are kept, so selective recomputation gains little), SwiGLU and grouped
-queries. What local layers on a CPU keep is measured (docs/planner.md); of the other two it is read from the code.
+Residual sums and linear layers keep what is kept already: a linear layer's input is the result of a norm, of attention
+or of an MLP. This is the count of Korthikanti et al. 2022, "Reducing Activation Recomputation in Large Transformer
+Models", section 4, for packed sequences, SwiGLU, grouped queries and fused attention. That keeps no scores, so that
+selective recomputation, which is of attention alone, saves little or nothing. What local layers on a CPU keep is
+measured (docs/planner.md); the other two are read from the code.
 """
 
 from __future__ import annotations

@@ -35,7 +35,7 @@ from fipo_megatron.planner.parameters import (
 
 GIB, MIB = 1 << 30, 1 << 20
 PHASES = ("rollout", "old_logprobs", "train", "sync")
-# Of a packed microbatch (parallel/packed.py): token and position of each position; index, row in the batch, target, mask,
+# Of a packed microbatch (parallel/packed.py): token and number of each position; index, row in the batch, target, mask,
 # advantage, old and reference log-prob of each response row.
 POSITION_BYTES, ROW_BYTES = 16, 37
 LOSS_ARRAYS = 24  # float32 of each response row, in the loss and its gradient (algorithm/fipo_loss.py)
@@ -303,7 +303,9 @@ class _Planner:
 
     def _head_backward(self) -> dict[str, float]:
         rows, x = self.microbatches.rows, self.sizes
-        gradient = rows * x.h * (FLOAT_BYTES + (self.b if self.b != FLOAT_BYTES else 0))
+        gradient = rows * x.h * self.b
+        if self.config.kernels.logprob_from == "hidden_states" and self.b != FLOAT_BYTES:
+            gradient += rows * x.h * FLOAT_BYTES  # which is summed in float32
         loss = {"loss": float(rows * LOSS_ARRAYS * FLOAT_BYTES)}
         return self._kept_rows() | loss | {"head": self._head_bytes(with_gradient=True) + gradient}
 

@@ -15,8 +15,8 @@ from fipo_megatron.reshard.layout import TrainerLayout, trainer_layout
 GRADIENT_BYTES = 4  # a parameter's, whatever its type: they are summed in float32
 MOMENT_BYTES = 8  # both, in float32
 MAIN_BYTES = 4  # the float32 copy of a bfloat16 parameter that the optimizer updates
-# Megatron-Core's buffers under its distributed optimizer (distributed/param_and_grad_buffer.py): a parameter begins at a
-# multiple of 64 elements, a bucket ends at one of 128 and of the ranks that share it.
+# Megatron-Core's buffers under its distributed optimizer (distributed/param_and_grad_buffer.py): a parameter begins at
+# a multiple of 64 elements, a bucket ends at one of 128 and of the ranks that share it.
 PARAMETER_MULTIPLE, BUCKET_MULTIPLE = 64, 128
 
 

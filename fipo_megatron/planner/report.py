@@ -1,4 +1,4 @@
-"""What a plan says: whether all fits, by how much it does not, tables of memory and of time, and the same as plain data."""
+"""What a plan says: whether all fits and by how much it does not, as tables and as plain data."""
 
 from __future__ import annotations
 
@@ -206,7 +206,7 @@ def describe_binding(plan: Plan) -> str:
 
 def proposal_table(proposals: Sequence[tuple[Mapping[str, Any], Plan]]) -> Table:
     """A line a layout."""
-    rows = []
+    rows: list[tuple[str, ...]] = []
     for number, (_, plan) in enumerate(proposals, 1):
         assert plan.time is not None
         step, config = plan.time.step_s, plan.config

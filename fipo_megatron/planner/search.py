@@ -15,7 +15,7 @@ import numpy as np
 from fipo_megatron.config.checks import check_config, find_model_problems
 from fipo_megatron.config.schema import Config
 from fipo_megatron.model.hf_config import ModelShape
-from fipo_megatron.parallel.plan import microbatch_tokens
+from fipo_megatron.parallel.plan import PackingPlan, microbatch_tokens
 from fipo_megatron.planner.activations import LayerKind
 from fipo_megatron.planner.efficiency import Efficiencies
 from fipo_megatron.planner.gpu import Gpu
@@ -295,7 +295,10 @@ class _Timer:
             number = -(-number // parallel.pipeline) * parallel.pipeline
         positions = self.drawn.sequence - 1.0
         work = np.array([tokens, (positions * (positions + 1) / 2).sum() / parallel.data, self.rows / parallel.data])
-        forward, backward = passes.times(Microbatches(*(work / number).reshape(3, 1, 1), plan=None))
+        capacity = units.capacity(microbatch_tokens(config))
+        plan = PackingPlan((((),),), np.ones((1, 1)), int(tokens), int(tokens), capacity, number)
+        tokens_of, pairs_of, rows_of = (work / number).reshape(3, 1, 1)
+        forward, backward = passes.times(Microbatches(tokens_of, pairs_of, rows_of, plan))
         slots = number + (parallel.pipeline - 1) / chunks
         forward_s, backward_s = (slots * float(of.sum((1, 2, 3)).max()) for of in (forward, backward))
         return self.num_updates * (3 * forward_s + backward_s + sum(passes.update_s()))
