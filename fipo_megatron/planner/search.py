@@ -71,7 +71,7 @@ def search(inputs: Inputs, num_gpus: int, num_best: int, note: Callable[[str], N
     """The fastest layouts on `num_gpus` GPUs. `note` is told how far it is.
 
     Raises:
-        ValueError: no layout of the policy is allowed on so many.
+        ValueError: on so many no engine has room, or no layout of the policy is allowed.
     """
     timer = _Timer(inputs)
     scored: list[tuple[float, Settings, Config]] = []
@@ -97,7 +97,10 @@ def search(inputs: Inputs, num_gpus: int, num_best: int, note: Callable[[str], N
         scored += [(rollout_s + timer.policy_s(config), settings, config) for settings, config in fitting]
         note(f"{_describe(placement)}: {len(fitting)} timed")
     if not num_allowed:
-        raise ValueError(f"--gpus {num_gpus}: no layout of this model and these batches; choose a multiple of a node")
+        raise ValueError(
+            f"--gpus {num_gpus}: no engine has room for the model, or no layout divides its sizes and the batches; "
+            "raise the number, or rollout.gpu_memory_utilization"
+        )
     scored.sort(key=_first)
     proposals = [_propose(inputs, settings, config) for _, settings, config in scored[:NUM_PREDICTED]]
     proposals.sort(key=lambda proposal: proposal.plan.time.step_s.expected if proposal.plan.time else 0.0)

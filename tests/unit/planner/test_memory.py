@@ -154,7 +154,7 @@ def test_logits_take_what_the_vocabulary_does() -> None:
     gradient = 4096 * 5120 * 2
     assert whole.items["head"] == 4096 * 152064 / 8 * (2 + 2) + gradient
     workspace = blocks.items["head"] - 4096 * 5120 * 4 - gradient
-    assert 250 < workspace / (1 << 20) < 260  # kernels.workspace_mib, and what is known of each row and block
+    assert 200 < workspace / (1 << 20) < 260  # kernels.workspace_mib, and what is known of each row and block
 
 
 def test_a_given_batch() -> None:
