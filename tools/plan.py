@@ -75,6 +75,8 @@ def _plan(options: argparse.Namespace) -> int:
 
     if options.gpus is not None and not options.search:
         raise ValueError(f"--gpus {options.gpus}: the layout of the configuration has its own number; add --search")
+    if options.gpus is not None and options.gpus < 1:
+        raise ValueError(f"--gpus {options.gpus}: must be 1 or more")
     config = load_config(options.config, options.overrides)
     check_config(config)
     gpu = find_gpu(options.gpu or ("cpu-core" if config.platform == "cpu" else "h100-80gb"))
@@ -115,8 +117,6 @@ def _search(plan: Plan, options: argparse.Namespace) -> int:
         parse_efficiencies(options.efficiency),
     )
     start, num_gpus = time.perf_counter(), options.gpus or _num_gpus(config)
-    if num_gpus < 1:
-        raise ValueError(f"--gpus {num_gpus}: must be 1 or more")
 
     def note(text: str) -> None:
         if time.perf_counter() - start > QUIET_S:

@@ -1,0 +1,107 @@
+"""The planning tool: what it prints, refuses and searches, and how long it takes."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from tools import plan
+
+ROOT = Path(__file__).parents[2]
+RECIPE = "examples/fipo_qwen2.5_32b/config.yaml"
+UNCUT = ("parallel.tensor=1", "parallel.pipeline=1", "parallel.sequence_parallel=false", "parallel.data=128")
+
+
+@pytest.fixture(autouse=True)
+def at_root(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(ROOT)
+
+
+def test_the_recipe_of_32b_in_five_seconds() -> None:
+    before = os.times()
+    command = [sys.executable, "tools/plan.py", RECIPE]
+    run = subprocess.run(command, capture_output=True, text=True, timeout=100, check=False)
+    after = os.times()
+    assert run.returncode == 0, run.stderr
+    assert after.children_user + after.children_system - before.children_user - before.children_system < 5
+    assert "model: Qwen2ForCausalLM, 32.76 billion parameters" in run.stdout
+    fits = re.search(
+        r"^fits h100-80gb: stage 0 binds, in train at .*: (\d+\.\d+) of 79.10 GiB$", run.stdout, re.MULTILINE
+    )
+    assert fits is not None, run.stdout
+    assert 14.3 < float(fits[1]) < 79.1
+    (step,) = [line.split("│")[2:5] for line in run.stdout.splitlines() if line.startswith("│ step ")]
+    low, expected, high = (float(number.replace(",", "")) for number in step)
+    assert low < expected < high
+
+
+def test_an_uncut_model_is_refused_with_the_number(capsys: pytest.CaptureFixture[str]) -> None:
+    assert plan.main([RECIPE, *UNCUT]) == 1
+    captured = capsys.readouterr()
+    first = captured.err.splitlines()[0]
+    assert first.startswith(
+        "does not fit h100-80gb: stage 0 (each of ranks 0-127), train, at a layer's backward pass: "
+    )
+    needed, there, lacking = map(float, re.findall(r"(\d+\.\d+) (?:GiB needed|there|GiB too much)", first))
+    assert there == 79.1
+    assert needed - there == pytest.approx(lacking, abs=0.011)
+    assert needed > 16 * 32.76e9 / 2**30 / 4
+    assert "the largest item is gradients, 122.05 GiB: raise parallel.tensor or parallel.pipeline" in first
+    assert "seconds of a step" not in captured.out
+
+
+def test_plain_data(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    lengths = tmp_path / "lengths.txt"
+    lengths.write_text("100 2000\n150 12000\n" * 50)
+    arguments = ["--json", "--lengths", str(lengths), "--gpu", "h200-141gb", "--memory", "communication_gib=4"]
+    assert plan.main([RECIPE, *arguments, "--efficiency", "matmul=0.5"]) == 0
+    values = json.loads(capsys.readouterr().out)
+    assert values["fits"]
+    assert values["memory_inputs"]["communication_gib"] == 4
+    assert values["gpu"]["name"] == "h200-141gb"
+    assert len(values["stages"]) == len(values["time"]["bubble"]) == 2
+    assert values["time"]["step_s"]["low"] < values["time"]["step_s"]["high"]
+
+
+def test_a_search(capsys: pytest.CaptureFixture[str]) -> None:
+    small = "examples/fipo_qwen2.5_7b_math/config.yaml"
+    assert plan.main([small, "--search", "--gpus", "8"]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert re.fullmatch(r"8 x h100-80gb: \d+ layouts are allowed, \d+ of them fit", lines[0])
+    (best,) = [line.removeprefix("1: ").split() for line in lines if line.startswith("1: ")]
+    assert plan.main([small, *best]) == 0  # as proposed, so it fits
+    capsys.readouterr()
+    assert plan.main([RECIPE, "--search", "--gpus", "2"]) == 1
+    assert "does not fit h100-80gb: " in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--gpu", "h99"], "--gpu h99: not known; choose one of"),
+        (["--gpus", "8"], "--gpus 8: the layout of the configuration has its own number; add --search"),
+        (["--search", "--gpus", "0"], "--gpus 0: must be 1 or more"),
+        (["--memory", "context_gib"], "--memory context_gib: must be NAME=VALUE"),
+        (["--memory", "speed=1"], "--memory speed=1: not known"),
+        (["--efficiency", "matmul=2"], "--efficiency matmul=2: must be a share"),
+        (["--layers", "te", "model.dtype=float32"], "--layers te: takes packed sequences in bfloat16 alone"),
+        (["parallel.tensor=3"], "rollout.replicas = 32: 128 workers"),
+    ],
+)
+def test_what_is_refused(arguments: list[str], message: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert plan.main([RECIPE, *arguments]) == 2
+    error = capsys.readouterr().err
+    assert error.startswith("error: ")
+    assert message in error
+
+
+def test_the_quickstart_on_a_cpu(capsys: pytest.CaptureFixture[str]) -> None:
+    assert plan.main(["configs/quickstart_cpu.yaml"]) == 0
+    assert "fits cpu-core: stage 0 binds, in train at " in capsys.readouterr().out
+    assert plan.main(["configs/quickstart_cpu.yaml", "--layers", "te"]) == 2
