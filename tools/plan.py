@@ -101,6 +101,7 @@ def _plan(options: argparse.Namespace) -> int:
 
 def _search(plan: Plan, options: argparse.Namespace) -> int:
     """Proposes layouts. The configuration's own need not fit."""
+    from fipo_megatron.config.checks import is_allowed
     from fipo_megatron.planner.efficiency import parse_efficiencies
     from fipo_megatron.planner.report import describe_settings, proposal_table, to_json
     from fipo_megatron.planner.search import Inputs, search
@@ -115,6 +116,7 @@ def _search(plan: Plan, options: argparse.Namespace) -> int:
         plan.inputs,
         lengths,
         parse_efficiencies(options.efficiency),
+        is_allowed,
     )
     start, num_gpus = time.perf_counter(), options.gpus or _num_gpus(config)
 

@@ -51,6 +51,15 @@ def check_config(config: Config) -> None:
     _raise(problems, "configuration")
 
 
+def is_allowed(config: Config, shape: ModelShape) -> bool:
+    """Whether nothing in a configuration contradicts itself or the sizes of its model."""
+    try:
+        check_config(config)
+    except ValueError:
+        return False
+    return not find_model_problems(shape, config.parallel)
+
+
 def check_judging_keys(reward: RewardConfig, rules: Collection[RuleName]) -> None:
     """Raises ValueError for limits of the processes that judge if none of a run's rules is judged in processes."""
     if set(rules) == {"dapo"}:

@@ -12,7 +12,6 @@ from typing import Any
 
 import numpy as np
 
-from fipo_megatron.config.checks import check_config, find_model_problems
 from fipo_megatron.config.schema import Config
 from fipo_megatron.model.hf_config import ModelShape
 from fipo_megatron.parallel.plan import PackingPlan, microbatch_tokens
@@ -47,6 +46,7 @@ class Inputs:
     memory: MemoryInputs
     lengths: Lengths
     efficiencies: Efficiencies
+    is_allowed: Callable[[Config, ModelShape], bool]  # by the checks of a run
 
 
 @dataclass(frozen=True)
@@ -170,7 +170,7 @@ def _policies(inputs: Inputs, chosen: Settings) -> Iterator[tuple[Settings, Conf
                 if factor > 1:
                     settings["trainer.microbatch_tokens"] = factor * microbatch_tokens(config)
                     config = _with_settings(inputs.config, settings)
-                if _is_allowed(config, inputs.shape):
+                if inputs.is_allowed(config, inputs.shape):
                     yield settings, config
 
 
@@ -209,16 +209,6 @@ def _experts(shape: ModelShape, tensor: int, stage_ranks: int) -> Iterator[Setti
     yield {"expert": 1, "expert_tensor": tensor}
     for expert in _powers(min(shape.num_experts, stage_ranks))[1:]:
         yield {"expert": expert, "expert_tensor": 1}
-
-
-def _is_allowed(config: Config, shape: ModelShape) -> bool:
-    if find_model_problems(shape, config.parallel):
-        return False
-    try:
-        check_config(config)
-    except ValueError:
-        return False
-    return True
 
 
 def _with_settings(config: Config, settings: Settings) -> Config:

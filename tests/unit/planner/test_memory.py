@@ -57,7 +57,7 @@ def test_activations_of_a_stage() -> None:
     kept = 32 * kept_by_layer(sizes, "none")
     assert first.phases["train"].items["activations"] == 2 * kept
     assert last.phases["train"].items["activations"] == kept
-    # In units of s b h / t: norms 8, masks 2, attention 2 (3 + 3 / 5), log-sums 4 x 40 heads / 5120, MLP 6 x 27648 / 5120
+    # In units of s b h / t: norms, masks, attention, log-sums of 40 heads, MLP
     by_hand = 8 + 2 + 2 * (3 + 3 / 5) + 4 * 40 / 5120 + 6 * 27648 / 5120
     assert kept / (32 * 4096 * 5120 / 8) == pytest.approx(by_hand)
 

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from fipo_megatron.config.checks import check_config
+from fipo_megatron.config.checks import check_config, is_allowed
 from fipo_megatron.planner.efficiency import Efficiencies
 from fipo_megatron.planner.gpu import find_gpu
 from fipo_megatron.planner.lengths import Lengths
@@ -32,7 +32,7 @@ def inputs(architecture: str = "Qwen2ForCausalLM", **changes: Any) -> Inputs:
     shape = make_shape(architecture, **changes)
     lengths = Lengths.of_config(config)
     gpu = find_gpu("h100-80gb")
-    return Inputs(config, shape, "here", gpu, "transformer_engine", MemoryInputs(), lengths, Efficiencies())
+    return Inputs(config, shape, "here", gpu, "transformer_engine", MemoryInputs(), lengths, Efficiencies(), is_allowed)
 
 
 def found(given: Inputs, num_gpus: int) -> tuple[SearchResult, list[str]]:
