@@ -181,11 +181,16 @@ def _memory_inputs(settings: list[str]) -> MemoryInputs:
 
 
 def _print(plan: Plan) -> None:
-    from fipo_megatron.planner.parameters import count_model
-    from fipo_megatron.planner.report import describe_binding, describe_time, phase_table, time_table, train_table
+    from fipo_megatron.planner.report import (
+        describe_binding,
+        describe_model,
+        describe_time,
+        phase_table,
+        time_table,
+        train_table,
+    )
 
-    number = f"{count_model(plan.shape) / 1e9:.4g} billion parameters"
-    print(f"model: {plan.shape.architecture}, {number}, shape of {plan.origin}")
+    print(describe_model(plan))
     _print_table(train_table(plan))
     _print_table(phase_table(plan))
     print(describe_binding(plan))

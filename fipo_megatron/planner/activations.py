@@ -65,6 +65,7 @@ class LayerSizes:
     longest: float  # positions of the longest sequence, over all context-parallel ranks
     has_qk_norm: bool
     num_experts: int
+    own_experts: int  # of them on this rank
     routed: float  # P: tokens that this rank's experts compute, one for each expert of a token
 
     @property
@@ -114,6 +115,7 @@ def layer_sizes(
         longest=longest,
         has_qk_norm=shape.qk_norm,
         num_experts=shape.num_experts,
+        own_experts=shape.num_experts // parallel.expert,
         routed=routed,
     )
 
@@ -181,10 +183,11 @@ def most_in_forward(x: LayerSizes) -> float:
 
 def most_in_backward(x: LayerSizes) -> float:
     """Bytes beside all that is kept when a layer's backward pass begins: the gradient of its result, and in the MLP
-    those of its halves, or of a matrix."""
+    those of its halves, or of a matrix. Transformer Engine has those of all experts at once."""
     own = x.s * x.h * x.b
     gathered = x.h * x.b * x.t if x.is_sharded else 0
     if x.num_experts:
-        return own + gathered + 2 * x.routed * x.h * x.b
+        matrices = (x.own_experts if x.kind == "transformer_engine" else 1) * 2 * x.h * x.i * x.b
+        return own + gathered + 2 * x.routed * x.h * x.b + matrices
     inner = x.i * x.b * x.t
     return own + gathered + max(inner + x.h * x.i * x.b, 2 * inner)

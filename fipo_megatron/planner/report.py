@@ -136,6 +136,13 @@ def kv_bytes_per_token(config: Config, shape: ModelShape) -> float:
 # ---------------------------------------------------------------- tables
 
 
+def describe_model(plan: Plan) -> str:
+    """Architecture, parameters and where the shape is from, on one line."""
+    count = count_model(plan.shape)
+    number = f"{count / 1e9:.4g} billion" if count >= 1e9 else f"{count:,}"
+    return f"model: {plan.shape.architecture}, {number} parameters, shape of {plan.origin}"
+
+
 def train_table(plan: Plan) -> Table:
     """A line a stage: the fullest moment of an update, by its items."""
     named = ("weights", "gradients", "optimizer", "activations", "reserve")
@@ -145,14 +152,14 @@ def train_table(plan: Plan) -> Table:
         rest = sum(size for name, size in moment.items.items() if name not in named)
         sizes = [*(moment.items.get(name, 0.0) for name in named[:4]), rest, moment.items.get("reserve", 0.0)]
         rows.append((
-            f"{held.stage}: ranks {_span(held.ranks)}",
+            str(held.stage),
+            _span(held.ranks),
             str(len(held.layers)),
-            f"{held.num_parameters:,}",
+            f"{held.num_parameters / 1e6:,.1f}",
             *(f"{size / GIB:.2f}" for size in (*sizes, moment.total)),
-            moment.name,
         ))  # fmt: skip
-    header = ("stage", "layers", "parameters", *named[:4], "at work", "reserve", "sum", "fullest at")
-    return "GiB of each rank in an update", header, rows
+    header = ("stage", "ranks", "layers", "million", *named[:4], "at work", "reserve", "sum")
+    return "GiB of each rank in an update at its fullest, and its million parameters", header, rows
 
 
 def phase_table(plan: Plan) -> Table:

@@ -40,8 +40,8 @@ def test_what_fits() -> None:
     assert describe_binding(found).startswith("fits h100-80gb: stage 0 binds, in train at ")
     _, header, rows = train_table(found)
     assert [len(row) for row in rows] == [len(header)] * 2
-    sums = [sum(map(float, row[3:9])) for row in rows]
-    assert sums == pytest.approx([float(row[9]) for row in rows], abs=0.05)
+    sums = [sum(map(float, row[4:10])) for row in rows]
+    assert sums == pytest.approx([float(row[10]) for row in rows], abs=0.05)
     _, header, rows = phase_table(found)
     assert [len(row) for row in rows] == [len(header)] * 2
     assert float(rows[0][5]) == pytest.approx(GPU.memory_bytes / GIB - max(map(float, rows[0][1:5])), abs=0.01)
