@@ -13,6 +13,8 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from fipo_megatron.config.schema import Config
     from fipo_megatron.planner.activations import LayerKind
+    from fipo_megatron.planner.efficiency import Efficiencies
+    from fipo_megatron.planner.gpu import Gpu
     from fipo_megatron.planner.lengths import Lengths
     from fipo_megatron.planner.memory import MemoryInputs
     from fipo_megatron.planner.report import Plan, Table
@@ -24,7 +26,7 @@ examples:
   tools/plan.py examples/fipo_qwen2.5_32b/config.yaml --lengths runs/my_run/samples --efficiency matmul=0.5
   tools/plan.py examples/fipo_qwen2.5_32b/config.yaml --memory communication_gib=3 --json > plan.json
   tools/plan.py examples/fipo_qwen2.5_32b/config.yaml --search --gpus 64
-  tools/plan.py configs/quickstart_cpu.yaml
+  tools/plan.py configs/quickstart_cpu.yaml --calibrate runs/quickstart_cpu-seed0
 
 No process is started and no weights are read. A model folder that is not here is replaced, for its shape, by one of its
 name beside the configuration that has a config.json. How the numbers come about, and which are inputs: docs/planner.md.
@@ -60,6 +62,12 @@ def _make_parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--memory", metavar="NAME=VALUE", action="append", default=[], help="an input of the memory")
     parser.add_argument("--efficiency", metavar="NAME=VALUE", action="append", default=[], help="one of the time")
+    parser.add_argument(
+        "--acceptance-rate", metavar="A", type=float, default=0.5, help="of generated groups, that training keeps: 0.5"
+    )
+    parser.add_argument(
+        "--calibrate", metavar="RUN", type=Path, help="take efficiencies, and lengths, from a run that was made"
+    )
     parser.add_argument("--search", action="store_true", help="propose the fastest layouts that fit")
     parser.add_argument("--gpus", metavar="N", type=int, help="with --search: on so many GPUs; default: as configured")
     parser.add_argument("--json", action="store_true", help="print one JSON object")
@@ -86,10 +94,10 @@ def _plan(options: argparse.Namespace) -> int:
     if options.search:
         return _search(plan, options)
     if not plan.misfits:
-        from fipo_megatron.planner.efficiency import parse_efficiencies
         from fipo_megatron.planner.step_time import predict_step
 
-        step = predict_step(config, shape, _lengths(config, options), gpu, parse_efficiencies(options.efficiency))
+        efficiencies, lengths = _efficiencies(gpu, options), _lengths(config, options)
+        step = predict_step(config, shape, lengths, gpu, efficiencies, acceptance_rate=options.acceptance_rate)
         plan = dataclasses.replace(plan, time=step)
     if options.json:
         print(json.dumps(to_json(plan), indent=1))
@@ -102,7 +110,6 @@ def _plan(options: argparse.Namespace) -> int:
 def _search(plan: Plan, options: argparse.Namespace) -> int:
     """Proposes layouts. The configuration's own need not fit."""
     from fipo_megatron.config.checks import is_allowed
-    from fipo_megatron.planner.efficiency import parse_efficiencies
     from fipo_megatron.planner.report import describe_settings, proposal_table, to_json
     from fipo_megatron.planner.search import Inputs, search
 
@@ -115,8 +122,9 @@ def _search(plan: Plan, options: argparse.Namespace) -> int:
         plan.kind,
         plan.inputs,
         lengths,
-        parse_efficiencies(options.efficiency),
+        _efficiencies(plan.gpu, options),
         is_allowed,
+        options.acceptance_rate,
     )
     start, num_gpus = time.perf_counter(), options.gpus or _num_gpus(config)
 
@@ -149,7 +157,30 @@ def _num_gpus(config: Config) -> int:
 def _lengths(config: Config, options: argparse.Namespace) -> Lengths:
     from fipo_megatron.planner.lengths import Lengths
 
-    return Lengths.of_config(config) if options.lengths is None else Lengths.from_file(options.lengths)
+    source = options.lengths or options.calibrate
+    return Lengths.of_config(config) if source is None else Lengths.from_file(source)
+
+
+def _efficiencies(gpu: Gpu, options: argparse.Namespace) -> Efficiencies:
+    """Those that are given, and for the rest the defaults or those of a run."""
+    from fipo_megatron.planner.efficiency import parse_efficiencies
+
+    efficiencies = parse_efficiencies(options.efficiency)
+    if options.calibrate is None:
+        return efficiencies
+    from fipo_megatron.config.load import load_config
+    from fipo_megatron.planner.calibration import calibrate, describe, read_measured
+    from fipo_megatron.planner.lengths import Lengths
+    from fipo_megatron.trainer.dry_run import find_shape
+
+    folder = options.calibrate
+    if not (folder / "metrics.jsonl").is_file() or not (folder / "config.yaml").is_file():
+        raise ValueError(f"--calibrate {folder}: no run folder (config.yaml, metrics.jsonl); give one of a run")
+    config = load_config(folder / "config.yaml")
+    shape, _ = find_shape(config, folder)
+    found = calibrate(config, shape, Lengths.from_file(folder), gpu, read_measured(folder), efficiencies)
+    print(f"--efficiency, from {folder}: {describe(found)}", file=sys.stderr)
+    return found
 
 
 def _complain(plan: Plan) -> None:

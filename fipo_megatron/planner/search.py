@@ -29,7 +29,6 @@ MAX_PIPELINE = 16
 MAX_CHUNKS = 4  # model chunks of a stage under the interleaved schedule
 TRAINER_SHARES = (1 / 8, 1 / 4, 1 / 2, 3 / 4)  # of the GPUs, where engines have their own
 NUM_PREDICTED = 6  # candidates whose whole step is predicted
-ACCEPTANCE_RATE = 0.5
 
 Settings = dict[str, Any]  # by the path of a key, such as parallel.tensor
 
@@ -47,6 +46,7 @@ class Inputs:
     lengths: Lengths
     efficiencies: Efficiencies
     is_allowed: Callable[[Config, ModelShape], bool]  # by the checks of a run
+    acceptance_rate: float  # of generated groups, that training keeps
 
 
 @dataclass(frozen=True)
@@ -118,7 +118,8 @@ def _lack(plan: Plan) -> float:
 
 def _propose(inputs: Inputs, settings: Settings, config: Config) -> Proposal:
     plan = make_plan(config, inputs.shape, inputs.origin, inputs.gpu, inputs.kind, inputs.memory)
-    time = predict_step(config, inputs.shape, inputs.lengths, inputs.gpu, inputs.efficiencies)
+    arguments = (config, inputs.shape, inputs.lengths, inputs.gpu, inputs.efficiencies)
+    time = predict_step(*arguments, acceptance_rate=inputs.acceptance_rate)
     changed = {key: value for key, value in settings.items() if value != _value(inputs.config, key)}
     return Proposal(changed, replace(plan, time=time))
 
@@ -263,7 +264,7 @@ class _Timer:
     def rollout_s(self, config: Config) -> float:
         """Of the engines."""
         inputs = self.inputs
-        number, prompts = generation_batches(config, ACCEPTANCE_RATE)
+        number, prompts = generation_batches(config, inputs.acceptance_rate)
         group = config.rollout.samples_per_prompt
         drawn = inputs.lengths.draw(-(-prompts // config.rollout.replicas) * group, 1)
         engine = make_engine(config, inputs.shape, inputs.gpu, inputs.efficiencies)

@@ -32,7 +32,9 @@ def inputs(architecture: str = "Qwen2ForCausalLM", **changes: Any) -> Inputs:
     shape = make_shape(architecture, **changes)
     lengths = Lengths.of_config(config)
     gpu = find_gpu("h100-80gb")
-    return Inputs(config, shape, "here", gpu, "transformer_engine", MemoryInputs(), lengths, Efficiencies(), is_allowed)
+    return Inputs(
+        config, shape, "here", gpu, "transformer_engine", MemoryInputs(), lengths, Efficiencies(), is_allowed, 0.5
+    )
 
 
 def found(given: Inputs, num_gpus: int) -> tuple[SearchResult, list[str]]:
