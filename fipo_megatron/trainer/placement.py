@@ -9,7 +9,9 @@ import os
 import secrets
 import shutil
 import signal
+import sys
 import tempfile
+import time
 from collections.abc import AsyncIterator, Sequence
 from contextlib import asynccontextmanager
 from pathlib import Path
@@ -42,6 +44,7 @@ TOKEN_BYTES = 4 + 4 + 8 + 4 + 4
 # Of a rollout batch at its limits: a step's two handles overlap, replies and the surplus of sampling come on top.
 OBJECT_STORE_BATCHES = 3
 SHUTDOWN_S = 10.0
+SLOW_START = "timed out during startup"  # of Ray's message after 30 s, which nothing can set
 
 
 class Workers:
@@ -101,17 +104,28 @@ class Workers:
         self.config = with_address(config, address)
 
     def _init_ray(self, address: str) -> None:
-        ray.init(
-            num_cpus=num_devices(self.config),
-            include_dashboard=False,
-            log_to_driver=False,
-            logging_level="ERROR",
-            object_store_memory=object_store_bytes(self.config.rollout),
-            _node_ip_address=address,
-            _temp_dir=f"{self._temp_dir}/ray",
-            # Every actor has an environment of its own: workers that Ray starts ahead would be of no use.
-            _system_config={"prestart_worker_first_driver": False},
-        )
+        """Start a Ray of the run's own; on a busy machine again, for as long as `timeouts.startup_s`."""
+        deadline = time.monotonic() + self.config.timeouts.startup_s
+        while True:
+            try:
+                ray.init(
+                    num_cpus=num_devices(self.config),
+                    include_dashboard=False,
+                    log_to_driver=False,
+                    logging_level="ERROR",
+                    object_store_memory=object_store_bytes(self.config.rollout),
+                    _node_ip_address=address,
+                    _temp_dir=f"{self._temp_dir}/ray",
+                    # Every actor has an environment of its own: workers that Ray starts ahead would be of no use.
+                    _system_config={"prestart_worker_first_driver": False},
+                )
+                return
+            except Exception as error:
+                if SLOW_START not in str(error) or time.monotonic() > deadline:
+                    raise
+                print("Ray did not start within its 30 s, is the machine busy? Starting it again", file=sys.stderr)
+                self._remember_processes()
+                self._end_processes()
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
@@ -130,15 +144,18 @@ class Workers:
         # A cluster that was joined goes on, and takes the reserved devices back. To ask it for that would hang where it
         # ends at the same time, by the same signal to a whole job.
         ray.shutdown()
-        _, alive = psutil.wait_procs(self._processes, timeout=0.5)
-        for process in alive:  # also those that are stopped and can't end by themselves
-            process.kill()
-        psutil.wait_procs(alive, timeout=SHUTDOWN_S)
+        self._end_processes()
         shutil.rmtree(self._temp_dir, ignore_errors=True)
         if self._sync is not None and self._sync.session.transport in ON_DISK:
             shutil.rmtree(self._sync.session.folder, ignore_errors=True)
         for number, handler in handlers.items():  # None: not set from Python
             signal.signal(number, signal.SIG_DFL if handler is None else handler)
+
+    def _end_processes(self) -> None:
+        _, alive = psutil.wait_procs(self._processes, timeout=0.5)
+        for process in alive:  # also those that are stopped and can't end by themselves
+            process.kill()
+        psutil.wait_procs(alive, timeout=SHUTDOWN_S)
 
     async def start_policy(self) -> None:
         """Start the policy's ranks and form their process groups; engines that share their devices make room first."""

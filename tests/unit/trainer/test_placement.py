@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import psutil
 import pytest
 
 from fipo_megatron.config.schema import Config, RolloutConfig
@@ -28,6 +29,30 @@ def test_the_longest_batch_of_a_recipe_fits_and_a_small_run_asks_for_little() ->
     assert object_store_bytes(recipe) == 3 * 24 * 8192 * 22528  # 12.4 GiB
     small = RolloutConfig(prompts_per_step=32, samples_per_prompt=8, max_prompt_tokens=16, max_response_tokens=48)
     assert object_store_bytes(small) == MIN_OBJECT_STORE_BYTES == 256 * 1024 * 1024
+
+
+def test_ray_is_started_again_where_a_busy_machine_was_too_slow(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    answers: list[str] = ["The current node timed out during startup.", "The current node timed out during startup."]
+
+    def init(**_: Any) -> None:
+        if answers:
+            raise Exception(answers.pop())
+
+    monkeypatch.setattr("ray.init", init)
+    workers = Workers(Config.model_validate({"platform": "cpu"}), Path("/nowhere"))
+    workers._foreign, workers._temp_dir = set(psutil.Process().children(recursive=True)), "/nowhere"
+    workers._init_ray("127.0.0.1")
+    assert answers == []
+    assert capsys.readouterr().err.count("Starting it again") == 2
+    answers.append("no memory")
+    with pytest.raises(Exception, match="no memory"):
+        workers._init_ray("127.0.0.1")
+    workers.config = Config.model_validate({"platform": "cpu", "timeouts": {"startup_s": 1e-9}})
+    answers.append("The current node timed out during startup.")
+    with pytest.raises(Exception, match="timed out during startup"):
+        workers._init_ray("127.0.0.1")
 
 
 class Recorder:
