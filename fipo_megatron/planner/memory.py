@@ -31,6 +31,7 @@ from fipo_megatron.planner.parameters import (
     bytes_of_type,
     count_model,
     count_parameters,
+    largest_parameter,
 )
 
 GIB, MIB = 1 << 30, 1 << 20
@@ -39,8 +40,7 @@ PHASES = ("rollout", "old_logprobs", "train", "sync")
 # advantage, old and reference log-prob of each response row.
 POSITION_BYTES, ROW_BYTES = 16, 37
 LOSS_ARRAYS = 24  # float32 of each response row, in the loss and its gradient (algorithm/fipo_loss.py)
-# Two blocks of rows in ops/token_logprob/torch_impl.py, of this microbatch and of the one before, whose graph lives on.
-CPU_SCRATCH_BYTES = 2 * 2 * (2 * MIB)
+CPU_SCRATCH_BYTES = 2 * (2 * MIB)  # two blocks of rows in ops/token_logprob/torch_impl.py, of one thread
 DOUBLE_BYTES, NORM_ELEMENTS = 8, 1 << 24  # of the piece of the gradient whose norm is computed (trainer/policy.py)
 
 
@@ -229,8 +229,12 @@ class _Planner:
         return found
 
     def _sending(self, held: StageParameters) -> dict[str, float]:
-        bucket = 0.0 if self.config.sync.transport in ("disk", "disk_delta") else self.config.sync.bucket_mib * MIB
-        return self._state(held, "weights") | {"sync bucket": float(bucket)} | self._engine("weights")
+        """Buckets; or on rank 0, which writes a folder or broadcasts, a parameter's shards and what they make up."""
+        if self.config.sync.transport in ("disk", "disk_delta", "broadcast"):
+            own = {"gathered weights": 2.0 * largest_parameter(self.shape) * self.b} if held.stage == 0 else {}
+        else:
+            own = {"sync bucket": float(self.config.sync.bucket_mib * MIB)}
+        return self._state(held, "weights") | own | self._engine("weights")
 
     def _host_bytes(self, held: StageParameters) -> float:
         total = 0.0
@@ -246,7 +250,8 @@ class _Planner:
 
     def _logprobs(self, held: StageParameters) -> list[Moment]:
         """One microbatch at a time, of which nothing is kept."""
-        state = self._state(held, "weights") | self._batch() | self._reference_on_cpu(held)
+        batch = self._batch(self.microbatches.num_updates)
+        state = self._state(held, "weights") | batch | self._reference_on_cpu(held)
         moments = [Moment("old_logprobs", "a layer", state | {"one layer at work": most_in_forward(self.sizes)})]
         if held.stage == self.config.parallel.pipeline - 1:
             hidden = {"one layer at work": 2 * self.sizes.s * self.sizes.h * self.b}
@@ -297,9 +302,11 @@ class _Planner:
     def _head(self, keeps: bool) -> dict[str, float]:
         """Log-probs of the response rows."""
         rows, x = self.microbatches.rows, self.sizes
+        head = self._head_bytes(with_gradient=False)
+        if not keeps:
+            return {"final norm and rows": float(rows * x.h * self.b), "head": head + self._scratch()}
         loss = {"loss": float(rows * LOSS_ARRAYS * FLOAT_BYTES)}
-        hidden = self._kept_rows() if keeps else {"final norm and rows": float(rows * x.h * self.b)}
-        return hidden | loss | {"head": self._head_bytes(with_gradient=False)}
+        return self._kept_rows() | loss | {"head": head + 2 * self._scratch()}
 
     def _head_backward(self) -> dict[str, float]:
         rows, x = self.microbatches.rows, self.sizes
@@ -307,7 +314,9 @@ class _Planner:
         if self.config.kernels.logprob_from == "hidden_states" and self.b != FLOAT_BYTES:
             gradient += rows * x.h * FLOAT_BYTES  # which is summed in float32
         loss = {"loss": float(rows * LOSS_ARRAYS * FLOAT_BYTES)}
-        return self._kept_rows() | loss | {"head": self._head_bytes(with_gradient=True) + gradient}
+        return (
+            self._kept_rows() | loss | {"head": self._head_bytes(with_gradient=True) + gradient + 2 * self._scratch()}
+        )
 
     def _head_bytes(self, with_gradient: bool) -> float:
         """The workspace of the blocks of logits, or all logits."""
@@ -323,7 +332,14 @@ class _Planner:
         blocks = -(-columns // blocking.columns)
         statistics = 4 * FLOAT_BYTES * blocks * rows  # four numbers of each row and block of columns
         workspace = count_bytes(blocking, rows, self.shape.hidden_size, dtype, device)
-        return float(workspace + statistics + (CPU_SCRATCH_BYTES if self.sizes.is_cpu else 0))
+        if not with_gradient and self.b != FLOAT_BYTES and (self.sizes.is_cpu or blocking.rows < rows):
+            workspace -= blocking.columns * self.shape.hidden_size * FLOAT_BYTES  # the gradient of a block's weights
+        return float(workspace + statistics)
+
+    def _scratch(self) -> float:
+        """Of torch's kernels of a head; a backward pass has that of the microbatch before, too, whose graph lives on."""
+        uses_torch = self.sizes.is_cpu and self.config.kernels.logprob_from == "hidden_states"
+        return float(CPU_SCRATCH_BYTES) if uses_torch else 0.0
 
     def _step(self, held: StageParameters) -> dict[str, float]:
         """Temporaries of AdamW: torch's goes tensor by tensor on a CPU, over all at once on a device; Transformer
@@ -334,10 +350,11 @@ class _Planner:
             return {"AdamW at work": 2.0 * FLOAT_BYTES * max(buffer.largest_updated for buffer in held.buffers)}
         return {"AdamW at work": float(FLOAT_BYTES * max(buffer.num_updated for buffer in held.buffers))}
 
-    def _batch(self) -> dict[str, float]:
-        """The packed tokens of all microbatches of a call."""
+    def _batch(self, num_mini_batches: int = 1) -> dict[str, float]:
+        """The packed tokens of all microbatches of a call: of one mini-batch in an update, of all for old log-probs."""
         m = self.microbatches
-        return {"batch": float(m.total_tokens * (POSITION_BYTES + ROW_BYTES * m.rows / m.tokens))}
+        per_token = POSITION_BYTES + ROW_BYTES * m.rows / m.tokens
+        return {"batch": num_mini_batches * m.total_tokens * per_token}
 
     def _gathered(self) -> dict[str, float]:
         """Megatron's one buffer for the gathered input of linear layers, which stays."""

@@ -115,14 +115,26 @@ def count_parameters(parallel: ParallelConfig, shape: ModelShape, dtype: str) ->
 
 def count_model(shape: ModelShape) -> int:
     """Parameters of the whole model, without padding."""
-    rows = [*(row for row in LAYERS[shape.architecture])]
     per_layer = sum(
-        _whole_size(layer_entry(row, 0, 0 if is_expert(row) else None), shape)
-        * (shape.num_experts if is_expert(row) else 1)
-        for row in rows
+        size * (shape.num_experts if of_experts else 1) for size, of_experts in _whole_sizes_of_layer(shape)
     )
+    return per_layer * shape.num_layers + sum(_whole_sizes_of_ends(shape))
+
+
+def largest_parameter(shape: ModelShape) -> int:
+    """Elements of the largest of the model's parameters, as Megatron joins them."""
+    return max(*_whole_sizes_of_ends(shape), *(size for size, _ in _whole_sizes_of_layer(shape)))
+
+
+def _whole_sizes_of_layer(shape: ModelShape) -> list[tuple[int, bool]]:
+    """Elements of each parameter of a layer, of experts of one, and whether it is one expert's."""
+    rows = LAYERS[shape.architecture]
+    return [(_whole_size(layer_entry(row, 0, 0 if is_expert(row) else None), shape), is_expert(row)) for row in rows]
+
+
+def _whole_sizes_of_ends(shape: ModelShape) -> list[int]:
     ends = [EMBEDDING, FINAL_NORM] + ([] if shape.tie_word_embeddings else [HEAD])
-    return per_layer * shape.num_layers + sum(_whole_size(entry, shape) for entry in ends)
+    return [_whole_size(entry, shape) for entry in ends]
 
 
 def _count_stage(

@@ -165,3 +165,4 @@ def test_a_given_batch() -> None:
     (more,) = predict_memory(*arguments, replace(few, number=9, total_tokens=9 * 1024))
     batch = more.phases["train"].items["batch"]
     assert batch == 9 * small.phases["train"].items["batch"] == 9 * (1024 * 16 + 512 * 37)
+    assert more.phases["old_logprobs"].items["batch"] == 2 * batch  # of both mini-batches of the step

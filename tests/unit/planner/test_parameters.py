@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 
-from fipo_megatron.planner.parameters import ParameterBuffer, count_model, count_parameters
+from fipo_megatron.planner.parameters import ParameterBuffer, count_model, count_parameters, largest_parameter
 from tests.unit.planner.shapes import EXPERTS, QWEN2_32B, make_config, make_shape
 
 # Of one layer: norms 2 x 64; q, k, v of 64 + 32 + 32 rows, with a bias; o 64 x 64; three matrices 64 x 96.
@@ -18,6 +18,8 @@ def test_a_whole_model() -> None:
     assert count_model(make_shape()) == 4 * LAYER + 2 * TABLE + 64
     assert count_model(make_shape(tie_word_embeddings=True)) == 4 * LAYER + TABLE + 64
     assert count_model(make_shape(**QWEN2_32B)) == 32_763_876_352  # as Qwen2.5-32B's safetensors index says
+    assert largest_parameter(make_shape(**QWEN2_32B)) == 152064 * 5120
+    assert largest_parameter(make_shape()) == 2 * 64 * 96  # gate and up, joined
     # router 64 x 4, norms of heads 2 x 16, four experts of three matrices 64 x 32, no bias
     layer = 128 + 128 * 64 + 32 + 64 * 64 + 64 * 4 + 4 * 3 * 64 * 32
     assert count_model(make_shape("Qwen3MoeForCausalLM", **EXPERTS)) == 4 * layer + 2 * TABLE + 64
