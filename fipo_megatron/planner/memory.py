@@ -337,7 +337,7 @@ class _Planner:
         return float(workspace + statistics)
 
     def _scratch(self) -> float:
-        """Of torch's kernels of a head; a backward pass has that of the microbatch before, too, whose graph lives on."""
+        """Of a head's kernels in torch; an update has that of the microbatch before, too, whose graph lives on."""
         uses_torch = self.sizes.is_cpu and self.config.kernels.logprob_from == "hidden_states"
         return float(CPU_SCRATCH_BYTES) if uses_torch else 0.0
 

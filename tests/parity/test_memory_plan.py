@@ -51,7 +51,7 @@ class Case:
 
 LARGE = {
     "tp2": Case(QWEN2, 8, 32000, "float32", {"tensor": 2}, 3072, 512, 1),
-    "tp2_sp_bf16": Case(QWEN2, 8, 64000, "bfloat16", {"tensor": 2, "sequence_parallel": True}, 3072, 384, 1),
+    "tp2_sp_bf16": Case(QWEN2, 8, 80000, "bfloat16", {"tensor": 2, "sequence_parallel": True}, 2048, 256, 1),
     "pp2_selective": Case(
         QWEN2, 10, 44000, "float32", {"pipeline": 2}, 2048, 640, 3, 4, sections={"trainer": {"recompute": "selective"}}
     ),
@@ -73,10 +73,10 @@ LARGE = {
     "tp2_pp2_sp_bf16_tied": Case(
         QWEN3,
         16,
-        160000,
+        224000,
         "bfloat16",
         {"tensor": 2, "pipeline": 2, "sequence_parallel": True},
-        4096,
+        1536,
         256,
         2,
         4,
@@ -84,7 +84,7 @@ LARGE = {
     ),
     "moe_ep2": Case(MOE, 6, 48000, "float32", {"data": 2, "expert": 2}, 1280, 256, 1),
     "moe_tp2_etp2_sp_bf16": Case(
-        MOE, 6, 96000, "bfloat16", {"tensor": 2, "expert_tensor": 2, "sequence_parallel": True}, 1536, 256, 1
+        MOE, 6, 96000, "bfloat16", {"tensor": 2, "expert_tensor": 2, "sequence_parallel": True}, 768, 128, 1
     ),
     "dp2_cp2_tied": Case(QWEN3, 8, 64000, "float32", {"data": 2, "context": 2}, 1536, 512, 1, tied=True),
 }
