@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
+from dataclasses import fields, replace
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -122,6 +123,12 @@ def test_inputs_are_added() -> None:
         MemoryInputs().with_values(reserve=1)
     with pytest.raises(ValueError, match="expert_load=0.5: must be 1 or more"):
         MemoryInputs().with_values(expert_load=0.5)
+
+
+def test_the_page_has_the_inputs() -> None:
+    page = (Path(__file__).parents[3] / "docs" / "planner.md").read_text()
+    for each in fields(MemoryInputs):
+        assert f"| `{each.name}` | {each.default:g} | " in page
 
 
 def test_the_largest_microbatches() -> None:
