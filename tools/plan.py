@@ -30,7 +30,8 @@ examples:
 
 No process is started and no weights are read. A model folder that is not here is replaced, for its shape, by one of its
 name beside the configuration that has a config.json. How the numbers come about, and which are inputs: docs/planner.md.
-exit status: 0 it fits, 1 it does not, 2 unusable arguments or a configuration that no run would take
+exit status: 0 it fits, 1 it does not, 2 unusable arguments, or a configuration that no run would take: then memory is
+told all the same
 """
 
 NUM_PROPOSALS, NUM_MISFITS = 5, 3  # that are shown
@@ -86,14 +87,21 @@ def _plan(options: argparse.Namespace) -> int:
     if options.gpus is not None and options.gpus < 1:
         raise ValueError(f"--gpus {options.gpus}: must be 1 or more")
     config = load_config(options.config, options.overrides)
-    check_config(config)
+    problems = ""
+    try:
+        check_config(config)
+    except ValueError as error:  # what does not fit is told, too
+        problems = str(error)
     gpu = find_gpu(options.gpu or ("cpu-core" if config.platform == "cpu" else "h100-80gb"))
     kind, inputs = _layer_kind(config, options.layers), _memory_inputs(options.memory)
-    shape, origin = find_shape(config, Path(options.config).parent)
+    try:
+        shape, origin = find_shape(config, Path(options.config).parent)
+    except ValueError as error:
+        raise ValueError("\n".join(filter(None, (problems, str(error))))) from None
     plan = make_plan(config, shape, origin, gpu, kind, inputs)
-    if options.search:
+    if options.search and not problems:
         return _search(plan, options)
-    if not plan.misfits:
+    if not plan.misfits and not problems:
         from fipo_megatron.planner.step_time import predict_step
 
         efficiencies, lengths = _efficiencies(gpu, options), _lengths(config, options)
@@ -104,6 +112,8 @@ def _plan(options: argparse.Namespace) -> int:
     else:
         _print(plan)
     _complain(plan)
+    if problems:
+        raise ValueError(problems)
     return 1 if plan.misfits else 0
 
 

@@ -56,6 +56,14 @@ def test_an_uncut_model_is_refused_with_the_number(capsys: pytest.CaptureFixture
     assert "seconds of a step" not in captured.out
 
 
+def test_a_contradiction_does_not_hide_what_does_not_fit(capsys: pytest.CaptureFixture[str]) -> None:
+    assert plan.main([RECIPE, "parallel.tensor=1", "parallel.pipeline=1"]) == 2
+    captured = capsys.readouterr()
+    assert re.search(r"does not fit h100-80gb: stage 0 .* \d+\.\d\d GiB too much; the largest item is", captured.err)
+    assert "parallel.sequence_parallel = True: shards over tensor-parallel ranks" in captured.err
+    assert "does not fit h100-80gb: stage 0 binds, in train" in captured.out
+
+
 def test_plain_data(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
     lengths = tmp_path / "lengths.txt"
     lengths.write_text("100 2000\n150 12000\n" * 50)
@@ -94,13 +102,14 @@ def test_a_search(capsys: pytest.CaptureFixture[str]) -> None:
         (["--acceptance-rate", "0"], "acceptance_rate = 0: must be above 0"),
         (["--layers", "te", "model.dtype=float32"], "--layers te: takes packed sequences in bfloat16 alone"),
         (["parallel.tensor=3"], "rollout.replicas = 32: 128 workers"),
+        (["parallel.tensor=3"], "num_key_value_heads = 8: must be a multiple of parallel.tensor = 3"),
     ],
 )
 def test_what_is_refused(arguments: list[str], message: str, capsys: pytest.CaptureFixture[str]) -> None:
     assert plan.main([RECIPE, *arguments]) == 2
-    error = capsys.readouterr().err
-    assert error.startswith("error: ")
-    assert message in error
+    errors = capsys.readouterr().err.split("error: ")[1:]
+    assert len(errors) == 1
+    assert message in errors[0]
 
 
 def test_the_quickstart_on_a_cpu(capsys: pytest.CaptureFixture[str]) -> None:
