@@ -83,8 +83,8 @@ def efficiency_fields() -> list[Any]:
 CPU = Efficiencies().with_values(matmul=0.65, attention=0.11, head=0.06, elementwise=0.21, call_s=0.012)
 
 
-def parse_efficiencies(settings: Iterable[str]) -> Efficiencies:
-    """The defaults with `NAME=VALUE` settings in their place.
+def parse_efficiencies(settings: Iterable[str], start: Efficiencies | None = None) -> Efficiencies:
+    """`NAME=VALUE` settings in the place of what `start` has, or of the defaults.
 
     Raises:
         ValueError: a setting that is none, a name that is not known, or a value that can't be.
@@ -98,4 +98,4 @@ def parse_efficiencies(settings: Iterable[str]) -> Efficiencies:
             separator = ""
         if not separator:
             raise ValueError(f"--efficiency {setting}: must be NAME=VALUE, such as matmul=0.5")
-    return Efficiencies().with_values(**values)
+    return (start or Efficiencies()).with_values(**values)

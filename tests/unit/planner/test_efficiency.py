@@ -2,7 +2,7 @@
 
 import pytest
 
-from fipo_megatron.planner.efficiency import Efficiencies, efficiency_fields, parse_efficiencies
+from fipo_megatron.planner.efficiency import CPU, Efficiencies, efficiency_fields, parse_efficiencies
 
 
 @pytest.mark.parametrize("field", efficiency_fields(), ids=lambda field: field.name)
@@ -20,6 +20,8 @@ def test_a_given_value_has_no_range():
     assert efficiencies.matmul == efficiencies.slow().matmul == efficiencies.fast().matmul == 0.5
     assert efficiencies.fast().decode_step_s == 0
     assert efficiencies.slow().attention < efficiencies.attention == Efficiencies().attention
+    on_cpu = parse_efficiencies(["matmul=0.5"], CPU)
+    assert (on_cpu.matmul, on_cpu.call_s) == (0.5, CPU.call_s)
 
 
 @pytest.mark.parametrize(
