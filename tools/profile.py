@@ -5,7 +5,6 @@ from __future__ import annotations
 import argparse
 import asyncio
 import importlib.util
-import io
 import json
 import signal
 import sys
@@ -36,7 +35,7 @@ examples:
   tools/profile.py configs/quickstart_cpu.yaml
   tools/profile.py configs/quickstart_cpu.yaml --steps 5 --out runs/profile parallel.tensor=1 parallel.pipeline=2
   tools/profile.py configs/quickstart_cpu.yaml --steps 1 --trace
-  tools/profile.py configs/quickstart_cpu.yaml --pairs 3
+  tools/profile.py configs/quickstart_cpu.yaml --pairs 20
 
 Trains as tools/train.py does: one step to warm up, then those that are reported. The run's folder gets
 profile/report.html, a page with a timeline that needs no network; profile.json, the numbers; and timeline.json, for
@@ -86,7 +85,7 @@ def make_parser() -> argparse.ArgumentParser:
         type=int,
         default=0,
         metavar="N",
-        help="afterwards N runs that record and N that don't, in turns: what recording costs (default: 0)",
+        help="at the end N gradients with recording and N without, in turns: what it costs (default: 0)",
     )
     return parser
 
@@ -118,8 +117,6 @@ def profile_run(options: argparse.Namespace) -> None:
     for table in write_report(profile.result, profile.model_shape, folder / FOLDER):
         print_table(table.title, table.header, table.rows)
     print(f"report: {folder / FOLDER / 'report.html'}")
-    if options.pairs:
-        compare_pairs(options, config, files)
 
 
 def train(
@@ -135,6 +132,7 @@ def train(
     settings = ProfileSettings(
         folder=Path(),  # known when the run has one
         after=WARM_UP_STEPS,
+        num_pairs=options.pairs,
         trace=options.trace,
         memory_snapshot=options.memory_snapshot,
         nsys=options.nsys,
@@ -151,33 +149,6 @@ def train(
             except ValueError as error:  # which refuses nothing any more
                 raise RuntimeError(str(error)) from error
     return folder, profile
-
-
-def compare_pairs(options: argparse.Namespace, config: Config, files: ProblemFiles) -> None:
-    """Runs with and without recording in turns (A B, B A), in folders that are not kept; prints by how much they
-    differ."""
-    from fipo_megatron.observability.metrics import read_metrics
-    from fipo_megatron.observability.progress import Progress
-    from fipo_megatron.trainer.launch import plan_training, run_training
-    from fipo_megatron.trainer.profile import WARM_UP_STEPS, Profile, slowdown
-    from fipo_megatron.trainer.profiled_policy import ProfileSettings
-
-    seconds: dict[bool, list[list[float]]] = {True: [], False: []}
-    for number in range(2 * options.pairs):
-        records = number % 4 in (0, 3)
-        with tempfile.TemporaryDirectory(prefix="fipo-") as scratch, Progress(io.StringIO()) as progress:
-            folder = Path(scratch) / "run"
-            folder.mkdir()
-            plan = plan_training(config, files, Path(scratch), progress)
-            settings = ProfileSettings(folder / "profile", after=WARM_UP_STEPS)
-            profile = Profile(config, settings) if records else None
-            asyncio.run(run_training(plan, folder, progress, Event(), profile))
-            lines = read_metrics(folder / "metrics.jsonl")
-        times = [line["time/step_s"] for line in lines if line["step"] > WARM_UP_STEPS]
-        seconds[records].append(times)
-        kind = "with" if records else "without"
-        print(f"pair {number // 2 + 1}, {kind} recording: {sum(times):.3f} s in {len(times)} steps", flush=True)
-    print(f"recording makes the steps longer by {slowdown(seconds[True], seconds[False]):.2%}, fastest of each step")
 
 
 if __name__ == "__main__":

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from typing import Any
 
 from megatron.core.distributed import DistributedDataParallel
 from megatron.core.pipeline_parallel import p2p_communication, schedules
@@ -11,15 +12,19 @@ from megatron.core.utils import get_model_config
 from fipo_megatron.observability.timers import SpanRecorder
 
 
-def record_schedules(recorder: SpanRecorder, chunks: Sequence[DistributedDataParallel]) -> None:
-    """Record every later schedule of this process; once, as the functions that are recorded stay so.
+def recorded_schedules(
+    recorder: SpanRecorder, chunks: Sequence[DistributedDataParallel]
+) -> list[tuple[Any, str, Callable[..., Any]]]:
+    """Functions that record, and where they belong: owner and attribute.
 
     `forward` ends with the loss, `p2p` has the time that a stage waits for another's message, unless the schedule goes
     on meanwhile (interleaved with overlap), and `reduce gradients` that for the other data-parallel ranks.
     """
-    schedules.forward_step = recorder.timed("forward", schedules.forward_step)
-    schedules.backward_step = recorder.timed("backward", schedules.backward_step)
-    communicator = p2p_communication.P2PCommunicator
-    communicator._communicate = recorder.timed("p2p", communicator._communicate)
-    for config in {id(config): config for config in map(get_model_config, chunks)}.values():
-        config.finalize_model_grads_func = recorder.timed("reduce gradients", config.finalize_model_grads_func)
+    configs = {id(config): config for config in map(get_model_config, chunks)}
+    names = [
+        (schedules, "forward_step", "forward"),
+        (schedules, "backward_step", "backward"),
+        (p2p_communication.P2PCommunicator, "_communicate", "p2p"),
+        *((config, "finalize_model_grads_func", "reduce gradients") for config in configs.values()),
+    ]
+    return [(owner, name, recorder.timed(span, getattr(owner, name))) for owner, name, span in names]

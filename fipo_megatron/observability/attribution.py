@@ -41,6 +41,7 @@ class RankProfile:
     span_cost_s: float  # what it takes to record one span
     call_cost_s: float  # and to measure the memory of a call
     matmul_flops: float  # operations per second of a large matrix product, all ranks at once
+    pairs: list[tuple[float, float]]  # seconds of one gradient with recording, and without, where that was asked for
 
 
 class StepTime(NamedTuple):

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import heapq
+import statistics
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from importlib.resources import files
-from typing import Any
+from typing import Any, NamedTuple
 
 from fipo_megatron.observability.attribution import (
     TRAINING,
@@ -103,6 +104,23 @@ def overhead_frac(profile: RunProfile) -> float:
     return max(seconds) / sum(step.seconds for step in steps)
 
 
+class PairedOverhead(NamedTuple):
+    """By which share the same gradient takes longer where it is recorded."""
+
+    num_pairs: int
+    median_frac: float  # of the pairs' own shares
+    fastest_frac: float  # the fastest with recording over the fastest without
+
+
+def paired_overhead(ranks: Sequence[RankProfile]) -> PairedOverhead | None:
+    """Of the first rank's pairs, as all ranks begin and end each gradient together; None if there are none."""
+    pairs = ranks[0].pairs
+    if not pairs:
+        return None
+    fastest = [min(seconds) for seconds in zip(*pairs, strict=True)]
+    return PairedOverhead(len(pairs), statistics.median(on / off for on, off in pairs) - 1, fastest[0] / fastest[1] - 1)
+
+
 def profile_tables(profile: RunProfile, utilisations: Sequence[Utilisation]) -> list[Table]:
     """The report's tables, in their order. Times are means over the reported steps."""
     return [
@@ -147,6 +165,9 @@ def _speed_table(profile: RunProfile, utilisations: Sequence[Utilisation]) -> Ta
             rows.append((name, _percent(sum(values) / len(values))))
     rows.append(("time attributed to phases", _percent(attributed_frac(steps))))
     rows.append(("recording: spans x cost of one, of the busiest process", f"{overhead_frac(profile):.3%}"))
+    if (paired := paired_overhead(profile.ranks)) is not None:
+        name = f"recording: {paired.num_pairs} pairs of a gradient with and without, median, fastest"
+        rows.append((name, f"{_percent(paired.median_frac)}, {_percent(paired.fastest_frac)}"))
     return Table(f"speed, {profile.num_devices} devices", ("", ""), tuple(rows))
 
 
@@ -227,6 +248,7 @@ def profile_json(profile: RunProfile, utilisations: Sequence[Utilisation]) -> di
         "num_devices": profile.num_devices,
         "attributed_frac": attributed_frac(steps),
         "overhead_frac": overhead_frac(profile),
+        "paired_overhead": None if (paired := paired_overhead(profile.ranks)) is None else paired._asdict(),
         "steps": [
             {"step": step.step, "seconds": step.seconds, "unattributed_s": step.unattributed_s, "phases": step.phases}
             for step in steps

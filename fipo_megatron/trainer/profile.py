@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import time
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -143,13 +143,3 @@ def gpu_of_device(device: str) -> Gpu | None:
     """The GPU of the planner's table with a device's name as CUDA gives it, e.g. `NVIDIA H100 80GB HBM3`."""
     words = device.lower().replace("-", " ").split()
     return next((gpu for gpu in GPUS.values() if gpu.name.split("-")[0] in words and "nvidia" in words), None)
-
-
-def slowdown(profiled: Sequence[Sequence[float]], plain: Sequence[Sequence[float]]) -> float:
-    """By which share steps are longer in runs that record than in runs that don't.
-
-    Seconds `[run][step]` of runs of one configuration and seed, so that a step does the same work in each. Of each step
-    the fastest counts: what else a machine does makes a run slower, and never faster.
-    """
-    fastest = [sum(map(min, zip(*runs, strict=True))) for runs in (profiled, plain)]
-    return fastest[0] / fastest[1] - 1

@@ -41,6 +41,7 @@ class ProfileSettings:
 
     folder: Path  # for traces and snapshots
     after: int  # version of the weights whose push comes before
+    num_pairs: int = 0  # gradients computed at the end with recording, and as many without: what it costs
     trace: bool = False  # torch's profiler
     memory_snapshot: bool = False  # of torch's allocator
     nsys: bool = False  # ranges, and the beginning and end of what nsys captures
@@ -96,14 +97,17 @@ class RankRecording:
         self.peak_bytes: dict[str, int] = {}
         self.workloads: list[Workload] = []
         self._calls: list[str] = []  # under way, the innermost last
+        self._last_update: tuple[TrainingBatch, Any] | None = None
         self._profiler: Any = None
-        self._instrument()
+        self._recorded = self._make_recorded()
+        self._plain = [(owner, name, getattr(owner, name)) for owner, name, _ in self._recorded]
+        _put(self._recorded)
 
-    def _instrument(self) -> None:
-        from fipo_megatron.model.schedule_spans import record_schedules
+    def _make_recorded(self) -> list[tuple[Any, str, Callable[..., Any]]]:
+        """Functions that record, and where they belong: owner and attribute."""
+        from fipo_megatron.model.schedule_spans import recorded_schedules
 
         policy, timed = self.policy, self.recorder.timed
-        record_schedules(self.recorder, policy.chunks)
         step, offload, plan = policy.step, policy.host_offload, policy.plan
         run = step._run
 
@@ -115,19 +119,20 @@ class RankRecording:
             lengths = np.diff(batch.cu_seqlens)[list(samples)]
             num_responses = int(lengths.sum() - batch.prompt_lens[list(samples)].sum())
             self.workloads.append(Workload(self._calls[-1], time.time_ns(), lengths, num_responses))
+            if self._calls[-1] == "update":
+                self._last_update = batch, samples
             return plan(batch, samples)
 
-        replaced: dict[tuple[Any, str], Callable[..., Any]] = {
-            (step, "_run"): run_pass,
-            (step, "_logprobs"): timed("head", step._logprobs),
-            (policy, "plan"): timed("plan", make_plan),
-            (policy, "_microbatches"): timed("pack", policy._microbatches),
-            (policy, "_all_reduce"): timed("reduce statistics", policy._all_reduce),
-            (policy, "_optimizer_step"): timed("optimizer", policy._optimizer_step),
-            (offload, "reload"): timed("reload", offload.reload),
-        }
-        for (owner, name), function in replaced.items():
-            setattr(owner, name, function)
+        return [
+            *recorded_schedules(self.recorder, policy.chunks),
+            (step, "_run", run_pass),
+            (step, "_logprobs", timed("head", step._logprobs)),
+            (policy, "plan", timed("plan", make_plan)),
+            (policy, "_microbatches", timed("pack", policy._microbatches)),
+            (policy, "_all_reduce", timed("reduce statistics", policy._all_reduce)),
+            (policy, "_optimizer_step", timed("optimizer", policy._optimizer_step)),
+            (offload, "reload", timed("reload", offload.reload)),
+        ]
 
     def call(self, name: str, method: Callable[[], Any], args: tuple[Any, ...]) -> Any:
         """The result of a call, recorded with the memory it took."""
@@ -176,7 +181,7 @@ class RankRecording:
         """All that was recorded, and what a span costs and a matrix product reaches here."""
         policy, groups = self.policy, self.policy.groups
         self._end_tools()
-        spans = self.recorder.take()
+        spans, peak_bytes, workloads = self.recorder.take(), dict(self.peak_bytes), list(self.workloads)
         device = policy.platform.device
         return RankProfile(
             rank=policy.rank,
@@ -186,12 +191,41 @@ class RankRecording:
             host=socket.gethostname(),
             device=torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu",
             spans=spans,
-            peak_bytes=self.peak_bytes,
-            workloads=self.workloads,
+            peak_bytes=peak_bytes,
+            workloads=workloads,
             span_cost_s=_span_cost(self.recorder),
             call_cost_s=_call_cost(policy),
             matmul_flops=measure_matmul(device, getattr(torch, policy.config.model.dtype)),
+            pairs=self._compare_pairs(),
         )
+
+    def _compare_pairs(self) -> list[tuple[float, float]]:
+        """Seconds of the last mini-batch's gradient with recording, and without, in turns (A B, B A); no weight is
+        changed. Collective."""
+        if self._last_update is None:
+            return []
+        policy, (batch, samples) = self.policy, self._last_update
+        pairs = []
+        for number in range(self.settings.num_pairs):
+            seconds = {}
+            for records in (True, False) if number % 2 == 0 else (False, True):
+                _put(self._recorded if records else self._plain)
+                torch.distributed.barrier(policy.groups.world)
+                start = time.perf_counter()
+                if records:
+                    self.call("update", lambda: policy.backward(batch, policy.plan(batch, samples)), ())
+                else:
+                    policy.backward(batch, policy.plan(batch, samples))
+                torch.distributed.barrier(policy.groups.world)
+                seconds[records] = time.perf_counter() - start
+            pairs.append((seconds[True], seconds[False]))
+        self.recorder.take()
+        return pairs
+
+
+def _put(functions: list[tuple[Any, str, Callable[..., Any]]]) -> None:
+    for owner, name, function in functions:
+        setattr(owner, name, function)
 
 
 class DeviceRecorder(SpanRecorder):

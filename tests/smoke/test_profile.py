@@ -26,7 +26,16 @@ def profiled(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, str]:
     """The run's folder, and what the tool printed."""
     root = tmp_path_factory.mktemp("profile")
     arguments = ["configs/quickstart_cpu.yaml", *SMALL, UNTRAINED, *ODD_REWARD, "rollout.engine=hf", STAGES]
-    arguments += [f"warm_start.cache_dir={root / 'cache'}", "--steps", "1", "--trace", "--out", str(root / "run")]
+    arguments += [
+        f"warm_start.cache_dir={root / 'cache'}",
+        "--steps",
+        "1",
+        "--trace",
+        "--pairs",
+        "2",
+        "--out",
+        str(root / "run"),
+    ]
     printed = run_script(REPO / "tools" / "profile.py", arguments, root / "output.log", timeout_s=240)
     return root / "run", printed
 
@@ -56,6 +65,7 @@ def test_phases_sum_to_the_step_and_recording_costs_nothing(profiled: tuple[Path
         phases = {key: value for key, value in line.items() if key.startswith("time/") and key.endswith("_s")}
         whole = phases.pop("time/step_s")
         assert 0.97 * whole <= sum(phases.values()) <= whole * 1.001
+    assert numbers["paired_overhead"]["num_pairs"] == 2
     assert "unattributed" in printed
     assert f"report: {run / 'profile' / 'report.html'}" in printed
 

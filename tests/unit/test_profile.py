@@ -9,9 +9,6 @@ from pathlib import Path
 
 import pytest
 
-from fipo_megatron.config.load import load_config
-from fipo_megatron.observability.metrics import MetricsWriter
-from fipo_megatron.trainer import launch
 from tests.script_process import REPO
 from tools import profile
 
@@ -60,28 +57,3 @@ print(profile.__file__, profile.Profile.__module__, cProfile._pyprofile is profi
 """
     finished = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120, check=True)
     assert finished.stdout.split() == [f"{sysconfig.get_path('stdlib')}/profile.py", "profile", "True"]
-
-
-def test_pairs_alternate_and_the_fastest_of_each_step_counts(
-    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    """Runs with recording take 1.01 times as long; each run is slowed by something else, in another step."""
-    recorded: list[bool] = []
-
-    async def run_training(plan: None, folder: Path, progress: object, stop: object, profile: object) -> int:
-        slow = len(recorded) % 2 + 2
-        recorded.append(profile is not None)
-        with MetricsWriter(folder / "metrics.jsonl") as writer:
-            for step in range(4):
-                seconds = (step + 1) * (1.01 if profile else 1.0) * (5 if step == slow else 1)
-                writer.write(step, {"time/step_s": seconds})
-        return 3
-
-    monkeypatch.setattr(launch, "run_training", run_training)
-    monkeypatch.setattr(launch, "plan_training", lambda *_: None)
-    config = load_config(CONFIG, [])
-    profile.compare_pairs(profile.make_parser().parse_args([CONFIG, "--pairs", "2"]), config, None)  # type: ignore[arg-type]
-    assert recorded == [True, False, False, True]
-    *lines, result = capsys.readouterr().out.splitlines()
-    assert lines[1] == "pair 1, without recording: 23.000 s in 2 steps"  # 3 + 5 x 4
-    assert result == "recording makes the steps longer by 1.00%, fastest of each step"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -14,6 +15,7 @@ from fipo_megatron.observability.profile_report import (
     chrome_trace,
     in_lanes,
     overhead_frac,
+    paired_overhead,
     profile_json,
     profile_page,
     profile_tables,
@@ -41,8 +43,9 @@ def make_rank(rank: int, backward_ms: float) -> RankProfile:
             ("push_weights", start + 197, start + 198),
         )
     workload = Workload("update", recorded[0].start, np.array([10, 12]), 14)
+    pairs = [(1.02, 1.03), (1.5, 1.0), (1.01, 1.2)]
     peaks = {"update": (rank + 1) << 29, "push_weights": 1 << 28}
-    return RankProfile(rank, 0, rank, rank, "host", "cpu", recorded, peaks, [workload], 1e-5, 1e-3, 10e9)
+    return RankProfile(rank, 0, rank, rank, "host", "cpu", recorded, peaks, [workload], 1e-5, 1e-3, 10e9, pairs)
 
 
 def make_profile() -> RunProfile:
@@ -89,6 +92,14 @@ def test_recording_is_what_the_busiest_process_spends() -> None:
     assert overhead_frac(make_profile()) == pytest.approx((5e-5 + 2e-3) / 0.2)
 
 
+def test_pairs_are_compared_by_their_median_and_by_the_fastest() -> None:
+    paired = paired_overhead(make_profile().ranks)
+    assert paired is not None
+    assert paired.median_frac == pytest.approx(1.02 / 1.03 - 1)  # of -1%, 50% and -16%
+    assert paired.fastest_frac == pytest.approx(0.01)
+    assert paired_overhead([replace(make_rank(0, 50), pairs=[])]) is None
+
+
 def test_tables_say_all_in_words() -> None:
     tables = {table.title: {row[0]: row[1:] for row in table.rows} for table in profile_tables(make_profile(), [MFU])}
     phases = tables["phases: mean of steps 2 to 2"]
@@ -102,6 +113,7 @@ def test_tables_say_all_in_words() -> None:
     assert speed["response tokens generated, a second and device"] == ("200",)
     assert speed["response tokens trained, a second and device"] == ("100",)
     assert speed["MFU of the updates, peak: <a peak>"] == ("15.00%",)
+    assert speed["recording: 3 pairs of a gradient with and without, median, fastest"] == ("-0.97%, 1.00%",)
     assert speed["imbalance of data-parallel ranks by the packing's plan"] == ("12.50%",)
     assert tables["data-parallel stragglers, training passes"] == {
         "rank 0, stage 0, share 0": ("0.150", "0.909"),

@@ -12,7 +12,7 @@ from fipo_megatron.model.hf_config import ModelShape
 from fipo_megatron.observability.attribution import Workload
 from fipo_megatron.planner.flops import forward_flops
 from fipo_megatron.planner.gpu import GPUS
-from fipo_megatron.trainer.profile import find_utilisations, gpu_of_device, slowdown, write_report
+from fipo_megatron.trainer.profile import find_utilisations, gpu_of_device, write_report
 from tests.unit.observability.test_profile_report import make_profile
 
 SHAPE = ModelShape(
@@ -69,10 +69,6 @@ def test_mfu_counts_an_update_thrice_and_log_probs_once() -> None:
 )
 def test_the_planners_gpu_of_a_device(device: str, gpu: str | None) -> None:
     assert gpu_of_device(device) == (GPUS[gpu] if gpu else None)
-
-
-def test_of_each_step_the_fastest_run_counts() -> None:
-    assert slowdown([[1.1, 2.5], [1.3, 2.1]], [[1.0, 2.4], [1.2, 2.0]]) == pytest.approx(3.2 / 3.0 - 1)
 
 
 def test_the_report_is_three_files(tmp_path: Path) -> None:
