@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import heapq
-import statistics
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from importlib.resources import files
 from typing import Any, NamedTuple
+
+import numpy as np
 
 from fipo_megatron.observability.attribution import (
     TRAINING,
@@ -109,6 +110,7 @@ class PairedOverhead(NamedTuple):
 
     num_pairs: int
     median_frac: float  # of the pairs' own shares
+    quartiles: tuple[float, float]  # of these: how far the machine lets single pairs differ
     fastest_frac: float  # the fastest with recording over the fastest without
 
 
@@ -117,8 +119,9 @@ def paired_overhead(ranks: Sequence[RankProfile]) -> PairedOverhead | None:
     pairs = ranks[0].pairs
     if not pairs:
         return None
+    low, median, high = np.quantile([on / off - 1 for on, off in pairs], (0.25, 0.5, 0.75)).tolist()
     fastest = [min(seconds) for seconds in zip(*pairs, strict=True)]
-    return PairedOverhead(len(pairs), statistics.median(on / off for on, off in pairs) - 1, fastest[0] / fastest[1] - 1)
+    return PairedOverhead(len(pairs), median, (low, high), fastest[0] / fastest[1] - 1)
 
 
 def profile_tables(profile: RunProfile, utilisations: Sequence[Utilisation]) -> list[Table]:
@@ -166,8 +169,15 @@ def _speed_table(profile: RunProfile, utilisations: Sequence[Utilisation]) -> Ta
     rows.append(("time attributed to phases", _percent(attributed_frac(steps))))
     rows.append(("recording: spans x cost of one, of the busiest process", f"{overhead_frac(profile):.3%}"))
     if (paired := paired_overhead(profile.ranks)) is not None:
-        name = f"recording: {paired.num_pairs} pairs of a gradient with and without, median, fastest"
-        rows.append((name, f"{_percent(paired.median_frac)}, {_percent(paired.fastest_frac)}"))
+        low, high = paired.quartiles
+        rows += [
+            (
+                f"recording: {paired.num_pairs} pairs of a gradient with and without, median",
+                _percent(paired.median_frac),
+            ),
+            ("quartiles of these pairs", f"{_percent(low)} to {_percent(high)}"),
+            ("fastest with over fastest without", _percent(paired.fastest_frac)),
+        ]
     return Table(f"speed, {profile.num_devices} devices", ("", ""), tuple(rows))
 
 
