@@ -54,7 +54,9 @@ def _make_parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("config", help="YAML file, e.g. examples/fipo_qwen2.5_32b/config.yaml")
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="settings that replace the file's")
-    parser.add_argument("--gpu", metavar="NAME", help="device of planner/gpu.py; default: h100-80gb, on a CPU cpu-core")
+    parser.add_argument(
+        "--gpu", metavar="NAME", help="device of planner/gpu.py; default: h100-80gb, on a CPU cpu-2cores"
+    )
     parser.add_argument("--lengths", metavar="FILE", type=Path, help="lengths of prompts and responses: see docs")
     parser.add_argument(
         "--layers",
@@ -92,7 +94,7 @@ def _plan(options: argparse.Namespace) -> int:
         check_config(config)
     except ValueError as error:  # what does not fit is told, too
         problems = str(error)
-    gpu = find_gpu(options.gpu or ("cpu-core" if config.platform == "cpu" else "h100-80gb"))
+    gpu = find_gpu(options.gpu or ("cpu-2cores" if config.platform == "cpu" else "h100-80gb"))
     kind, inputs = _layer_kind(config, options.layers), _memory_inputs(options.memory)
     try:
         shape, origin = find_shape(config, Path(options.config).parent)
@@ -104,7 +106,7 @@ def _plan(options: argparse.Namespace) -> int:
     if not plan.misfits and not problems:
         from fipo_megatron.planner.step_time import predict_step
 
-        efficiencies, lengths = _efficiencies(gpu, options), _lengths(config, options)
+        efficiencies, lengths = _efficiencies(config, gpu, options), _lengths(config, options)
         step = predict_step(config, shape, lengths, gpu, efficiencies, acceptance_rate=options.acceptance_rate)
         plan = dataclasses.replace(plan, time=step)
     if options.json:
@@ -132,7 +134,7 @@ def _search(plan: Plan, options: argparse.Namespace) -> int:
         plan.kind,
         plan.inputs,
         lengths,
-        _efficiencies(plan.gpu, options),
+        _efficiencies(config, plan.gpu, options),
         is_allowed,
         options.acceptance_rate,
     )
@@ -171,11 +173,11 @@ def _lengths(config: Config, options: argparse.Namespace) -> Lengths:
     return Lengths.of_config(config) if source is None else Lengths.from_file(source)
 
 
-def _efficiencies(gpu: Gpu, options: argparse.Namespace) -> Efficiencies:
-    """Those that are given, and for the rest the defaults or those of a run."""
-    from fipo_megatron.planner.efficiency import parse_efficiencies
+def _efficiencies(config: Config, gpu: Gpu, options: argparse.Namespace) -> Efficiencies:
+    """Those that are given, and for the rest the platform's defaults or those of a run."""
+    from fipo_megatron.planner.efficiency import CPU, parse_efficiencies
 
-    efficiencies = parse_efficiencies(options.efficiency)
+    efficiencies = parse_efficiencies(options.efficiency, CPU if config.platform == "cpu" else None)
     if options.calibrate is None:
         return efficiencies
     from fipo_megatron.config.load import load_config
@@ -186,9 +188,9 @@ def _efficiencies(gpu: Gpu, options: argparse.Namespace) -> Efficiencies:
     folder = options.calibrate
     if not (folder / "metrics.jsonl").is_file() or not (folder / "config.yaml").is_file():
         raise ValueError(f"--calibrate {folder}: no run folder (config.yaml, metrics.jsonl); give one of a run")
-    config = load_config(folder / "config.yaml")
-    shape, _ = find_shape(config, folder)
-    found = calibrate(config, shape, Lengths.from_file(folder), gpu, read_measured(folder), efficiencies)
+    measured = load_config(folder / "config.yaml")
+    shape, _ = find_shape(measured, folder)
+    found = calibrate(measured, shape, Lengths.from_file(folder), gpu, read_measured(folder), efficiencies)
     print(f"--efficiency, from {folder}: {describe(found)}", file=sys.stderr)
     return found
 

@@ -18,7 +18,7 @@ from fipo_megatron.planner.step_time import predict_step
 PHASES = ("rollout", "old_logprobs", "train", "sync")
 TRAINER_SHARES = ("matmul", "grouped_matmul", "attention", "head", "elementwise")
 ENGINE_SHARES = ("prefill", "decode", "decode_matmul")
-ENGINE_TIMES = ("decode_step_s", "collective_s")
+ENGINE_TIMES = ("decode_step_s",)
 HALVINGS = 60  # of the interval in which the trainer's constant is looked for
 
 
@@ -62,8 +62,8 @@ def calibrate(
     """Efficiencies at which a run's phases come out as they were measured, its sync excepted.
 
     One constant divides all shares that the trainer computes with, so that old log-probs and updates together take
-    their time; the other divides the engine's shares and multiplies its fixed times, so that the rollout does. What is
-    not scaled, links, memory and calls, stays as it is in `efficiencies`.
+    their time; the other divides the engine's shares and multiplies the fixed time of its steps, so that the rollout
+    does. What is not scaled, links, memory and calls, stays as it is in `efficiencies`.
 
     Raises:
         ValueError: calls and links alone take longer than was measured, or shares would be above 1: another device.

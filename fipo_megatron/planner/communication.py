@@ -102,6 +102,29 @@ def pass_traffic(config: Config, shape: ModelShape, stage: int, num_tokens: floa
     return PassTraffic(forward, backward)
 
 
+def pass_collectives(config: Config, shape: ModelShape, stage: int) -> tuple[float, float]:
+    """How many collectives and messages a rank of a stage waits for in a microbatch: forward and backward pass.
+
+    The head's reductions of its statistics are a number a row, and not in it.
+    """
+    parallel = config.parallel
+    layers, chunks = shape.num_layers / parallel.pipeline, parallel.virtual_pipeline or 1
+    forward = backward = 0.0
+    if parallel.tensor > 1:
+        cut_blocks = 1 if shape.num_experts else 2
+        forward += (2 if parallel.sequence_parallel else 1) * layers * cut_blocks + (stage == 0)
+        backward += (3 if parallel.sequence_parallel else 1) * layers * cut_blocks
+        backward += stage == parallel.pipeline - 1
+    if parallel.context > 1:
+        forward += 2 * layers  # keys, values
+        backward += 2 * layers
+    if parallel.pipeline > 1:
+        forward += chunks - (stage == parallel.pipeline - 1)
+        backward += chunks - (stage == 0)
+    exchanges = 2 * layers * ((parallel.expert > 1) + (parallel.expert_tensor > 1))
+    return forward + exchanges, backward + exchanges
+
+
 def _expert_traffic(parallel: ParallelConfig, shape: ModelShape, hidden: float) -> float:
     """Of one layer and pass: each token goes to the ranks of its experts and comes back, all-to-all; where an expert is
     cut, its ranks gather all their tokens and scatter the sums."""

@@ -12,6 +12,7 @@ from fipo_megatron.model.hf_config import ModelShape
 from fipo_megatron.parallel.plan import PackingPlan, PackingUnits, microbatch_tokens, plan_packing
 from fipo_megatron.planner.communication import (
     bandwidth,
+    pass_collectives,
     pass_traffic,
     replicas,
     seconds,
@@ -27,7 +28,7 @@ from fipo_megatron.planner.pipeline import simulate_pipeline
 
 MOMENT_BYTES = 8  # of a weight, both in float32
 MAIN_BYTES = 4  # the float32 copy of a bfloat16 weight
-ROW = 2  # place of a row of the head among the units of work: token, pair, row, microbatch
+ROW, MICROBATCH = 2, 3  # places of a row of the head and of a microbatch among the units of work: token, pair, both
 
 
 @dataclass(frozen=True)
@@ -152,6 +153,9 @@ class PassModel:
             backward[unit] += seconds(config, self.gpu, efficiencies, traffic.backward)
             within_layers = {**traffic.forward, "pp": 0.0}
             backward[unit] += layers_again[0] * seconds(config, self.gpu, efficiencies, within_layers)
+        waits, waits_backward = pass_collectives(config, shape, stage)
+        forward[MICROBATCH] += waits * efficiencies.collective_s
+        backward[MICROBATCH] += (waits_backward + layers_again[0] * waits) * efficiencies.collective_s
         return forward, backward
 
     def _compute_speeds(self, stage: int) -> np.ndarray:

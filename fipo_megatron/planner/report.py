@@ -178,7 +178,7 @@ def time_table(time: StepTime) -> Table:
     """A line a phase, and the step."""
 
     def row(name: str, estimate: Estimate) -> tuple[str, ...]:
-        return name, *(f"{value:,.1f}" for value in (estimate.low, estimate.expected, estimate.high))
+        return name, *(_rounded(value) for value in (estimate.low, estimate.expected, estimate.high))
 
     rows = [row(name, estimate) for name, estimate in time.phases.items()]
     rows.append(row("step", time.step_s))
@@ -196,9 +196,15 @@ def describe_time(time: StepTime) -> list[str]:
         f"MFU of the updates: {mfu.low:.1%} to {mfu.high:.1%}, {mfu.expected:.1%} expected; trained tokens a second "
         f"and GPU: {tokens.low:,.0f} to {tokens.high:,.0f}, {tokens.expected:,.0f} expected",
         f"GiB that the busiest rank sends in a step: {sent or 'none'}",
-        f"run of {time.steps} steps on {time.num_gpus} GPUs: {time.run_hours.low:,.0f} to {time.run_hours.high:,.0f} "
-        f"hours, {time.gpu_hours.expected:,.0f} GPU hours and {time.cost.expected:,.0f} USD expected",
+        f"run of {time.steps} steps on {time.num_gpus} GPUs: {_rounded(time.run_hours.low)} to "
+        f"{_rounded(time.run_hours.high)} hours, {_rounded(time.gpu_hours.expected)} GPU hours and "
+        f"{_rounded(time.cost.expected)} USD expected",
     ]
+
+
+def _rounded(value: float) -> str:
+    """Whole from 100 on, below it three digits."""
+    return f"{value:,.0f}" if value >= 100 else f"{value:.3g}"
 
 
 def describe_binding(plan: Plan) -> str:

@@ -114,5 +114,5 @@ def test_what_is_refused(arguments: list[str], message: str, capsys: pytest.Capt
 
 def test_the_quickstart_on_a_cpu(capsys: pytest.CaptureFixture[str]) -> None:
     assert plan.main(["configs/quickstart_cpu.yaml"]) == 0
-    assert "fits cpu-core: stage 0 binds, in train at " in capsys.readouterr().out
+    assert "fits cpu-2cores: stage 0 binds, in train at " in capsys.readouterr().out
     assert plan.main(["configs/quickstart_cpu.yaml", "--layers", "te"]) == 2

@@ -26,7 +26,6 @@ def test_constants_that_made_the_phases_are_found() -> None:
         decode=start.decode / 2,
         decode_matmul=start.decode_matmul / 2,
         decode_step_s=start.decode_step_s * 2,
-        collective_s=50e-6,
     )
     phases = predict_step(config, SHAPE, lengths, H100, true).phases
     measured = Measured({name: phase.expected for name, phase in phases.items()}, 2.0)

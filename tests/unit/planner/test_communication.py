@@ -1,12 +1,14 @@
 """Bytes of hand-counted collectives, and a sync's against the plan that would be carried out."""
 
 import dataclasses
+from typing import Any
 
 import pytest
 
 from fipo_megatron.config.schema import Config
 from fipo_megatron.planner.communication import (
     bandwidth,
+    pass_collectives,
     pass_traffic,
     replicas,
     seconds,
@@ -81,6 +83,30 @@ def test_tokens_go_to_their_experts_and_back() -> None:
     both = pass_traffic(make_config(tensor=4, expert=4, sequence_parallel=True), MOE, 0, 16, 0)
     assert both.forward["tp"] == (4 * 2 + 1) * 0.75 * TOKENS
     assert both.forward["ep"] == traffic.forward["ep"] / 4
+
+
+@pytest.mark.parametrize(
+    ("parallel", "stage", "expected"),
+    [
+        ({}, 0, (0, 0)),
+        ({"tensor": 2}, 0, (2 * 4 + 1, 2 * 4 + 1)),  # two sums a layer; the embedding's, the head's
+        ({"tensor": 2, "sequence_parallel": True}, 0, (4 * 4 + 1, 6 * 4 + 1)),
+        ({"context": 2}, 0, (2 * 4, 2 * 4)),  # keys, values
+        ({"pipeline": 2}, 0, (1, 0)),
+        ({"pipeline": 2}, 1, (0, 1)),
+        ({"pipeline": 2, "virtual_pipeline": 2}, 0, (2, 1)),
+    ],
+)
+def test_collectives_of_a_microbatch(parallel: dict[str, Any], stage: int, expected: tuple[int, int]) -> None:
+    assert SHAPE.num_layers == 4
+    assert pass_collectives(make_config(**parallel), SHAPE, stage) == expected
+
+
+def test_experts_are_sent_for_in_each_layer() -> None:
+    assert MOE.num_layers == 4
+    assert pass_collectives(make_config(data=4, expert=4), MOE, 0) == (8, 8)
+    both = make_config(tensor=2, expert=2, expert_tensor=2, sequence_parallel=True)
+    assert pass_collectives(both, MOE, 0) == (4 * (2 + 4) + 1, 4 * (3 + 4) + 1)  # attention alone is cut by tensor
 
 
 def test_weights_of_a_stage() -> None:

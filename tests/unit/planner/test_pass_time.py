@@ -128,6 +128,17 @@ def test_links_add_their_seconds() -> None:
     assert forward == pytest.approx(passes(config)[0] + (4 * 2 + 1) * hidden / 0.25)
 
 
+def test_ranks_wait_for_each_collective() -> None:
+    config, late = make_config(tensor=2), PERFECT.with_values(collective_s=1000.0)
+    held = pack(config, SHAPE, LENGTHS, range(4))
+    num_microbatches = held.tokens.shape[1]
+    model, free = (PassModel(config, SHAPE, NO_LINKS, at) for at in (late, PERFECT))
+    waited = model.forward_pass(held).seconds - free.forward_pass(held).seconds
+    assert waited == pytest.approx(num_microbatches * 1000 * (2 * 4 + 1))
+    waited = model.training_pass(held).seconds - free.training_pass(held).seconds
+    assert waited == pytest.approx(num_microbatches * 1000 * 2 * (2 * 4 + 1))
+
+
 def test_an_update_moves_gradients_and_state() -> None:
     config = make_config(data=2)
     gpu = Gpu("slow", 1, 1.0, 10.0, 2.0, 2.0, 8, 0.0)
