@@ -6,10 +6,11 @@ import argparse
 import asyncio
 import importlib.util
 import json
-import signal
 import sys
 import sysconfig
 import tempfile
+import traceback
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from threading import Event
@@ -48,9 +49,10 @@ exit status: 0 profiled, 1 a failure in the run, 2 refused before a process star
 def main(arguments: list[str] | None = None) -> int:
     """Exit status of the command."""
     options = make_parser().parse_intermixed_args(arguments)
-    signal.signal(signal.SIGTERM, signal.getsignal(signal.SIGINT))
+    from fipo_megatron.trainer.interrupts import catch_interrupts
+
     try:
-        profile_run(options)
+        profile_run(options, catch_interrupts())
     except KeyboardInterrupt:
         print("interrupted; all worker processes have ended", file=sys.stderr)
         return 130
@@ -90,7 +92,7 @@ def make_parser() -> argparse.ArgumentParser:
     return parser
 
 
-def profile_run(options: argparse.Namespace) -> None:
+def profile_run(options: argparse.Namespace, interrupts: Sequence[int]) -> None:
     """Runs, records, prints the tables and says where the report is.
 
     Raises:
@@ -104,26 +106,40 @@ def profile_run(options: argparse.Namespace) -> None:
     for name, least in (("steps", 1), ("pairs", 0)):
         if getattr(options, name) < least:
             raise ValueError(f"--{name} {getattr(options, name)}: must be at least {least}")
-    settings = [*options.overrides, f"trainer.steps={WARM_UP_STEPS + options.steps}"]
+    if any(override.startswith("trainer.steps=") for override in options.overrides):
+        raise ValueError(f"trainer.steps: a profile makes {WARM_UP_STEPS} to warm up and those that --steps asks for")
+    # No checkpoint unless one is asked for: of a large model it takes longer than the steps.
+    settings = ["checkpoint.every_steps=0", *options.overrides, f"trainer.steps={WARM_UP_STEPS + options.steps}"]
     if options.out is not None:  # as text, also where it could be a number
-        settings += [f"run.root={json.dumps(str(options.out.parent))}", f"run.name={json.dumps(options.out.name)}"]
+        root, name = (json.dumps(str(text), ensure_ascii=False) for text in (options.out.parent, options.out.name))
+        settings += [f"run.root={root}", f"run.name={name}"]
     config = load_config(options.config, settings)
     files = check_before_start(config)
     name = f"{Path(options.config).stem}-profile"
     with Progress() as progress:
-        folder, profile = train(options, config, files, name, progress)
+        folder, profile = train(options, config, files, name, progress, interrupts)
     assert profile.result is not None
     assert profile.model_shape is not None
-    for table in write_report(profile.result, profile.model_shape, folder / FOLDER):
+    try:
+        tables = write_report(profile.result, profile.model_shape, folder / FOLDER)
+    except ValueError as error:  # which refuses nothing any more
+        raise RuntimeError(f"{folder / FOLDER}: no report: {error}") from error
+    for table in tables:
         print_table(table.title, table.header, table.rows)
     print(f"report: {folder / FOLDER / 'report.html'}")
 
 
 def train(
-    options: argparse.Namespace, config: Config, files: ProblemFiles, name: str, progress: Progress
+    options: argparse.Namespace,
+    config: Config,
+    files: ProblemFiles,
+    name: str,
+    progress: Progress,
+    interrupts: Sequence[int],
 ) -> tuple[Path, Profile]:
     """The folder of a run, and what was recorded of it."""
     from fipo_megatron.model.platform import resolve_platform
+    from fipo_megatron.trainer.interrupts import run_interruptibly
     from fipo_megatron.trainer.launch import plan_training, run_training
     from fipo_megatron.trainer.profile import FOLDER, WARM_UP_STEPS, Profile
     from fipo_megatron.trainer.profiled_policy import ProfileSettings
@@ -145,9 +161,14 @@ def train(
         with locked(folder):
             progress.note(f"run folder: {folder}")
             try:
-                asyncio.run(run_training(plan, folder, progress, Event(), profile))
-            except ValueError as error:  # which refuses nothing any more
-                raise RuntimeError(str(error)) from error
+                training = run_training(plan, folder, progress, Event(), profile)
+                asyncio.run(run_interruptibly(training, interrupts))
+            except Exception as error:
+                (folder / "error.log").write_text(traceback.format_exc(), encoding="utf-8")
+                print(f"traceback: {folder / 'error.log'}", file=sys.stderr)
+                if isinstance(error, ValueError):  # which refuses nothing any more
+                    raise RuntimeError(str(error)) from error
+                raise
     return folder, profile
 
 

@@ -10,7 +10,7 @@ import signal
 import sys
 import tempfile
 import traceback
-from collections.abc import Coroutine, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from threading import Event
 from typing import TYPE_CHECKING, Any, TextIO
@@ -56,11 +56,9 @@ CONTENTS = (
 def main(arguments: list[str] | None = None) -> int:
     """Exit status of the command."""
     options = _make_parser().parse_intermixed_args(arguments)
-    # Those that are ignored stay so: with nohup a run outlives its terminal.
-    numbers = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
-    interrupts = [number for number in numbers if signal.getsignal(number) is not signal.SIG_IGN]
-    for number in interrupts:
-        signal.signal(number, _interrupt)
+    from fipo_megatron.trainer.interrupts import catch_interrupts
+
+    interrupts = catch_interrupts()
     entered: list[Path] = []  # the run's folder, when nothing can refuse the run any more
     try:
         return _train(options, interrupts, entered)
@@ -114,6 +112,7 @@ def _train(options: argparse.Namespace, interrupts: Sequence[int], entered: list
             run_dry(config, Path(options.config).parent if resumed is None else resumed.folder)
             return 0
         from fipo_megatron.observability.progress import Progress
+        from fipo_megatron.trainer.interrupts import run_interruptibly
         from fipo_megatron.trainer.launch import check_before_start, plan_training, run_training
         from fipo_megatron.trainer.run_folder import checkpoints_folder, go_on_in, locked, make_run_folder
 
@@ -133,7 +132,7 @@ def _train(options: argparse.Namespace, interrupts: Sequence[int], entered: list
         if resumed is not None:
             for note in (*resumed.notes, *go_on_in(folder, config, resumed.step)):
                 progress.note(note)
-        last_step = asyncio.run(_run_interruptibly(run_training(plan, folder, progress, stop), interrupts))
+        last_step = asyncio.run(run_interruptibly(run_training(plan, folder, progress, stop), interrupts))
     if last_step < config.trainer.steps:
         _print_contents(folder, sys.stderr)
         command = _command("train.py", "--resume", str(_short(folder)))
@@ -240,32 +239,6 @@ def _short(path: Path) -> Path:
     """The path from the working directory, where it leads below."""
     absolute = path.absolute()
     return absolute.relative_to(Path.cwd()) if absolute.is_relative_to(Path.cwd()) else absolute
-
-
-def _interrupt(signum: int, frame: object) -> None:
-    raise KeyboardInterrupt
-
-
-async def _run_interruptibly(training: Coroutine[Any, Any, int], interrupts: Sequence[int]) -> int:
-    """Signals cancel the task: an exception out of a handler could end in a library's callback, and be lost there."""
-    loop, task, received = asyncio.get_running_loop(), asyncio.current_task(), []
-    assert task is not None
-
-    def cancel(number: int) -> None:
-        received.append(number)
-        task.cancel()
-        for other in interrupts:  # a second one no longer waits for its turn
-            loop.remove_signal_handler(other)
-            signal.signal(other, _interrupt)
-
-    for number in interrupts:
-        loop.add_signal_handler(number, cancel, number)
-    try:
-        return await training
-    except asyncio.CancelledError as error:
-        if received:
-            raise KeyboardInterrupt from error
-        raise RuntimeError("the run was cancelled from within, and no signal came") from error
 
 
 if __name__ == "__main__":

@@ -109,7 +109,10 @@ class PrometheusTracker:
         self._run_name = run_name
         self._registry = CollectorRegistry()  # its own: the default one has metrics of Ray's
         self._gauges: dict[str, Any] = {}  # by the metric's key
-        self._server, self._thread = start_http_server(port, addr=LOOPBACK, registry=self._registry)
+        try:
+            self._server, self._thread = start_http_server(port, addr=LOOPBACK, registry=self._registry)
+        except OSError as error:  # it was free when the run was checked
+            raise _port_error(port, error) from None
 
     def log(self, step: int, metrics: Mapping[str, float]) -> None:
         """What is served from now on; a metric that the step does not have keeps its value."""
@@ -164,10 +167,13 @@ def check_prometheus(port: int | None) -> None:
             listener.bind((LOOPBACK, port))
             listener.listen()
         except OSError as error:
-            raise ValueError(
-                f"run.prometheus_port = {port}: can't listen on {LOOPBACK} ({error.strerror}); "
-                "choose another, each run its own"
-            ) from None
+            raise _port_error(port, error) from None
+
+
+def _port_error(port: int, error: OSError) -> ValueError:
+    return ValueError(
+        f"run.prometheus_port = {port}: can't listen on {LOOPBACK} ({error.strerror}); choose another, each run its own"
+    )
 
 
 class Trackers:

@@ -9,7 +9,7 @@ from contextlib import ExitStack, closing
 from dataclasses import dataclass
 from pathlib import Path
 from threading import Event
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 
@@ -43,13 +43,14 @@ from fipo_megatron.trainer.checkpoints import RunState, read_run_state
 from fipo_megatron.trainer.loop import train
 from fipo_megatron.trainer.placement import Workers
 from fipo_megatron.trainer.policy import MegatronPolicy
-from fipo_megatron.trainer.profile import Profile
-from fipo_megatron.trainer.profiled_policy import ProfiledPolicy
 from fipo_megatron.trainer.ray_cluster import check_cluster
 from fipo_megatron.trainer.resume import Resumption
 from fipo_megatron.trainer.run import Run
 from fipo_megatron.trainer.run_folder import check_run_folder, checkpoint_store
 from fipo_megatron.trainer.warm_start import TraceSource, base_policy_folder, make_base_policy, write_skeleton
+
+if TYPE_CHECKING:
+    from fipo_megatron.trainer.profile import Profile
 
 
 def check_before_start(config: Config, is_resumed: bool = False) -> ProblemFiles:
@@ -168,7 +169,7 @@ async def run_training(
         trackers = stack.enter_context(
             Trackers(config, folder, plan.resumed.step if plan.resumed is not None else None)
         )
-        workers = stack.enter_context(Workers(config, folder, ProfiledPolicy if profile else MegatronPolicy))
+        workers = stack.enter_context(Workers(config, folder, profile.policy_kind if profile else MegatronPolicy))
         workers.start_engines(model_folder)
 
         async def prepare_policy() -> None:

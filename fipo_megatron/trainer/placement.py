@@ -265,6 +265,7 @@ class Workers:
     def _restart_engine(self, replica: int) -> EngineClient:
         ray.kill(self._engines[replica].actor)
         client = self._start_engine(replica)
+        client.recorder = self._engines[replica].recorder
         self.engine.engines[replica] = client
         return client
 

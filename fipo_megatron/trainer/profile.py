@@ -27,7 +27,7 @@ from fipo_megatron.observability.timers import SpanRecorder
 from fipo_megatron.planner.flops import forward_flops, training_flops
 from fipo_megatron.planner.gpu import GPUS, Gpu
 from fipo_megatron.trainer.bundles import num_devices
-from fipo_megatron.trainer.profiled_policy import ProfileSettings
+from fipo_megatron.trainer.profiled_policy import ProfiledPolicy, ProfileSettings
 
 if TYPE_CHECKING:
     from fipo_megatron.trainer.run import Run
@@ -39,6 +39,8 @@ FOLDER = "profile"  # in the run's folder
 
 class Profile:
     """What is recorded of one run, from its beginning."""
+
+    policy_kind = ProfiledPolicy
 
     def __init__(self, config: Config, settings: ProfileSettings) -> None:
         self.config, self.settings = config, settings
@@ -86,12 +88,12 @@ def _span_cost() -> float:
 def write_report(profile: RunProfile, shape: ModelShape, folder: Path) -> list[Table]:
     """Write report.html, profile.json and timeline.json (Chrome's trace events) to a folder; the report's tables."""
     folder.mkdir(exist_ok=True)
+    (folder / "timeline.json").write_text(json.dumps(chrome_trace(profile.processes)), encoding="utf-8")
     utilisations = find_utilisations(profile, shape)
     tables = profile_tables(profile, utilisations)
     texts = {
         "report.html": profile_page(profile, tables),
         "profile.json": json.dumps(profile_json(profile, utilisations), indent=2),
-        "timeline.json": json.dumps(chrome_trace(profile.processes)),
     }
     for name, text in texts.items():
         (folder / name).write_text(text, encoding="utf-8")
@@ -140,6 +142,9 @@ def find_peaks(ranks: list[RankProfile]) -> list[tuple[float, str]]:
 
 
 def gpu_of_device(device: str) -> Gpu | None:
-    """The GPU of the planner's table with a device's name as CUDA gives it, e.g. `NVIDIA H100 80GB HBM3`."""
+    """The GPU of the planner's table with a device's name as CUDA gives it, e.g. `NVIDIA H100 80GB HBM3`; none for the
+    slower boards of that name, and for a part of one."""
     words = device.lower().replace("-", " ").split()
+    if {"pcie", "nvl", "mig"} & set(words):
+        return None
     return next((gpu for gpu in GPUS.values() if gpu.name.split("-")[0] in words and "nvidia" in words), None)

@@ -99,6 +99,7 @@ class RankRecording:
         self._calls: list[str] = []  # under way, the innermost last
         self._last_update: tuple[TrainingBatch, Any] | None = None
         self._profiler: Any = None
+        self._tools_began = False
         self._recorded = self._make_recorded()
         self._plain = [(owner, name, getattr(owner, name)) for owner, name, _ in self._recorded]
         _put(self._recorded)
@@ -119,7 +120,7 @@ class RankRecording:
             lengths = np.diff(batch.cu_seqlens)[list(samples)]
             num_responses = int(lengths.sum() - batch.prompt_lens[list(samples)].sum())
             self.workloads.append(Workload(self._calls[-1], time.time_ns(), lengths, num_responses))
-            if self._calls[-1] == "update":
+            if self._calls[-1] == "update" and self.settings.num_pairs:  # it holds a batch of shared memory
                 self._last_update = batch, samples
             return plan(batch, samples)
 
@@ -148,7 +149,9 @@ class RankRecording:
         if isinstance(result, PolicyUpdate) and result.cost is not None:  # it measures its own, and begins anew
             peak = max(peak, result.cost.peak_memory_bytes)
         self.peak_bytes[name] = max(peak, self.peak_bytes.get(name, 0))
-        if (name, args) == ("push_weights", (self.settings.after,)):
+        # Also sent again, to an engine that was rebuilt or has slept.
+        if (name, args) == ("push_weights", (self.settings.after,)) and not self._tools_began:
+            self._tools_began = True
             self._begin_tools()
         return result
 
@@ -183,6 +186,7 @@ class RankRecording:
         self._end_tools()
         spans, peak_bytes, workloads = self.recorder.take(), dict(self.peak_bytes), list(self.workloads)
         device = policy.platform.device
+        torch.distributed.barrier(groups.world)  # products of all ranks at once
         return RankProfile(
             rank=policy.rank,
             stage=groups.pipeline.rank(),

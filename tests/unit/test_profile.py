@@ -28,6 +28,7 @@ CONFIG = str(REPO / "configs" / "quickstart_cpu.yaml")
         ([CONFIG, "--nsys"], "--nsys with platform = 'cpu': of CUDA alone"),
         ([CONFIG, "--out", "taken"], "run.name: taken exists"),
         ([CONFIG, "trainer.step=3"], "trainer.step"),
+        ([CONFIG, "trainer.steps=3"], "trainer.steps: a profile makes 1 to warm up"),
     ],
 )
 def test_what_is_refused_is_one_line_and_starts_nothing(

@@ -11,6 +11,9 @@ import psutil
 import pytest
 
 from fipo_megatron.config.schema import Config, RolloutConfig
+from fipo_megatron.observability.timers import SpanRecorder
+from fipo_megatron.rollout.replicas import Replicas
+from fipo_megatron.trainer.actor import EngineClient
 from fipo_megatron.trainer.placement import MIN_OBJECT_STORE_BYTES, TOKEN_BYTES, Workers, object_store_bytes
 from fipo_megatron.types import Generation, TrainingBatch
 
@@ -133,3 +136,14 @@ def test_engines_keep_what_a_failure_left_in_them() -> None:
     with pytest.raises(RuntimeError, match="a judge failed"):
         asyncio.run(fail())
     assert "engine 0 release_memory" not in calls  # one that died would hide the cause
+
+
+def test_a_rebuilt_engine_is_recorded_like_the_one_before(monkeypatch: pytest.MonkeyPatch) -> None:
+    workers = make_workers("disaggregated", [])
+    workers.engine = Replicas([EngineClient(None, workers.config.timeouts) for _ in range(2)])
+    workers.engine.engines[1].recorder = recorder = SpanRecorder()
+    workers._engines = workers.engine.engines
+    monkeypatch.setattr("ray.kill", lambda actor: None)
+    monkeypatch.setattr(workers, "_start_engine", lambda replica: EngineClient(None, workers.config.timeouts))
+    assert workers._restart_engine(1).recorder is workers.engine.engines[1].recorder is recorder
+    assert workers._restart_engine(0).recorder is None

@@ -65,6 +65,9 @@ def test_mfu_counts_an_update_thrice_and_log_probs_once() -> None:
         ("NVIDIA A100-SXM4-80GB", "a100-80gb"),
         ("NVIDIA GeForce RTX 4090", None),
         ("cpu", None),
+        ("NVIDIA H100 PCIe", None),
+        ("NVIDIA H100 NVL", None),
+        ("NVIDIA H100 80GB HBM3 MIG 1g.10gb", None),
     ],
 )
 def test_the_planners_gpu_of_a_device(device: str, gpu: str | None) -> None:
