@@ -133,8 +133,10 @@ class Lengths:
         Empty lines and what follows a # are passed over.
 
         Raises:
-            ValueError: a line that is none of these, or no sample; an OSError where there is no file.
+            ValueError: there is no such file, a line that is none of these, or no sample.
         """
+        if not path.exists():
+            raise ValueError(f"--lengths {path}: does not exist; give a run folder, a file of its samples/, or a list")
         files = [path]
         if path.is_dir():
             folder = path / "samples" if (path / "samples").is_dir() else path

@@ -112,8 +112,6 @@ def test_a_line_that_is_no_pair_is_named(tmp_path: Path, line):
 def test_a_file_without_samples_is_refused(tmp_path: Path):
     with pytest.raises(ValueError, match="no samples"):
         Lengths.from_file(tmp_path)
-    with pytest.raises(OSError, match="missing"):
-        Lengths.from_file(tmp_path / "missing")
 
 
 def test_samples_without_tokens_are_refused():
@@ -121,3 +119,8 @@ def test_samples_without_tokens_are_refused():
         lengths((1, 0))
     with pytest.raises(ValueError, match="give both"):
         Lengths(np.array([1]), np.array([1, 2]))
+
+
+def test_a_file_that_is_not_there_is_named(tmp_path):
+    with pytest.raises(ValueError, match="--lengths .*nowhere: does not exist; give a run folder"):
+        Lengths.from_file(tmp_path / "nowhere")
