@@ -5,6 +5,7 @@ import pytest
 
 from fipo_megatron.config.schema import Config
 from fipo_megatron.planner.engine_model import EngineModel
+from fipo_megatron.planner.flops import elementwise_accesses
 from fipo_megatron.planner.gpu import Gpu
 from fipo_megatron.planner.lengths import Lengths
 from fipo_megatron.trainer.simulation import SimulationInputs, parse_inputs, simulate_steps
@@ -45,7 +46,7 @@ def test_equal_responses_leave_nobody_waiting():
 
 def test_phases_by_hand():
     """16 prompts of 4 responses on two engines; 32 samples in 2 updates on two ranks."""
-    exact = PERFECT.with_values(matmul=1, attention=1, head=1, call_s=2)
+    exact = PERFECT.with_values(matmul=1, attention=1, head=1, elementwise=1, call_s=2)
     of = config(parallel={"pipeline": 1})
     (step,) = simulate(of, lengths=equal(100), efficiencies=exact, acceptance_rate=1, reward_s=5.0)
     engine = EngineModel(DENSE, GPU, PERFECT)
@@ -55,6 +56,7 @@ def test_phases_by_hand():
     assert step.phases["rollout"] == pytest.approx(own.seconds + 5)
     # 109 positions of 1152 weights, 5995 pairs of 64 operations, 100 rows of 256 weights; 16 samples a rank
     sample = (109 * 2 * 1152 + 5995 * 64 + 100 * 2 * 256) / 1e9
+    sample += 109 * DENSE.num_layers * 2 * sum(elementwise_accesses(DENSE)) / 1e7  # of memory, in bfloat16
     head = 100 * 2 * 256 / 1e9  # once more in the backward pass
     assert step.phases["old_logprobs"] == pytest.approx(16 * sample + 2)
     assert [update.seconds for update in step.updates] == pytest.approx([8 * (3 * sample + head)] * 2)
