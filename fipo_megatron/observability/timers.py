@@ -8,6 +8,7 @@ from contextlib import AbstractContextManager, contextmanager, nullcontext
 from functools import wraps
 from typing import Any, NamedTuple
 
+NUM_COST_SPANS = 2000  # by which the cost of one is measured
 STEP = "step"  # name of the spans between two collections of the phases
 
 
@@ -65,6 +66,16 @@ class SpanRecorder:
         """What was recorded since the last time."""
         taken, self._marked = self._marked, []
         return [Span(name, self.nanoseconds(start), self.nanoseconds(end)) for name, start, end in taken]
+
+    def cost_of_span(self) -> float:
+        """Seconds that it takes to record one, of which nothing is kept; not while others are to be taken."""
+        start = time.perf_counter()
+        for _ in range(NUM_COST_SPANS):
+            with self.span("cost"):
+                pass
+        seconds = time.perf_counter() - start
+        self.take()
+        return seconds / NUM_COST_SPANS
 
     def mark(self) -> Any:
         """The moment, in whatever `nanoseconds` understands."""

@@ -15,11 +15,11 @@ from fipo_megatron.config.schema import Config, ParallelConfig
 from fipo_megatron.model.hf_config import ModelShape
 from fipo_megatron.planner.efficiency import Efficiencies
 from fipo_megatron.planner.gpu import Gpu
+from fipo_megatron.planner.parameters import GRADIENT_BYTES, bytes_of_type
 from fipo_megatron.reshard.layout import engine_layout, trainer_layout
 from fipo_megatron.reshard.plan import ReshardPlan
 
 Kind = Literal["tp", "pp", "dp", "cp", "ep", "sync"]
-GRADIENT_BYTES = 4  # summed in float32 (model/build.py)
 
 
 @dataclass(frozen=True)
@@ -28,11 +28,6 @@ class StageWeights:
 
     dense: float
     experts: float
-
-
-def weight_bytes(config: Config) -> int:
-    """Of a weight, an activation, a gradient of one."""
-    return 2 if config.model.dtype == "bfloat16" else 4
 
 
 def stage_weights(shape: ModelShape, parallel: ParallelConfig, stage: int) -> StageWeights:
@@ -66,7 +61,7 @@ def pass_traffic(config: Config, shape: ModelShape, stage: int, num_tokens: floa
     """
     parallel = config.parallel
     tensor, context, pipeline = parallel.tensor, parallel.context, parallel.pipeline
-    layers, width = shape.num_layers / pipeline, weight_bytes(config)
+    layers, width = shape.num_layers / pipeline, bytes_of_type(config.model.dtype)
     hidden = num_tokens / context * shape.hidden_size * width  # of all tokens that a tensor-parallel group has
     forward: dict[Kind, float] = {}
     backward: dict[Kind, float] = {}
@@ -138,7 +133,8 @@ def update_traffic(config: Config, shape: ModelShape, stage: int) -> float:
     """Bytes that one rank of a stage sends for gradients and weights in an update: gradients are reduce-scattered in
     float32 and weights all-gathered; without the distributed optimizer gradients are all-reduced."""
     parallel, held = config.parallel, stage_weights(shape, config.parallel, stage)
-    per_weight = GRADIENT_BYTES + weight_bytes(config) if parallel.distributed_optimizer else 2 * GRADIENT_BYTES
+    gathered = bytes_of_type(config.model.dtype) if parallel.distributed_optimizer else GRADIENT_BYTES
+    per_weight = GRADIENT_BYTES + gathered
     dense, experts = replicas(parallel)
     return per_weight * ((dense - 1) / dense * held.dense + (experts - 1) / experts * held.experts)
 
@@ -161,7 +157,7 @@ class SyncTraffic:
 def sync_traffic(config: Config, shape: ModelShape) -> SyncTraffic:
     """Of the policy's layout and the engines'."""
     trainer, engine = trainer_layout(config.parallel), engine_layout(config.rollout)
-    total = float(ReshardPlan(shape, trainer, engine).minimum_elements) * weight_bytes(config)
+    total = float(ReshardPlan(shape, trainer, engine).minimum_elements) * bytes_of_type(config.model.dtype)
     return SyncTraffic(total, total / trainer.world_size, total / engine.num_workers)
 
 

@@ -35,6 +35,13 @@ class _StepParts(NamedTuple):
     fixed: float  # whatever the batch: of each stage, and of each all-reduce
 
 
+def kv_bytes_per_token(shape: ModelShape, tensor: int, pipeline: int, bytes_per_number: int) -> float:
+    """Keys and values of one token on one worker of an engine; a head that tensor-parallel workers can't share is on
+    each."""
+    heads = -(-shape.num_key_value_heads // tensor)
+    return 2 * shape.num_layers / pipeline * heads * shape.head_dim * bytes_per_number
+
+
 @dataclass(frozen=True)
 class EngineModel:
     """One engine of `tensor` * `pipeline` workers, a GPU each.
@@ -87,10 +94,8 @@ class EngineModel:
 
     @cached_property
     def kv_bytes_per_token(self) -> float:
-        """Keys and values of one token on one worker; a head that tensor-parallel workers can't share is on each."""
-        heads = -(-self.shape.num_key_value_heads // self.tensor)
-        layers = self.shape.num_layers / self.pipeline
-        return 2 * layers * heads * self.shape.head_dim * self.bytes_per_weight
+        """Keys and values of one token on one worker."""
+        return kv_bytes_per_token(self.shape, self.tensor, self.pipeline, self.bytes_per_weight)
 
     def kv_capacity_tokens(self, memory_share: float) -> int:
         """Tokens whose keys and values fit beside the weights in `memory_share` of a GPU; the workspace of the

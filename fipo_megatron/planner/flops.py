@@ -51,21 +51,6 @@ def training_flops(shape: ModelShape, lengths: np.ndarray, num_head_rows: int) -
     return TRAINING_PASSES * forward_flops(shape, lengths, num_head_rows)
 
 
-def recompute_flops(shape: ModelShape, lengths: np.ndarray, num_head_rows: int, recompute: str) -> float:
-    """Operations that a backward pass does again: all layers with `full`, attention's with `selective`, and always the
-    head's, whose logits are not kept (ops/linear_logprob)."""
-    cost = model_cost(shape)
-    attention = cost.per_pair * num_pairs(lengths)
-    layers = {
-        "none": 0.0,
-        "selective": attention,
-        "full": cost.per_token * float(np.sum(lengths, dtype=np.float64)) + attention,
-    }
-    if recompute not in layers:
-        raise ValueError(f"trainer.recompute = {recompute!r}: must be one of {', '.join(layers)}")
-    return layers[recompute] + cost.per_response_token * num_head_rows
-
-
 def elementwise_accesses(shape: ModelShape) -> tuple[float, float]:
     """Elements that one token's forward pass reads or writes in a layer outside the matrix products, kernels fused:
     those of the hidden states, and those that tensor-parallel ranks have a share of each.

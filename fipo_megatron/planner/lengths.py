@@ -57,18 +57,6 @@ class Lengths:
         """Tokens."""
         return float(self.response.mean())
 
-    @property
-    def mean_sequence(self) -> float:
-        """Tokens, E[s]."""
-        return float(self.sequence.mean())
-
-    @property
-    def token_mean_sequence(self) -> float:
-        """E[s^2] / E[s]: the length of the sequence that a token is in, on average over tokens. Attention's work is in
-        proportion to it, not to E[s]."""
-        lengths = self.sequence.astype(np.float64)
-        return float((lengths**2).mean() / lengths.mean())
-
     def draw(self, num_samples: int, seed: int) -> Lengths:
         """`num_samples` of the samples, independent of each other, with replacement."""
         chosen = np.random.default_rng(seed).integers(len(self), size=num_samples)

@@ -18,16 +18,14 @@ from fipo_megatron.planner.communication import (
     seconds,
     stage_weights,
     update_traffic,
-    weight_bytes,
 )
 from fipo_megatron.planner.efficiency import Efficiencies
 from fipo_megatron.planner.flops import elementwise_accesses, model_cost
 from fipo_megatron.planner.gpu import Gpu
 from fipo_megatron.planner.lengths import Lengths
+from fipo_megatron.planner.parameters import MAIN_BYTES, MOMENT_BYTES, bytes_of_type
 from fipo_megatron.planner.pipeline import simulate_pipeline
 
-MOMENT_BYTES = 8  # of a weight, both in float32
-MAIN_BYTES = 4  # the float32 copy of a bfloat16 weight
 ROW, MICROBATCH = 2, 3  # places of a row of the head and of a microbatch among the units of work: token, pair, both
 
 
@@ -124,7 +122,7 @@ class PassModel:
         gradient, moments and main weights once in and but for the gradient once out.
         """
         config, efficiencies = self.config, self.efficiencies
-        width = weight_bytes(config)
+        width = bytes_of_type(config.model.dtype)
         state = MOMENT_BYTES + MAIN_BYTES if width == 2 else MOMENT_BYTES + width
         dense, experts = replicas(config.parallel) if config.parallel.distributed_optimizer else (1, 1)
         communication, optimizer = 0.0, 0.0
@@ -179,7 +177,7 @@ class PassModel:
         parallel = self.config.parallel
         hidden, shared = elementwise_accesses(self.shape)
         accesses = hidden / (parallel.tensor if parallel.sequence_parallel else 1) + shared / parallel.tensor
-        num_bytes = self.shape.num_layers * accesses * weight_bytes(self.config) / parallel.context
+        num_bytes = self.shape.num_layers * accesses * bytes_of_type(self.config.model.dtype) / parallel.context
         return num_bytes / (self.gpu.memory_bandwidth * self.efficiencies.elementwise)
 
     def _of_microbatches(self, speeds: np.ndarray, held: Microbatches) -> np.ndarray:

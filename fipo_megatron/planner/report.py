@@ -9,6 +9,7 @@ from typing import Any
 from fipo_megatron.config.schema import Config
 from fipo_megatron.model.hf_config import ModelShape
 from fipo_megatron.planner.activations import LayerKind
+from fipo_megatron.planner.engine_model import kv_bytes_per_token
 from fipo_megatron.planner.gpu import Gpu
 from fipo_megatron.planner.memory import (
     GIB,
@@ -19,7 +20,7 @@ from fipo_megatron.planner.memory import (
     engine_weight_bytes,
     predict_memory,
 )
-from fipo_megatron.planner.parameters import count_model
+from fipo_megatron.planner.parameters import bytes_of_type, count_model
 from fipo_megatron.planner.step_time import Estimate, StepTime
 
 Table = tuple[str, tuple[str, ...], list[tuple[str, ...]]]  # title, header, rows
@@ -116,7 +117,8 @@ def engine_misfits(config: Config, shape: ModelShape, gpu: Gpu) -> list[Misfit]:
     """An engine whose share of the device does not hold its weights and the cache of one longest sample."""
     rollout = config.rollout
     weights = engine_weight_bytes(config, shape)
-    cache = (rollout.max_prompt_tokens + rollout.max_response_tokens) * kv_bytes_per_token(config, shape)
+    per_token = kv_bytes_per_token(shape, rollout.tensor, rollout.pipeline, bytes_of_type(config.model.dtype))
+    cache = (rollout.max_prompt_tokens + rollout.max_response_tokens) * per_token
     share = rollout.gpu_memory_utilization * gpu.memory_bytes
     if weights + cache <= share:
         return []
@@ -125,12 +127,6 @@ def engine_misfits(config: Config, shape: ModelShape, gpu: Gpu) -> list[Misfit]:
     return [
         Misfit("engines (each worker)", "rollout", "one longest sample", weights + cache, share, largest, size, remedy)
     ]
-
-
-def kv_bytes_per_token(config: Config, shape: ModelShape) -> float:
-    """Of one worker of an engine; more workers than key-value heads hold copies."""
-    heads = max(shape.num_key_value_heads / config.rollout.tensor, 1)
-    return 2 * heads * shape.head_dim * 2 * shape.num_layers / config.rollout.pipeline
 
 
 # ---------------------------------------------------------------- tables

@@ -22,7 +22,7 @@ from fipo_megatron.planner.lengths import Lengths
 from fipo_megatron.planner.memory import MemoryInputs
 from fipo_megatron.planner.pass_time import Microbatches, PassModel, packing_units
 from fipo_megatron.planner.report import Plan, engine_misfits, make_plan
-from fipo_megatron.planner.step_time import generation_batches, kv_capacity, make_engine, predict_step
+from fipo_megatron.planner.step_time import generation_batches, generation_s, make_engine, predict_step
 
 MAX_CONTEXT = 16
 MAX_PIPELINE = 16
@@ -265,17 +265,8 @@ class _Timer:
         """Of the engines."""
         inputs = self.inputs
         number, prompts = generation_batches(config, inputs.acceptance_rate)
-        group = config.rollout.samples_per_prompt
-        drawn = inputs.lengths.draw(-(-prompts // config.rollout.replicas) * group, 1)
         engine = make_engine(config, inputs.shape, inputs.gpu, inputs.efficiencies)
-        trace = engine.generate(
-            drawn.prompt,
-            drawn.response,
-            max_concurrent=config.rollout.max_concurrent_sequences,
-            kv_capacity=kv_capacity(config, engine),
-            samples_per_prompt=group,
-        )
-        return number * trace.seconds
+        return number * generation_s(config, engine, inputs.lengths, prompts, config.rollout.samples_per_prompt, 1)
 
     def policy_s(self, config: Config) -> float:
         """Of the updates, and of the two passes of log-probs around them, as if all microbatches were alike: each has

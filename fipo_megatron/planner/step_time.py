@@ -19,14 +19,14 @@ from fipo_megatron.planner.communication import (
     stage_weights,
     sync_traffic,
     update_traffic,
-    weight_bytes,
 )
 from fipo_megatron.planner.efficiency import Efficiencies
 from fipo_megatron.planner.engine_model import EngineModel
 from fipo_megatron.planner.flops import training_flops
 from fipo_megatron.planner.gpu import Gpu
 from fipo_megatron.planner.lengths import Lengths
-from fipo_megatron.planner.pass_time import MAIN_BYTES, MOMENT_BYTES, Microbatches, PassModel, pack
+from fipo_megatron.planner.parameters import MAIN_BYTES, MOMENT_BYTES, bytes_of_type
+from fipo_megatron.planner.pass_time import Microbatches, PassModel, pack
 
 ACCEPTANCE_RATE = 0.5  # of generated groups, with dynamic sampling: neither all right nor all wrong
 
@@ -125,13 +125,12 @@ def predict_step(
     *,
     acceptance_rate: float = ACCEPTANCE_RATE,
     reward_s: float = 0.0,
-    evaluation_problems: int | None = None,
     seed: int = 0,
 ) -> StepTime:
     """A step of a run whose samples, trained on or dropped, have the distribution of `lengths`.
 
     `acceptance_rate` is the share of generated groups that dynamic sampling keeps; `reward_s` what judging and other
-    work of the driver adds to a rollout; `evaluation_problems` those of each set (None: evaluation.num_problems).
+    work of the driver adds to a rollout.
 
     Raises:
         ValueError: an input out of its range, a sample that no microbatch can hold, or an engine without room.
@@ -142,7 +141,7 @@ def predict_step(
     rollout, world_size = config.rollout, config.parallel.world_size
     num_trained = rollout.prompts_per_step * rollout.samples_per_prompt
     batch = Batch.draw(config, shape, lengths, num_trained, seed)
-    given = _Given(config, shape, lengths, gpu, batch, acceptance_rate, reward_s, evaluation_problems, seed)
+    given = _Given(config, shape, lengths, gpu, batch, acceptance_rate, reward_s, seed)
     fast, expected, slow = (_Prediction(given, at) for at in (efficiencies.fast(), efficiencies, efficiencies.slow()))
     parts = {
         name: Estimate(fast.seconds[name], expected.seconds[name], slow.seconds[name]) for name in expected.seconds
@@ -227,7 +226,6 @@ class _Given(NamedTuple):
     batch: Batch
     acceptance_rate: float
     reward_s: float
-    evaluation_problems: int | None
     seed: int
 
 
@@ -270,30 +268,19 @@ class _Prediction:
         return [float(share) for share in 1 - busy / total]
 
     def _generation_s(self, num_prompts: int, samples_per_prompt: int) -> float:
-        """Until an engine has finished its share of the prompts, which are dealt out in turn (rollout/replicas.py). One
-        engine is followed, request by request: where each has many, all take about as long."""
-        given, rollout = self.given, self.given.config.rollout
-        drawn = given.lengths.draw(-(-num_prompts // rollout.replicas) * samples_per_prompt, given.seed + 1)
-        return self.engine.generate(
-            drawn.prompt,
-            drawn.response,
-            max_concurrent=rollout.max_concurrent_sequences,
-            kv_capacity=kv_capacity(given.config, self.engine),
-            samples_per_prompt=samples_per_prompt,
-        ).seconds
+        given = self.given
+        return generation_s(given.config, self.engine, given.lengths, num_prompts, samples_per_prompt, given.seed + 1)
 
     def _evaluation_s(self) -> float:
         config, evaluation = self.given.config, self.given.config.evaluation
-        problems = max(1, len(config.data.eval)) * (self.given.evaluation_problems or evaluation.num_problems)
+        problems = max(1, len(config.data.eval)) * evaluation.num_problems
         return self._generation_s(problems, evaluation.samples_per_problem + evaluation.greedy)
 
 
 def make_engine(config: Config, shape: ModelShape, gpu: Gpu, efficiencies: Efficiencies) -> EngineModel:
     """One of the run's engines."""
-    rollout = config.rollout
-    return EngineModel(
-        shape, gpu, efficiencies, rollout.tensor, rollout.pipeline, rollout.expert_parallel, weight_bytes(config)
-    )
+    rollout, width = config.rollout, bytes_of_type(config.model.dtype)
+    return EngineModel(shape, gpu, efficiencies, rollout.tensor, rollout.pipeline, rollout.expert_parallel, width)
 
 
 def kv_capacity(config: Config, engine: EngineModel) -> int:
@@ -305,6 +292,23 @@ def kv_capacity(config: Config, engine: EngineModel) -> int:
     if config.platform == "cpu":
         return int((config.rollout.kv_cache_gib << 30) / engine.kv_bytes_per_token)
     return engine.kv_capacity_tokens(config.rollout.gpu_memory_utilization)
+
+
+def generation_s(
+    config: Config, engine: EngineModel, lengths: Lengths, num_prompts: int, samples_per_prompt: int, seed: int
+) -> float:
+    """Until an engine has finished its share of the prompts, which are dealt out in turn (rollout/replicas.py). One
+    engine is followed, request by request, with responses that are independent of each other: the slowest of many takes
+    longer (trainer/simulation.py follows each)."""
+    rollout = config.rollout
+    drawn = lengths.draw(-(-num_prompts // rollout.replicas) * samples_per_prompt, seed)
+    return engine.generate(
+        drawn.prompt,
+        drawn.response,
+        max_concurrent=rollout.max_concurrent_sequences,
+        kv_capacity=kv_capacity(config, engine),
+        samples_per_prompt=samples_per_prompt,
+    ).seconds
 
 
 def sync_s(config: Config, shape: ModelShape, gpu: Gpu, efficiencies: Efficiencies) -> float:
@@ -324,7 +328,7 @@ def offloaded_s(config: Config, shape: ModelShape, gpu: Gpu, efficiencies: Effic
     """
     if not config.trainer.offload:
         return 0.0, 0.0
-    width = weight_bytes(config)
+    width = bytes_of_type(config.model.dtype)
     dense, experts = replicas(config.parallel) if config.parallel.distributed_optimizer else (1, 1)
     held = [stage_weights(shape, config.parallel, stage) for stage in range(config.parallel.pipeline)]
     weights = max(of_stage.dense + of_stage.experts for of_stage in held) * width

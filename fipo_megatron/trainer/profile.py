@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import time
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from pathlib import Path
@@ -33,7 +32,6 @@ if TYPE_CHECKING:
     from fipo_megatron.trainer.run import Run
 
 WARM_UP_STEPS = 1  # beside step 0: what is made once, and caches that are empty
-NUM_COST_SPANS = 2000
 FOLDER = "profile"  # in the run's folder
 
 
@@ -71,18 +69,9 @@ class Profile:
             ranks=ranks,
             metrics=read_metrics(run.folder / "metrics.jsonl"),
             num_devices=num_devices(self.config),
-            driver_span_cost_s=_span_cost(),
+            driver_span_cost_s=SpanRecorder().cost_of_span(),
         )
         self.model_shape = read_model_shape(run.model_folder)
-
-
-def _span_cost() -> float:
-    recorder = SpanRecorder()
-    start = time.perf_counter()
-    for _ in range(NUM_COST_SPANS):
-        with recorder.span("cost"):
-            pass
-    return (time.perf_counter() - start) / NUM_COST_SPANS
 
 
 def write_report(profile: RunProfile, shape: ModelShape, folder: Path) -> list[Table]:

@@ -30,7 +30,6 @@ CALLS = (
     "finish_save",
     "export",
 )
-NUM_COST_SPANS = 2000  # by which the cost of one is measured
 MATRIX_SIZE = {"cpu": 1024, "cuda": 8192}  # of the product that shows what a device reaches
 NUM_PRODUCTS = 8
 
@@ -197,7 +196,7 @@ class RankRecording:
             spans=spans,
             peak_bytes=peak_bytes,
             workloads=workloads,
-            span_cost_s=_span_cost(self.recorder),
+            span_cost_s=self.recorder.cost_of_span(),
             call_cost_s=_call_cost(policy),
             matmul_flops=measure_matmul(device, getattr(torch, policy.config.model.dtype)),
             pairs=self._compare_pairs(),
@@ -281,17 +280,6 @@ def measure_matmul(device: torch.device, dtype: torch.dtype) -> float:
 
 def _first_rank(group: torch.distributed.ProcessGroup) -> int:
     return min(torch.distributed.get_process_group_ranks(group))
-
-
-def _span_cost(recorder: SpanRecorder) -> float:
-    """Seconds of one span, of which nothing is kept."""
-    start = time.perf_counter()
-    for _ in range(NUM_COST_SPANS):
-        with recorder.span("cost"):
-            pass
-    seconds = time.perf_counter() - start
-    recorder.take()
-    return seconds / NUM_COST_SPANS
 
 
 def _call_cost(policy: MegatronPolicy) -> float:

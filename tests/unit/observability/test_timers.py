@@ -102,3 +102,9 @@ def test_a_recorder_keeps_what_raises_and_what_is_within(monkeypatch: pytest.Mon
     assert recorder.take() == [("inner", 1, 2), ("outer", 0, 3), ("inner", 4, 5), ("elsewhere", 7, 9)]
     assert ranges == ["inner"]
     assert recorder.take() == []
+
+
+def test_the_cost_of_a_span_leaves_none_behind() -> None:
+    recorder = SpanRecorder()
+    assert 0 < recorder.cost_of_span() < 1e-3
+    assert recorder.take() == []

@@ -1,12 +1,11 @@
 """Operations against hand-counted ones, and against a count of torch's."""
 
 import numpy as np
-import pytest
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 from fipo_megatron.model.hf_config import ModelShape
-from fipo_megatron.planner.flops import elementwise_accesses, forward_flops, num_pairs, recompute_flops, training_flops
+from fipo_megatron.planner.flops import elementwise_accesses, forward_flops, num_pairs, training_flops
 
 
 def make_shape(**changes) -> ModelShape:
@@ -48,27 +47,12 @@ def test_experts_count_those_that_a_token_is_sent_to_and_the_router():
     assert forward_flops(shape, np.array([1]), 0) == 2 * 3 * weights + 4 * 3 * 20
 
 
-@pytest.mark.parametrize(
-    ("recompute", "again"),
-    # Two tokens of one sequence: 3 pairs.
-    [("none", 0), ("selective", 2 * 2 * 3 * 20 * 3), ("full", 2 * 3 * (480 + 288) * 2 + 2 * 2 * 3 * 20 * 3)],
-)
-def test_what_is_computed_again(recompute, again):
-    head = 2 * 8 * 11  # always
-    assert recompute_flops(make_shape(), np.array([2]), 1, recompute) == again + head
-
-
 def test_elements_that_pass_through_memory() -> None:
     # Hidden 8: norms 2 x (8 + 8), sums 2 x (16 + 8). Queries and keys of 6 heads of 5, in and out; 3 x 12.
     assert elementwise_accesses(make_shape()) == (32 + 48, 60 + 36)
     experts = make_shape(num_experts=16, experts_per_token=2, moe_intermediate_size=6, norm_topk_prob=True)
     # One token becomes two copies, read and written, and two become one again.
     assert elementwise_accesses(experts) == (80 + (8 + 16) + (16 + 8), 60 + 2 * 18)
-
-
-def test_a_recompute_that_is_none_is_refused():
-    with pytest.raises(ValueError, match=r"trainer.recompute = 'half'"):
-        recompute_flops(make_shape(), np.array([2]), 1, "half")
 
 
 def test_against_torchs_count_of_a_transformers_model():

@@ -15,7 +15,6 @@ from fipo_megatron.planner.report import (
     describe_binding,
     describe_layout,
     describe_settings,
-    kv_bytes_per_token,
     make_plan,
     phase_table,
     to_json,
@@ -67,8 +66,10 @@ def test_engines_without_room() -> None:
         "engines (each worker), rollout, at one longest sample: 62.03 GiB needed, 55.37 there, 6.66 GiB too much; the "
         "largest item is engine weights, 61.03 GiB: raise rollout.tensor, or rollout.gpu_memory_utilization"
     )
-    found = plan(layout)
-    assert kv_bytes_per_token(found.config, found.shape) == 64 * 2 * 128 * 2 * 2
+    (wide,) = (
+        each for each in plan(layout, rollout=rollout, model={"dtype": "float32"}).misfits if "engines" in each.where
+    )
+    assert wide.needed == 2 * misfit.needed
 
 
 def test_layouts_and_settings_in_words() -> None:
