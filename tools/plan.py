@@ -110,7 +110,7 @@ def _plan(options: argparse.Namespace) -> int:
         step = predict_step(config, shape, lengths, gpu, efficiencies, acceptance_rate=options.acceptance_rate)
         plan = dataclasses.replace(plan, time=step)
     if options.json:
-        print(json.dumps(to_json(plan), indent=1))
+        print(json.dumps(to_json(plan), indent=1, allow_nan=False))
     else:
         _print(plan)
     _complain(plan)
@@ -175,22 +175,27 @@ def _lengths(config: Config, options: argparse.Namespace) -> Lengths:
 
 def _efficiencies(config: Config, gpu: Gpu, options: argparse.Namespace) -> Efficiencies:
     """Those that are given, and for the rest the platform's defaults or those of a run."""
-    from fipo_megatron.planner.efficiency import CPU, parse_efficiencies
+    from fipo_megatron.planner.efficiency import parse_efficiencies
 
-    efficiencies = parse_efficiencies(options.efficiency, CPU if config.platform == "cpu" else None)
+    efficiencies = parse_efficiencies(options.efficiency, config.platform)
     if options.calibrate is None:
         return efficiencies
     from fipo_megatron.config.load import load_config
-    from fipo_megatron.planner.calibration import calibrate, describe, read_measured
+    from fipo_megatron.observability.metrics import read_metrics
+    from fipo_megatron.planner.calibration import calibrate, describe, measured_by
     from fipo_megatron.planner.lengths import Lengths
     from fipo_megatron.trainer.dry_run import find_shape
 
     folder = options.calibrate
     if not (folder / "metrics.jsonl").is_file() or not (folder / "config.yaml").is_file():
         raise ValueError(f"--calibrate {folder}: no run folder (config.yaml, metrics.jsonl); give one of a run")
-    measured = load_config(folder / "config.yaml")
-    shape, _ = find_shape(measured, folder)
-    found = calibrate(measured, shape, Lengths.from_file(folder), gpu, read_measured(folder), efficiencies)
+    try:
+        measured = measured_by(read_metrics(folder / "metrics.jsonl"))
+    except ValueError as error:
+        raise ValueError(f"--calibrate {folder}: {error}") from None
+    of_run = load_config(folder / "config.yaml")
+    shape, _ = find_shape(of_run, folder)
+    found = calibrate(of_run, shape, Lengths.from_file(folder), gpu, measured, efficiencies)
     print(f"--efficiency, from {folder}: {describe(found)}", file=sys.stderr)
     return found
 

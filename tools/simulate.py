@@ -82,7 +82,7 @@ def _simulate(options: argparse.Namespace) -> int:
     config = load_config(options.config, [*options.overrides, *seed])
     check_config(config)
     gpu = find_gpu(options.gpu or ("cpu-core" if config.platform == "cpu" else "h100-80gb"))
-    efficiencies, inputs = parse_efficiencies(options.efficiency), parse_inputs(options.input)
+    efficiencies, inputs = parse_efficiencies(options.efficiency, config.platform), parse_inputs(options.input)
     shape, _ = find_shape(config, Path(options.config).parent)
     lengths = inputs.lengths(config) if options.lengths is None else Lengths.from_file(options.lengths)
     steps = []

@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import json
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 
 import numpy as np
 
@@ -37,18 +36,23 @@ class Measured:
         return min(1.0, config.rollout.prompts_per_step / generated)
 
 
-def read_measured(run_folder: Path) -> Measured:
-    """What a run's metrics.jsonl says.
+def measured_by(rows: Sequence[Mapping[str, float]]) -> Measured:
+    """What a run's metrics say, of its lines in metrics.jsonl.
 
     Raises:
-        ValueError: no step after the first is recorded.
+        ValueError: no whole step after the first is recorded, or most were served from surplus groups alone.
     """
-    rows = [json.loads(line) for line in (run_folder / "metrics.jsonl").read_text().splitlines()]
-    steps = [row for row in rows if "time/train_s" in row and row["step"] > 1]
+    names = [*(f"time/{name}_s" for name in PHASES), "rollout/generation_batches"]
+    steps = [row for row in rows if row["step"] > 1 and row.keys() >= {*names}]
     if not steps:
-        raise ValueError(f"{run_folder}: metrics.jsonl has no step after the first, which is slow; run two or more")
-    phases = {name: float(np.median([row[f"time/{name}_s"] for row in steps])) for name in PHASES}
-    return Measured(phases, float(np.median([row["rollout/generation_batches"] for row in steps])))
+        raise ValueError("metrics.jsonl has no step after the first, which is slow; run two or more")
+    *seconds, batches = (float(np.median([row[name] for row in steps])) for name in names)
+    if batches == 0:
+        raise ValueError(
+            "metrics.jsonl: most steps generated nothing, they trained on groups of earlier ones; give a run with "
+            "dynamic_sampling.surplus=drop"
+        )
+    return Measured(dict(zip(PHASES, seconds, strict=True)), batches)
 
 
 def calibrate(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable
 from dataclasses import dataclass, field, fields, replace
 from typing import Any
@@ -68,7 +69,7 @@ class Efficiencies:
             if name not in known:
                 raise ValueError(f"--efficiency {name}={value:g}: not known; choose one of {', '.join(known)}")
             is_share = known[name].metadata["is_share"]
-            if not (0 < value <= 1 if is_share else value >= 0):
+            if not (0 < value <= 1 if is_share else 0 <= value < math.inf):
                 wanted = "a share above 0, at most 1" if is_share else "seconds, 0 or more"
                 raise ValueError(f"--efficiency {name}={value:g}: must be {wanted}")
         return replace(self, given=self.given | values.keys(), **values)
@@ -86,8 +87,8 @@ CPU = Efficiencies().with_values(
 )
 
 
-def parse_efficiencies(settings: Iterable[str], start: Efficiencies | None = None) -> Efficiencies:
-    """`NAME=VALUE` settings in the place of what `start` has, or of the defaults.
+def parse_efficiencies(settings: Iterable[str], platform: str = "cuda") -> Efficiencies:
+    """`NAME=VALUE` settings in the place of the defaults, which on a CPU are `CPU`.
 
     Raises:
         ValueError: a setting that is none, a name that is not known, or a value that can't be.
@@ -101,4 +102,4 @@ def parse_efficiencies(settings: Iterable[str], start: Efficiencies | None = Non
             separator = ""
         if not separator:
             raise ValueError(f"--efficiency {setting}: must be NAME=VALUE, such as matmul=0.5")
-    return (start or Efficiencies()).with_values(**values)
+    return (CPU if platform == "cpu" else Efficiencies()).with_values(**values)

@@ -16,6 +16,7 @@ from fipo_megatron.config.schema import Config
 NUM_QUANTILES = 4096  # of a stated distribution
 SIGMA = 0.6  # of the logarithm of response lengths: one in 1,000 is over 5 times the mean where none is cut
 MEAN_PROMPT_TOKENS = 200.0
+MAX_TOKENS = 1 << 30  # of a prompt or a response, in a file
 
 
 @dataclass(frozen=True)
@@ -127,8 +128,10 @@ class Lengths:
             raise ValueError(f"--lengths {path}: does not exist; give a run folder, a file of its samples/, or a list")
         files = [path]
         if path.is_dir():
+            if (path / "metrics.jsonl").exists() and not (path / "samples").is_dir():
+                raise ValueError(f"{path}: the run recorded no samples (run.sample_groups); give a list of lengths")
             folder = path / "samples" if (path / "samples").is_dir() else path
-            files = sorted(folder.glob("*.jsonl"))
+            files = sorted(file for file in folder.glob("*.jsonl") if file.is_file())
         pairs = [pair for file in files for pair in _read_pairs(file)]
         if not pairs:
             raise ValueError(f"{path}: no samples; give a run folder, a file of its samples/, or a list of lengths")
@@ -153,7 +156,11 @@ def _log_normal(mean: float, sigma: float, limit: int) -> np.ndarray:
 
 def _read_pairs(file: Path) -> Iterator[tuple[int, int]]:
     """(prompt, response) tokens of each line of a file."""
-    for number, line in enumerate(file.read_text(encoding="utf-8").split("\n"), start=1):
+    try:
+        lines = file.read_text(encoding="utf-8").split("\n")
+    except UnicodeDecodeError:
+        raise ValueError(f"{file}: is not text; give samples of a run, or a list of lengths") from None
+    for number, line in enumerate(lines, start=1):
         text = line if line.startswith("{") else line.partition("#")[0]
         if not text.strip():
             continue
@@ -174,6 +181,6 @@ def _read_pair(text: str) -> tuple[int, int]:
     elif isinstance(values, dict):
         values = [values["prompt"], values["response"]]
     prompt, response = values
-    if type(prompt) is not int or type(response) is not int or min(prompt, response) < 1:
+    if not all(type(number) is int and 1 <= number <= MAX_TOKENS for number in (prompt, response)):
         raise ValueError(text)
     return prompt, response

@@ -6,6 +6,7 @@ engine's is a named input (`MemoryInputs`), and so is what only a run can tell: 
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, field, fields, replace
 from typing import Any
 
@@ -68,7 +69,7 @@ class MemoryInputs:
         for name, value in values.items():
             if name not in known:
                 raise ValueError(f"--memory {name}={value:g}: not known; choose one of {', '.join(sorted(known))}")
-            if value < (1 if name == "expert_load" else 0):
+            if not (1 if name == "expert_load" else 0) <= value < math.inf:
                 raise ValueError(f"--memory {name}={value:g}: must be {'1' if name == 'expert_load' else '0'} or more")
         return replace(self, **values)
 

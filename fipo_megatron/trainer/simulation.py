@@ -3,6 +3,7 @@ and models of engines and ranks say how long each of them works and waits."""
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from dataclasses import dataclass, fields
 
@@ -42,7 +43,7 @@ class SimulationInputs:
             raise ValueError(f"acceptance_rate = {self.acceptance_rate:g}: must be above 0, at most 1")
         if not 0 <= self.group_correlation <= 1:
             raise ValueError(f"group_correlation = {self.group_correlation:g}: must be between 0 and 1")
-        if not self.reward_s >= 0:
+        if not 0 <= self.reward_s < math.inf:
             raise ValueError(f"reward_s = {self.reward_s:g}: must be 0 or more")
 
     def lengths(self, config: Config) -> Lengths:

@@ -99,6 +99,7 @@ def test_a_search(capsys: pytest.CaptureFixture[str]) -> None:
         (["--memory", "speed=1"], "--memory speed=1: not known"),
         (["--efficiency", "matmul=2"], "--efficiency matmul=2: must be a share"),
         (["--calibrate", "configs"], "--calibrate configs: no run folder"),
+        (["--memory", "context_gib=nan"], "--memory context_gib=nan: must be 0 or more"),
         (["--acceptance-rate", "0"], "acceptance_rate = 0: must be above 0"),
         (["--layers", "te", "model.dtype=float32"], "--layers te: takes packed sequences in bfloat16 alone"),
         (["parallel.tensor=3"], "rollout.replicas = 32: 128 workers"),

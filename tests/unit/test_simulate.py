@@ -9,6 +9,8 @@ from types import ModuleType
 
 import pytest
 
+from fipo_megatron.planner.efficiency import CPU
+
 ROOT = Path(__file__).parents[2]
 QUICKSTART = str(ROOT / "configs/quickstart_cpu.yaml")
 RECIPE = str(ROOT / "examples/fipo_qwen2.5_32b/config.yaml")
@@ -36,6 +38,12 @@ def test_tables_of_the_quickstart(tool, capsys):
     assert "on cpu-core" in printed.out
     assert "data-parallel imbalance" in printed.out
     assert "simulated steps: 1 of 1" in printed.err
+
+
+def test_a_cpu_has_its_own_efficiencies(tool, capsys):
+    """As in tools/plan.py: with those of GPUs a call alone takes a second."""
+    assert tool.main([QUICKSTART, "--steps", "1", "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)["efficiencies"]["call_s"] == CPU.call_s
 
 
 def test_the_recipe_on_64_data_parallel_ranks_meets_the_targets(tool, capsys):

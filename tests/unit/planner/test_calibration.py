@@ -1,11 +1,8 @@
 """The two constants are found again from phases that were predicted with them."""
 
-import json
-from pathlib import Path
-
 import pytest
 
-from fipo_megatron.planner.calibration import Measured, calibrate, describe, read_measured
+from fipo_megatron.planner.calibration import Measured, calibrate, describe, measured_by
 from fipo_megatron.planner.efficiency import Efficiencies, parse_efficiencies
 from fipo_megatron.planner.lengths import Lengths
 from fipo_megatron.planner.step_time import predict_step
@@ -44,17 +41,18 @@ def test_a_device_that_could_not_have_been_so_fast_is_refused() -> None:
         calibrate(config, SHAPE, Lengths.of_config(config), H100, measured)
 
 
-def test_medians_of_a_run_without_its_first_step(tmp_path: Path) -> None:
+def test_medians_of_a_run_without_its_first_step() -> None:
     names = ("rollout", "old_logprobs", "train", "sync")
     rows: list[dict[str, float]] = [{"step": 0, "eval/accuracy": 0.1}]
     for step, seconds in enumerate((9.0, 1.0, 2.0, 4.0), start=1):
         rows.append({"step": step, "rollout/generation_batches": 1} | {f"time/{name}_s": seconds for name in names})
-    (tmp_path / "metrics.jsonl").write_text("\n".join(map(json.dumps, rows)))
-    measured = read_measured(tmp_path)
+    rows.append({"step": 5, "time/train_s": 100.0})  # not whole
+    measured = measured_by(rows)
     assert measured.phases == dict.fromkeys(names, 2.0)
     assert measured.acceptance_rate(make_config()) == 1.0
     assert Measured({}, 2.0).acceptance_rate(make_config()) == 0.5
     assert Measured({}, 2.0).acceptance_rate(make_config(dynamic_sampling={"enabled": False})) == 1.0
-    (tmp_path / "metrics.jsonl").write_text("\n".join(map(json.dumps, rows[:2])))
     with pytest.raises(ValueError, match="no step after the first"):
-        read_measured(tmp_path)
+        measured_by(rows[:2])
+    with pytest.raises(ValueError, match="most steps generated nothing.*surplus=drop"):
+        measured_by([row | {"rollout/generation_batches": 0} for row in rows[:-1]])

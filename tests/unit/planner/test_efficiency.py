@@ -20,7 +20,7 @@ def test_a_given_value_has_no_range():
     assert efficiencies.matmul == efficiencies.slow().matmul == efficiencies.fast().matmul == 0.5
     assert efficiencies.fast().decode_step_s == 0
     assert efficiencies.slow().attention < efficiencies.attention == Efficiencies().attention
-    on_cpu = parse_efficiencies(["matmul=0.5"], CPU)
+    on_cpu = parse_efficiencies(["matmul=0.5"], "cpu")
     assert (on_cpu.matmul, on_cpu.call_s) == (0.5, CPU.call_s)
 
 
@@ -34,6 +34,7 @@ def test_a_given_value_has_no_range():
         ("matmul=0", "a share above 0, at most 1"),
         ("call_s=-1", "seconds, 0 or more"),
         ("call_s=nan", "seconds, 0 or more"),
+        ("call_s=inf", "seconds, 0 or more"),
     ],
 )
 def test_wrong_settings_are_refused(setting, message):

@@ -99,7 +99,20 @@ def test_the_samples_of_a_run(tmp_path: Path):
 
 
 @pytest.mark.parametrize(
-    "line", ["10", "10 20 30", "ten 20", "0 20", "10 -1", "10 2.5", "[1, 2", '{"prompt": 3}', "[true, 4]", "null 3"]
+    "line",
+    [
+        "10",
+        "10 20 30",
+        "ten 20",
+        "0 20",
+        "10 -1",
+        "10 2.5",
+        "[1, 2",
+        '{"prompt": 3}',
+        "[true, 4]",
+        "null 3",
+        f"1 {10**30}",
+    ],
 )
 def test_a_line_that_is_no_pair_is_named(tmp_path: Path, line):
     file = tmp_path / "lengths.txt"
@@ -123,3 +136,12 @@ def test_samples_without_tokens_are_refused():
 def test_a_file_that_is_not_there_is_named(tmp_path):
     with pytest.raises(ValueError, match="--lengths .*nowhere: does not exist; give a run folder"):
         Lengths.from_file(tmp_path / "nowhere")
+
+
+def test_what_holds_no_lengths_is_named(tmp_path):
+    (tmp_path / "metrics.jsonl").write_text('{"step": 1}\n')
+    with pytest.raises(ValueError, match="recorded no samples"):
+        Lengths.from_file(tmp_path)
+    (tmp_path / "binary").write_bytes(b"\xff\xfe\x00")
+    with pytest.raises(ValueError, match="binary: is not text"):
+        Lengths.from_file(tmp_path / "binary")

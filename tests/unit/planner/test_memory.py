@@ -123,6 +123,9 @@ def test_inputs_are_added() -> None:
         MemoryInputs().with_values(reserve=1)
     with pytest.raises(ValueError, match="expert_load=0.5: must be 1 or more"):
         MemoryInputs().with_values(expert_load=0.5)
+    for value in (float("nan"), float("inf"), -1.0):
+        with pytest.raises(ValueError, match="must be 0 or more"):
+            MemoryInputs().with_values(context_gib=value)
 
 
 def test_the_page_has_the_inputs() -> None:

@@ -181,6 +181,7 @@ def test_inputs_are_parsed():
         ("acceptance_rate=nan", "acceptance_rate = nan"),
         ("group_correlation=-0.1", "group_correlation = -0.1"),
         ("reward_s=-1", "reward_s = -1"),
+        ("reward_s=inf", "reward_s = inf"),
     ],
 )
 def test_wrong_inputs_are_named(setting, match):
