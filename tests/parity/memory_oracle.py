@@ -62,6 +62,23 @@ def measure(policy: Any, folder: Path, first: TrainingBatch, batch: TrainingBatc
     return phases
 
 
+def measure_on_cuda(policy: Any, folder: Path, first: TrainingBatch, batch: TrainingBatch) -> dict[str, int]:
+    """Bytes of tensors at the peak of the last two phases of `measure`, by the allocator of the device."""
+    import torch
+
+    policy.load(folder, OptimizerConfig(), random_seed=0)
+    policy.update(first, range(first.num_samples), 1e-5)
+    peaks = {}
+    for phase, call in (
+        ("old_logprobs", lambda: policy.logprobs(batch)),
+        ("train", lambda: policy.update(batch, range(batch.num_samples), 1e-5)),
+    ):
+        torch.cuda.reset_peak_memory_stats()
+        call()
+        peaks[phase] = torch.cuda.max_memory_allocated()
+    return peaks
+
+
 def _import_all() -> None:
     """What would else be imported or compiled within what is measured."""
     import torch
@@ -179,12 +196,17 @@ def make_batch(prompt_lens: Sequence[int], response_lens: Sequence[int], vocab_s
 
 
 def make_config(
-    folder: Path, dtype: str, microbatch_tokens: int, parallel: dict[str, Any], **sections: dict[str, Any]
+    folder: Path,
+    dtype: str,
+    microbatch_tokens: int,
+    parallel: dict[str, Any],
+    platform: str = "cpu",
+    **sections: dict[str, Any],
 ) -> Config:
-    """A run of the model in `folder` on CPU."""
+    """A run of the model in `folder`."""
     os.environ |= {"MALLOC_MMAP_THRESHOLD_": "65536", "MALLOC_TRIM_THRESHOLD_": "65536", "MALLOC_ARENA_MAX": "1"}
     values: dict[str, Any] = {
-        "platform": "cpu",
+        "platform": platform,
         "model": {"path": str(folder), "dtype": dtype},
         "rollout": {"max_prompt_tokens": 256, "max_response_tokens": microbatch_tokens - 256},
         "trainer": {"microbatch_tokens": microbatch_tokens, "max_policy_kl": 1e9},

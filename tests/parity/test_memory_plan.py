@@ -9,9 +9,10 @@ from typing import Any
 import pytest
 
 from fipo_megatron.model.hf_config import read_model_shape
+from fipo_megatron.planner.activations import layer_kind
 from fipo_megatron.planner.memory import MemoryInputs, Microbatches, predict_memory
 from fipo_megatron.trainer.policy_processes import run_policy
-from tests.parity.memory_oracle import make_batch, make_config, measure, write_shape
+from tests.parity.memory_oracle import make_batch, make_config, measure, measure_on_cuda, write_shape
 
 GIB = 1 << 30
 QWEN2 = ("Qwen2ForCausalLM", {"hidden_size": 512, "intermediate_size": 1408, "num_attention_heads": 8})
@@ -76,6 +77,16 @@ LARGE = {
     ),
     "dp2_cp2_tied": Case(QWEN3, 8, 64000, "float32", {"data": 2, "context": 2}, 1536, 512, 1, tied=True),
 }
+ON_ONE_GPU = {  # by torch's layers
+    "bf16": Case(QWEN2, 16, 100000, "bfloat16", {}, 16384, 4096, 2),
+    "bf16_full": Case(
+        LLAMA, 20, 120000, "bfloat16", {}, 24576, 8192, 1, 7, sections={"trainer": {"recompute": "full"}}
+    ),
+    "qk_norm_tied": Case(QWEN3, 16, 80000, "bfloat16", {}, 12288, 12000, 1, 4, tied=True),
+    "float32": Case(QWEN2, 8, 60000, "float32", {}, 8192, 2048, 1),
+    "offload": Case(QWEN2, 16, 100000, "bfloat16", {}, 8192, 1024, 1, sections={"trainer": {"offload": True}}),
+    "moe": Case(MOE, 8, 60000, "bfloat16", {}, 8192, 2048, 1),
+}
 SMALL = {
     "small_tp2_sp": Case(QWEN2, 2, 1000, "float32", {"tensor": 2, "sequence_parallel": True}, 1024, 256, 1),
     "small_pp2_full": Case(
@@ -95,6 +106,23 @@ def test_small_ranks_take_what_was_said(name: str, tmp_path: Path) -> None:
 @pytest.mark.parametrize("name", LARGE)
 def test_ranks_take_what_was_said(name: str, tmp_path: Path) -> None:
     assert check(name, LARGE[name], tmp_path) >= GIB
+
+
+@pytest.mark.gpu
+@pytest.mark.multiproc
+@pytest.mark.parametrize("name", ON_ONE_GPU)
+def test_one_gpu_takes_what_was_said(name: str, tmp_path: Path) -> None:
+    """By the allocator's own peak, without what the planner adds for what is no tensor."""
+    case = ON_ONE_GPU[name]
+    (said,) = predict(case, tmp_path, "cuda")
+    (measured,) = run(case, tmp_path, "cuda")
+    errors = []
+    for phase, tensor_bytes in measured.items():
+        total = sum(size for item, size in said.phases[phase].items.items() if item != "reserve")
+        errors.append(total / tensor_bytes - 1)
+        print(f"| {name} | {phase} | {tensor_bytes / GIB:.3f} | {total / GIB:.3f} | {errors[-1]:+.1%} |", flush=True)
+        print({item: round(size / GIB, 3) for item, size in said.phases[phase].items.items()}, flush=True)
+    assert max(map(abs, errors)) <= 0.1, errors
 
 
 def check(name: str, case: Case, scratch: Path) -> int:
@@ -118,10 +146,10 @@ def check(name: str, case: Case, scratch: Path) -> int:
     return min(rank["train"].tensor_bytes for rank in measured)
 
 
-def predict(case: Case, scratch: Path) -> list[Any]:
+def predict(case: Case, scratch: Path, platform: str = "cpu") -> list[Any]:
     """What each stage takes."""
     folder = _write(case, scratch)
-    config = make_config(folder, case.dtype, case.tokens, case.parallel, **case.sections)
+    config = make_config(folder, case.dtype, case.tokens, case.parallel, platform, **case.sections)
     microbatches = Microbatches(
         number=case.num_microbatches,
         tokens=case.tokens,
@@ -130,13 +158,14 @@ def predict(case: Case, scratch: Path) -> list[Any]:
         total_tokens=case.tokens * case.num_microbatches,
     )
     inputs = MemoryInputs(expert_load=1.0)
-    return predict_memory(config, read_model_shape(folder), "local_cpu", inputs, microbatches)
+    kind = layer_kind(config, has_transformer_engine=False)
+    return predict_memory(config, read_model_shape(folder), kind, inputs, microbatches)
 
 
-def run(case: Case, scratch: Path) -> list[Any]:
+def run(case: Case, scratch: Path, platform: str = "cpu") -> list[Any]:
     """What each rank took."""
     folder = _write(case, scratch)
-    config = make_config(folder, case.dtype, case.tokens, case.parallel, **case.sections)
+    config = make_config(folder, case.dtype, case.tokens, case.parallel, platform, **case.sections)
     context = config.parallel.context
     prompt, response = (case.tokens - case.rows) * context + 1, case.rows * context
 
@@ -144,7 +173,8 @@ def run(case: Case, scratch: Path) -> list[Any]:
         number = config.parallel.data * case.num_microbatches
         return make_batch([prompt_len] * number, [response_len] * number, case.vocab)
 
-    (ranks,) = run_policy(config, [(measure, (folder, batch(8, 8), batch(prompt, response)))], timeout_s=290)
+    measures = measure if platform == "cpu" else measure_on_cuda
+    (ranks,) = run_policy(config, [(measures, (folder, batch(8, 8), batch(prompt, response)))], timeout_s=290)
     return ranks
 
 

@@ -4,12 +4,19 @@ from __future__ import annotations
 
 import time
 from pathlib import Path
+from typing import Any
 
+import numpy as np
 import pytest
 import torch
 
+from fipo_megatron.config.schema import OptimizerConfig
+from fipo_megatron.observability.attribution import TRAINING, RankProfile
 from fipo_megatron.trainer.policy import MegatronPolicy
+from fipo_megatron.trainer.policy_processes import run_policy
 from fipo_megatron.trainer.profiled_policy import CALLS, DeviceRecorder, ProfiledPolicy, ProfileSettings, measure_matmul
+from fipo_megatron.types import TrainingBatch
+from tests.parity.memory_oracle import make_batch, make_config, write_shape
 
 
 @pytest.mark.parametrize("option", ["memory_snapshot", "nsys"])
@@ -53,3 +60,37 @@ def test_spans_of_a_device_are_those_of_its_work() -> None:
     slack = 1_000_000  # of the comparison of clocks
     assert start - slack < outer.start <= products.start < products.end <= outer.end < end + slack
     assert products.end > asked
+
+
+@pytest.mark.gpu
+@pytest.mark.multiproc
+def test_a_rank_on_a_gpu_is_recorded(tmp_path: Path) -> None:
+    """Its spans lie within its calls' and take most of them; trace and snapshot are written; recording costs little."""
+    sizes = {"hidden_size": 1024, "intermediate_size": 4096, "num_attention_heads": 16, "num_key_value_heads": 4}
+    folder = write_shape(tmp_path / "model", "Qwen2ForCausalLM", **sizes, vocab_size=100_000, num_hidden_layers=8)
+    config = make_config(folder, "bfloat16", 8192, {}, "cuda")
+    batch = make_batch([512] * 8, [4000] * 8, 100_000)
+    ((profile,),) = run_policy(config, [(record_a_step, (folder, batch, tmp_path))], timeout_s=120)
+    by_name = {name: [span for span in profile.spans if span.name == name] for name in ("logprobs", "update", TRAINING)}
+    (logprobs,), (update,), (training,) = by_name["logprobs"], by_name["update"], by_name[TRAINING]
+    assert logprobs.end <= update.start <= training.start < training.end <= update.end
+    assert training.end - training.start > 0.8 * (update.end - update.start)
+    assert profile.peak_bytes["update"] > profile.peak_bytes["logprobs"] > 1 << 30
+    assert (tmp_path / "trace-rank0.json.gz").stat().st_size > 10_000
+    assert (tmp_path / "memory-rank0.pickle").stat().st_size > 10_000
+    assert profile.matmul_flops > 1e14
+    recorded, plain = np.median(np.array(profile.pairs), axis=0)
+    print(f"{profile.device}: recording {recorded / plain - 1:+.2%}, products {profile.matmul_flops:.3g} FLOP/s")
+    assert recorded < 1.05 * plain
+
+
+def record_a_step(policy: Any, folder: Path, batch: TrainingBatch, out: Path) -> RankProfile:
+    """Log-probs and an update by a policy that has made one before, with all tools; no engine is there to sync to."""
+    policy.load(folder, OptimizerConfig(), random_seed=0)
+    policy.update(batch, range(batch.num_samples), 1e-5)
+    policy.__class__ = ProfiledPolicy
+    policy.begin_profile(ProfileSettings(out, after=1, num_pairs=8, trace=True, memory_snapshot=True))
+    policy.recording.call("push_weights", lambda: None, (1,))
+    policy.logprobs(batch)
+    policy.update(batch, range(batch.num_samples), 1e-5)
+    return policy.end_profile()
