@@ -21,7 +21,7 @@ from typing import Any, Self
 import numpy as np
 
 from fipo_megatron.config.schema import Config, OptimizerConfig
-from fipo_megatron.types import TrainingBatch
+from fipo_megatron.types import PolicyUpdate, TrainingBatch
 
 PHASES = ("load", "first update", "old_logprobs", "train")
 LARGE_BYTES = 1 << 16  # of a block that is named in what stands at the peak
@@ -63,7 +63,8 @@ def measure(policy: Any, folder: Path, first: TrainingBatch, batch: TrainingBatc
 
 
 def measure_on_cuda(policy: Any, folder: Path, first: TrainingBatch, batch: TrainingBatch) -> dict[str, int]:
-    """Bytes of tensors at the peak of the last two phases of `measure`, by the allocator of the device."""
+    """Bytes of tensors at the peak of the last two phases of `measure`, by the allocator of the device. Between phases
+    what rests in host memory goes there, as in a run."""
     import torch
 
     policy.load(folder, OptimizerConfig(), random_seed=0)
@@ -73,9 +74,13 @@ def measure_on_cuda(policy: Any, folder: Path, first: TrainingBatch, batch: Trai
         ("old_logprobs", lambda: policy.logprobs(batch)),
         ("train", lambda: policy.update(batch, range(batch.num_samples), 1e-5)),
     ):
+        if policy.config.trainer.offload:
+            policy.offload()
         torch.cuda.reset_peak_memory_stats()
-        call()
+        result = call()
         peaks[phase] = torch.cuda.max_memory_allocated()
+        if isinstance(result, PolicyUpdate) and result.cost is not None:  # it measures its own, and begins anew
+            peaks[phase] = max(peaks[phase], result.cost.peak_memory_bytes)
     return peaks
 
 
