@@ -1,4 +1,4 @@
-"""Bytes that ranks exchange: of a microbatch's passes, of an update, of a weight sync. Counted as one rank sends them.
+"""Bytes that ranks exchange: of a microbatch's passes, of an update. Counted as one rank sends them.
 
 A ring collective over n ranks has each send (n - 1) / n of the whole in an all-gather or a reduce-scatter, twice that
 in an all-reduce (Thakur et al. 2005). Which collectives there are is Megatron-Core's and this code's doing, and each
@@ -16,8 +16,6 @@ from fipo_megatron.model.hf_config import ModelShape
 from fipo_megatron.planner.efficiency import Efficiencies
 from fipo_megatron.planner.gpu import Gpu
 from fipo_megatron.planner.parameters import GRADIENT_BYTES, bytes_of_type
-from fipo_megatron.reshard.layout import engine_layout, trainer_layout
-from fipo_megatron.reshard.plan import ReshardPlan
 
 Kind = Literal["tp", "pp", "dp", "cp", "ep", "sync"]
 
@@ -143,22 +141,6 @@ def replicas(parallel: ParallelConfig) -> tuple[int, int]:
     """Ranks that hold the same dense weights, and the same experts."""
     per_stage = parallel.tensor * parallel.context * parallel.data
     return parallel.context * parallel.data, max(1, per_stage // (parallel.expert * parallel.expert_tensor))
-
-
-@dataclass(frozen=True)
-class SyncTraffic:
-    """Bytes of one weight sync, by the plan's counted minimum (reshard/plan.py)."""
-
-    total: float
-    per_rank: float  # that a trainer's rank sends, on average
-    per_worker: float  # that an engine's worker receives, on average
-
-
-def sync_traffic(config: Config, shape: ModelShape) -> SyncTraffic:
-    """Of the policy's layout and the engines'."""
-    trainer, engine = trainer_layout(config.parallel), engine_layout(config.rollout)
-    total = float(ReshardPlan(shape, trainer, engine).minimum_elements) * bytes_of_type(config.model.dtype)
-    return SyncTraffic(total, total / trainer.world_size, total / engine.num_workers)
 
 
 def seconds(config: Config, gpu: Gpu, efficiencies: Efficiencies, traffic: Mapping[Kind, float]) -> float:

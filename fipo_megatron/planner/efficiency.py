@@ -33,12 +33,18 @@ class Efficiencies:
     memory: float = _share(0.80, 0.70, 0.90, "of the memory's bandwidth, in copies and the optimizer's step")
     nvlink: float = _share(0.70, 0.55, 0.85, "of NVLink's bandwidth, in collectives of a node")
     network: float = _share(0.70, 0.50, 0.85, "of the network's bandwidth, in collectives over nodes")
+    storage: float = _share(
+        0.05, 0.02, 0.20, "of the network's bandwidth of one device, of a node's reads or writes of files all nodes see"
+    )
     host_link: float = _share(0.70, 0.50, 0.85, "of the link's bandwidth, in copies between device and host memory")
     prefill: float = _share(0.50, 0.35, 0.65, "of the FLOP/s, in an engine's prompts")
     decode: float = _share(0.50, 0.40, 0.65, "of the memory's bandwidth, in an engine's decoding steps")
     decode_matmul: float = _share(0.50, 0.35, 0.65, "of the FLOP/s, in decoding steps of many sequences")
     decode_step_s: float = _seconds(
         0.006, 0.010, 0.003, "fixed time of a decoding step: scheduling, sampling, launches"
+    )
+    unchanged: float = _share(
+        0.90, 0.70, 0.98, "of bfloat16 weights, those that a step's updates leave as they are; for `disk_delta`"
     )
     collective_s: float = _seconds(25e-6, 40e-6, 12e-6, "fixed time of a collective or a message between ranks")
     microbatch_s: float = _seconds(
@@ -81,9 +87,9 @@ def efficiency_fields() -> list[Any]:
 
 
 # Of the tests' CPU, in float32 and without fused kernels: by torch's profiler over the quickstart's log-probs. Gloo's
-# all-reduce of two processes takes 2.1 ms for 100 kB, 3.5 for 1.5 MB, 13.5 for 12 MB.
+# all-reduce of two processes takes 2.1 ms for 100 kB, 3.5 for 1.5 MB, 13.5 for 12 MB. Files: docs/conversion.md.
 CPU = Efficiencies().with_values(
-    matmul=0.65, attention=0.11, head=0.06, elementwise=0.21, call_s=0.009, collective_s=0.002
+    matmul=0.65, attention=0.11, head=0.06, elementwise=0.21, storage=0.5, call_s=0.009, collective_s=0.002
 )
 
 

@@ -185,13 +185,15 @@ def time_table(time: StepTime) -> Table:
 def describe_time(time: StepTime) -> list[str]:
     """What follows from a step's time, a line each."""
     mfu, tokens = time.mfu, time.tokens_per_gpu_s
-    sent = ", ".join(f"{kind} {size / GIB:.1f}" for kind, size in time.communication.items() if size)
+    by_kind = {kind: f"{_rounded(size / GIB)}" for kind, size in time.communication.items() if size}
+    synced = by_kind.pop("sync")
+    sent = ", ".join(f"{kind} {size}" for kind, size in by_kind.items())
     return [
         f"microbatches: {time.num_microbatches} of each rank in all updates of a step; pipeline bubble of each stage: "
         + ", ".join(f"{share:.1%}" for share in time.bubble),
         f"MFU of the updates: {mfu.low:.1%} to {mfu.high:.1%}, {mfu.expected:.1%} expected; trained tokens a second "
         f"and GPU: {tokens.low:,.0f} to {tokens.high:,.0f}, {tokens.expected:,.0f} expected",
-        f"GiB that the busiest rank sends in a step: {sent or 'none'}",
+        f"GiB that the busiest rank sends in a step: {sent or 'none'}; in the sync all ranks together: {synced}",
         f"run of {time.steps} steps on {time.num_gpus} GPUs: {_rounded(time.run_hours.low)} to "
         f"{_rounded(time.run_hours.high)} hours, {_rounded(time.gpu_hours.expected)} GPU hours and "
         f"{_rounded(time.cost.expected)} USD expected",

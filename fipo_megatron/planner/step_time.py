@@ -13,11 +13,9 @@ from fipo_megatron.config.schema import Config
 from fipo_megatron.model.hf_config import ModelShape
 from fipo_megatron.planner.communication import (
     Kind,
-    bandwidth,
     pass_traffic,
     replicas,
     stage_weights,
-    sync_traffic,
     update_traffic,
 )
 from fipo_megatron.planner.efficiency import Efficiencies
@@ -27,6 +25,7 @@ from fipo_megatron.planner.gpu import Gpu
 from fipo_megatron.planner.lengths import Lengths
 from fipo_megatron.planner.parameters import MAIN_BYTES, MOMENT_BYTES, bytes_of_type
 from fipo_megatron.planner.pass_time import Microbatches, PassModel, pack
+from fipo_megatron.planner.sync_time import sync_s, sync_traffic
 
 ACCEPTANCE_RATE = 0.5  # of generated groups, with dynamic sampling: neither all right nor all wrong
 
@@ -58,7 +57,7 @@ class StepTime:
     parts: dict[str, Estimate]  # what `train` consists of
     eval_s: Estimate  # of an evaluation, over the steps between two; not in a step's time
     bubble: list[float]  # of each pipeline stage: the share of updates' passes in which it waits
-    communication: dict[Kind, float]  # bytes that the busiest rank sends in a step; sync: on average over ranks
+    communication: dict[Kind, float]  # bytes that the busiest rank sends in a step; sync: all ranks together
     num_microbatches: int  # of a rank, in all updates
     imbalance: float  # how much longer than the mean the slowest data-parallel rank computes, in updates
     num_generated: float  # samples; dynamic sampling drops some
@@ -158,7 +157,7 @@ def predict_step(
         parts=train,
         eval_s=parts["eval"],
         bubble=expected.bubble(),
-        communication=step_communication(config, shape, batch),
+        communication=step_communication(config, shape, batch, efficiencies),
         num_microbatches=sum(update.plan.num_microbatches for update in batch.updates),
         imbalance=batch.imbalance(config),
         num_generated=math.prod(generation_batches(config, acceptance_rate)) * rollout.samples_per_prompt,
@@ -199,8 +198,11 @@ class Batch:
         return float(np.mean([plan.synchronous_imbalance if meets_often else plan.imbalance for plan in plans]))
 
 
-def step_communication(config: Config, shape: ModelShape, batch: Batch) -> dict[Kind, float]:
-    """Bytes that the busiest rank sends in a step, by kind: two passes of log-probs, the updates, the sync."""
+def step_communication(
+    config: Config, shape: ModelShape, batch: Batch, efficiencies: Efficiencies
+) -> dict[Kind, float]:
+    """Bytes that the busiest rank sends in a step, by kind: two passes of log-probs, the updates. Of the sync all that
+    ranks send or write."""
     recompute = config.trainer.recompute == "full"
     by_stage: list[dict[Kind, float]] = []
     for stage in range(config.parallel.pipeline):
@@ -215,7 +217,7 @@ def step_communication(config: Config, shape: ModelShape, batch: Batch) -> dict[
                 sent[kind] = sent.get(kind, 0.0) + amount
         by_stage.append(sent)
     busiest_of = {kind: max(sent[kind] for sent in by_stage) for kind in by_stage[0]}
-    return busiest_of | {"sync": sync_traffic(config, shape).per_rank}
+    return busiest_of | {"sync": sync_traffic(config, shape, efficiencies).total}
 
 
 class _Given(NamedTuple):
@@ -309,15 +311,6 @@ def generation_s(
         kv_capacity=kv_capacity(config, engine),
         samples_per_prompt=samples_per_prompt,
     ).seconds
-
-
-def sync_s(config: Config, shape: ModelShape, gpu: Gpu, efficiencies: Efficiencies) -> float:
-    """The busier end's bytes over its link, and with `sync.verify` the weights read twice to be added up."""
-    traffic = sync_traffic(config, shape)
-    link = bandwidth(config, gpu, efficiencies, "sync")
-    verify = 2 * traffic.per_worker if config.sync.verify else 0.0
-    read_s = (traffic.per_worker + verify) / (gpu.memory_bandwidth * efficiencies.memory)
-    return max(traffic.per_rank, traffic.per_worker) / link + read_s + efficiencies.call_s
 
 
 def offloaded_s(config: Config, shape: ModelShape, gpu: Gpu, efficiencies: Efficiencies) -> tuple[float, float]:

@@ -17,7 +17,8 @@ from fipo_megatron.planner.gpu import Gpu
 from fipo_megatron.planner.lengths import MEAN_PROMPT_TOKENS, SIGMA, Lengths
 from fipo_megatron.planner.pass_time import PassModel
 from fipo_megatron.planner.simulation import PassTrace, simulate_pass
-from fipo_megatron.planner.step_time import ACCEPTANCE_RATE, kv_capacity, make_engine, offloaded_s, sync_s
+from fipo_megatron.planner.step_time import ACCEPTANCE_RATE, kv_capacity, make_engine, offloaded_s
+from fipo_megatron.planner.sync_time import sync_s
 from fipo_megatron.rollout.collect import GroupBuffer, batch_metrics, generation_metrics, make_requests
 from fipo_megatron.rollout.replicas import share_out
 from fipo_megatron.trainer.updates import cost_metrics, mini_batches

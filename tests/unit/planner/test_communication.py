@@ -1,4 +1,4 @@
-"""Bytes of hand-counted collectives, and a sync's against the plan that would be carried out."""
+"""Bytes of hand-counted collectives, and the links that they take."""
 
 import dataclasses
 from typing import Any
@@ -13,13 +13,10 @@ from fipo_megatron.planner.communication import (
     replicas,
     seconds,
     stage_weights,
-    sync_traffic,
     update_traffic,
 )
 from fipo_megatron.planner.efficiency import Efficiencies
 from fipo_megatron.planner.gpu import find_gpu
-from fipo_megatron.reshard.layout import engine_layout, trainer_layout
-from fipo_megatron.reshard.plan import make_plan
 from tests.unit.planner.test_flops import make_shape
 
 # Hidden 8, 4 query and 2 key-value heads of 4, MLP of 12, 4 layers, vocabulary of 64, not tied.
@@ -132,20 +129,6 @@ def test_an_update_reduces_gradients_and_gathers_weights() -> None:
     assert replicas(experts.parallel) == (4, 2)
     of_experts = stage_weights(MOE, experts.parallel, 0)
     assert update_traffic(experts, MOE, 0) == 6 * (0.75 * of_experts.dense + 0.5 * of_experts.experts)
-
-
-@pytest.mark.parametrize("shape", [SHAPE, MOE], ids=["dense", "experts"])
-def test_a_sync_sends_what_its_plan_does(shape) -> None:
-    config = Config.model_validate(
-        {
-            "parallel": {"tensor": 2, "pipeline": 2, "data": 2, "expert": 2 if shape.num_experts else 1},
-            "rollout": {"tensor": 2, "replicas": 3},
-        }
-    )
-    plan = make_plan(shape, trainer_layout(config.parallel), engine_layout(config.rollout))
-    traffic = sync_traffic(config, shape)
-    assert traffic.total == plan.sent_elements * 2
-    assert (traffic.per_rank, traffic.per_worker) == (traffic.total / 8, traffic.total / 6)
 
 
 @pytest.mark.parametrize(

@@ -4,12 +4,12 @@ import numpy as np
 import pytest
 
 from fipo_megatron.config.schema import Config
-from fipo_megatron.planner.communication import sync_traffic
 from fipo_megatron.planner.efficiency import Efficiencies
 from fipo_megatron.planner.flops import training_flops
 from fipo_megatron.planner.gpu import find_gpu
 from fipo_megatron.planner.lengths import Lengths
 from fipo_megatron.planner.step_time import Estimate, StepTime, generation_batches, predict_step
+from fipo_megatron.planner.sync_time import sync_traffic
 from tests.unit.planner.test_flops import make_shape
 
 SHAPE = make_shape(
@@ -116,7 +116,7 @@ def test_utilisation_counts_nothing_twice() -> None:
 
 def test_bytes_of_a_step() -> None:
     step = predict(make_config())
-    assert step.communication["sync"] == sync_traffic(make_config(), SHAPE).per_rank
+    assert step.communication["sync"] == sync_traffic(make_config(), SHAPE, Efficiencies()).total
     assert all(step.communication[kind] > 0 for kind in ("tp", "pp", "dp", "sync"))
     assert step.communication["cp"] == step.communication["ep"] == 0
     assert len(step.bubble) == 2
