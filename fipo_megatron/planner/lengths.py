@@ -16,6 +16,7 @@ from fipo_megatron.config.schema import Config
 NUM_QUANTILES = 4096  # of a stated distribution
 SIGMA = 0.6  # of the logarithm of response lengths: one in 1,000 is over 5 times the mean where none is cut
 MEAN_PROMPT_TOKENS = 200.0
+GROUP_CORRELATION = 0.5  # of the lengths of one prompt's responses
 MAX_TOKENS = 1 << 30  # of a prompt or a response, in a file
 
 

@@ -22,7 +22,8 @@ from fipo_megatron.planner.lengths import Lengths
 from fipo_megatron.planner.memory import MemoryInputs
 from fipo_megatron.planner.pass_time import Microbatches, PassModel, packing_units
 from fipo_megatron.planner.report import Plan, engine_misfits, make_plan
-from fipo_megatron.planner.step_time import generation_batches, generation_s, make_engine, predict_step
+from fipo_megatron.planner.rollout_time import fullest_shares, generation_batches, make_engine, share_s
+from fipo_megatron.planner.step_time import predict_step
 
 MAX_CONTEXT = 16
 MAX_PIPELINE = 16
@@ -262,11 +263,12 @@ class _Timer:
         self.rows = float(self.drawn.response.sum())
 
     def rollout_s(self, config: Config) -> float:
-        """Of the engines."""
-        inputs = self.inputs
+        """Of the engine that has most to do."""
+        inputs, samples = self.inputs, config.rollout.samples_per_prompt
         number, prompts = generation_batches(config, inputs.acceptance_rate)
         engine = make_engine(config, inputs.shape, inputs.gpu, inputs.efficiencies)
-        return number * generation_s(config, engine, inputs.lengths, prompts, config.rollout.samples_per_prompt, 1)
+        (share,) = fullest_shares(config, inputs.lengths, prompts, samples, seed=1, num_requests=1)
+        return number * share_s(config, engine, share, samples)
 
     def policy_s(self, config: Config) -> float:
         """Of the updates, and of the two passes of log-probs around them, as if all microbatches were alike: each has

@@ -19,12 +19,12 @@ from fipo_megatron.planner.communication import (
     update_traffic,
 )
 from fipo_megatron.planner.efficiency import Efficiencies
-from fipo_megatron.planner.engine_model import EngineModel
 from fipo_megatron.planner.flops import training_flops
 from fipo_megatron.planner.gpu import Gpu
 from fipo_megatron.planner.lengths import Lengths
 from fipo_megatron.planner.parameters import MAIN_BYTES, MOMENT_BYTES, bytes_of_type
 from fipo_megatron.planner.pass_time import Microbatches, PassModel, pack
+from fipo_megatron.planner.rollout_time import GenerationWork, generation_batches, make_engine
 from fipo_megatron.planner.sync_time import sync_s, sync_traffic
 
 ACCEPTANCE_RATE = 0.5  # of generated groups, with dynamic sampling: neither all right nor all wrong
@@ -140,7 +140,10 @@ def predict_step(
     rollout, world_size = config.rollout, config.parallel.world_size
     num_trained = rollout.prompts_per_step * rollout.samples_per_prompt
     batch = Batch.draw(config, shape, lengths, num_trained, seed)
-    given = _Given(config, shape, lengths, gpu, batch, acceptance_rate, reward_s, seed)
+    engine = make_engine(config, shape, gpu, efficiencies)
+    rollout_work = GenerationWork.of_rollout(config, engine, lengths, acceptance_rate, seed + 1)
+    evaluation = GenerationWork.of_evaluation(config, engine, lengths, seed + 1)
+    given = _Given(config, shape, gpu, batch, rollout_work, evaluation, reward_s)
     fast, expected, slow = (_Prediction(given, at) for at in (efficiencies.fast(), efficiencies, efficiencies.slow()))
     parts = {
         name: Estimate(fast.seconds[name], expected.seconds[name], slow.seconds[name]) for name in expected.seconds
@@ -223,12 +226,11 @@ def step_communication(
 class _Given(NamedTuple):
     config: Config
     shape: ModelShape
-    lengths: Lengths
     gpu: Gpu
     batch: Batch
-    acceptance_rate: float
+    rollout: GenerationWork
+    evaluation: GenerationWork
     reward_s: float
-    seed: int
 
 
 class _Prediction:
@@ -238,7 +240,6 @@ class _Prediction:
         self.given, self.efficiencies = given, efficiencies
         self.passes = PassModel(given.config, given.shape, given.gpu, efficiencies)
         self.updates = [self.passes.training_pass(update) for update in given.batch.updates]
-        self.engine = make_engine(given.config, given.shape, given.gpu, efficiencies)
         self.seconds = self._seconds()
 
     def _seconds(self) -> dict[str, float]:
@@ -248,10 +249,9 @@ class _Prediction:
         logprobs = self.passes.forward_pass(given.batch.whole).seconds
         num_old = 2 if config.algorithm.reference_kl_coef > 0 else 1  # the reference policy's as well
         weights, state = offloaded_s(config, given.shape, given.gpu, self.efficiencies)
-        num_batches, num_prompts = generation_batches(config, given.acceptance_rate)
-        rollout = num_batches * self._generation_s(num_prompts, config.rollout.samples_per_prompt)
+        engine = make_engine(config, given.shape, given.gpu, self.efficiencies)
         return {
-            "rollout": rollout + given.reward_s + weights,
+            "rollout": given.rollout.seconds(config, engine) + given.reward_s + weights,
             "old_logprobs": num_old * (logprobs + call_s) + weights,
             "passes": sum(update.seconds for update in self.updates),
             "gradients": num_updates * gradients,
@@ -260,7 +260,7 @@ class _Prediction:
             "reload": state,
             "calls": (num_updates + 1) * call_s,
             "sync": sync_s(config, given.shape, given.gpu, self.efficiencies) + 2 * weights + state,
-            "eval": self._evaluation_s() / config.evaluation.every_steps,
+            "eval": given.evaluation.seconds(config, engine) / config.evaluation.every_steps,
         }
 
     def bubble(self) -> list[float]:
@@ -268,49 +268,6 @@ class _Prediction:
         total = sum(update.seconds for update in self.updates)
         busy = np.sum([update.busy_s for update in self.updates], axis=0)
         return [float(share) for share in 1 - busy / total]
-
-    def _generation_s(self, num_prompts: int, samples_per_prompt: int) -> float:
-        given = self.given
-        return generation_s(given.config, self.engine, given.lengths, num_prompts, samples_per_prompt, given.seed + 1)
-
-    def _evaluation_s(self) -> float:
-        config, evaluation = self.given.config, self.given.config.evaluation
-        problems = max(1, len(config.data.eval)) * evaluation.num_problems
-        return self._generation_s(problems, evaluation.samples_per_problem + evaluation.greedy)
-
-
-def make_engine(config: Config, shape: ModelShape, gpu: Gpu, efficiencies: Efficiencies) -> EngineModel:
-    """One of the run's engines."""
-    rollout, width = config.rollout, bytes_of_type(config.model.dtype)
-    return EngineModel(shape, gpu, efficiencies, rollout.tensor, rollout.pipeline, rollout.expert_parallel, width)
-
-
-def kv_capacity(config: Config, engine: EngineModel) -> int:
-    """Tokens whose keys and values an engine holds.
-
-    Raises:
-        ValueError: the weights leave no room.
-    """
-    if config.platform == "cpu":
-        return int((config.rollout.kv_cache_gib << 30) / engine.kv_bytes_per_token)
-    return engine.kv_capacity_tokens(config.rollout.gpu_memory_utilization)
-
-
-def generation_s(
-    config: Config, engine: EngineModel, lengths: Lengths, num_prompts: int, samples_per_prompt: int, seed: int
-) -> float:
-    """Until an engine has finished its share of the prompts, which are dealt out in turn (rollout/replicas.py). One
-    engine is followed, request by request, with responses that are independent of each other: the slowest of many takes
-    longer (trainer/simulation.py follows each)."""
-    rollout = config.rollout
-    drawn = lengths.draw(-(-num_prompts // rollout.replicas) * samples_per_prompt, seed)
-    return engine.generate(
-        drawn.prompt,
-        drawn.response,
-        max_concurrent=rollout.max_concurrent_sequences,
-        kv_capacity=kv_capacity(config, engine),
-        samples_per_prompt=samples_per_prompt,
-    ).seconds
 
 
 def offloaded_s(config: Config, shape: ModelShape, gpu: Gpu, efficiencies: Efficiencies) -> tuple[float, float]:
@@ -329,15 +286,3 @@ def offloaded_s(config: Config, shape: ModelShape, gpu: Gpu, efficiencies: Effic
     state = share * (MOMENT_BYTES + (MAIN_BYTES if width == 2 else 0))
     link = gpu.host_bandwidth * efficiencies.host_link
     return weights / link, state / link
-
-
-def generation_batches(config: Config, acceptance_rate: float) -> tuple[float, int]:
-    """Generation batches of a step, and the prompts of each. Groups that are kept for the next step count there, so
-    that the number is then a mean; those that are dropped are generated for nothing."""
-    rollout, dynamic = config.rollout, config.dynamic_sampling
-    if not dynamic.enabled:
-        return 1.0, rollout.prompts_per_step
-    num_batches = rollout.prompts_per_step / (dynamic.generation_prompts * acceptance_rate)
-    if dynamic.surplus == "drop":
-        num_batches = math.ceil(num_batches - 1e-9)
-    return num_batches, dynamic.generation_prompts

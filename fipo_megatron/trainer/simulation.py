@@ -14,10 +14,11 @@ from fipo_megatron.model.hf_config import ModelShape
 from fipo_megatron.planner.efficiency import Efficiencies
 from fipo_megatron.planner.engine_model import EngineTrace
 from fipo_megatron.planner.gpu import Gpu
-from fipo_megatron.planner.lengths import MEAN_PROMPT_TOKENS, SIGMA, Lengths
+from fipo_megatron.planner.lengths import GROUP_CORRELATION, MEAN_PROMPT_TOKENS, SIGMA, Lengths
 from fipo_megatron.planner.pass_time import PassModel
+from fipo_megatron.planner.rollout_time import kv_capacity, make_engine
 from fipo_megatron.planner.simulation import PassTrace, simulate_pass
-from fipo_megatron.planner.step_time import ACCEPTANCE_RATE, kv_capacity, make_engine, offloaded_s
+from fipo_megatron.planner.step_time import ACCEPTANCE_RATE, offloaded_s
 from fipo_megatron.planner.sync_time import sync_s
 from fipo_megatron.rollout.collect import GroupBuffer, batch_metrics, generation_metrics, make_requests
 from fipo_megatron.rollout.replicas import share_out
@@ -35,7 +36,7 @@ class SimulationInputs:
     mean_response: float | None = None  # tokens; None: half of rollout.max_response_tokens
     sigma: float = SIGMA  # of the logarithm of a response's length
     mean_prompt: float = MEAN_PROMPT_TOKENS
-    group_correlation: float = 0.5  # of the lengths of one prompt's responses
+    group_correlation: float = GROUP_CORRELATION
     acceptance_rate: float = ACCEPTANCE_RATE  # share of generated groups that are neither all right nor all wrong
     reward_s: float = 0.0  # that judging adds to a rollout after the last response
 

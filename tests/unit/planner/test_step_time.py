@@ -8,7 +8,7 @@ from fipo_megatron.planner.efficiency import Efficiencies
 from fipo_megatron.planner.flops import training_flops
 from fipo_megatron.planner.gpu import find_gpu
 from fipo_megatron.planner.lengths import Lengths
-from fipo_megatron.planner.step_time import Estimate, StepTime, generation_batches, predict_step
+from fipo_megatron.planner.step_time import Estimate, StepTime, predict_step
 from fipo_megatron.planner.sync_time import sync_traffic
 from tests.unit.planner.test_flops import make_shape
 
@@ -73,21 +73,6 @@ def test_generated_samples_are_counted_apart_from_trained_ones() -> None:
     assert step.phases["train"] == other.phases["train"]
     rewarded = predict(make_config(), acceptance_rate=0.5, reward_s=3.0)
     assert rewarded.phases["rollout"].expected == pytest.approx(other.phases["rollout"].expected + 3)
-
-
-@pytest.mark.parametrize(
-    ("dynamic", "rate", "batches", "prompts"),
-    [
-        ({"generation_prompts": 64}, 0.25, 2.0, 64),  # 32 of 16 a batch
-        ({"generation_prompts": 64}, 0.4, 1.25, 64),
-        ({"generation_prompts": 64, "surplus": "drop"}, 0.4, 2, 64),
-        ({"generation_prompts": 64, "surplus": "drop"}, 0.5, 1, 64),
-        ({"enabled": False}, 0.4, 1.0, 32),
-    ],
-)
-def test_generation_batches(dynamic, rate, batches, prompts) -> None:
-    found = generation_batches(make_config(dynamic_sampling=dynamic), rate)
-    assert found == (pytest.approx(batches), prompts)
 
 
 def test_what_the_run_takes() -> None:
