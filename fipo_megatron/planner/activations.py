@@ -17,6 +17,9 @@ attention
     and the qkv product, of which the values are a view: (3 q + 3 kv) b t. All: log-sums, 4 bytes a head and token. With
     context parallelism local layers gather keys: (2 cp + 1) / 2 as many, for both chunks of a sequence; on a CPU masks,
     too, (1 + b) bytes for each query and key of a chunk.
+    `local_cuda` in float32 with fewer key-value heads than query heads: torch has no fused kernel and computes by its
+    formula. The softmax of all scores waits, 4 bytes a head, query and key; in the forward pass there are the scores
+    beside it, and truth values of a byte, in the backward pass two gradients.
 gated MLP
     Local: product of both halves, silu, the other half, product: 5 i b t. Transformer Engine: 3 i b t.
 experts
@@ -71,6 +74,20 @@ class LayerSizes:
     @property
     def is_cpu(self) -> bool:
         return self.kind == "local_cpu"
+
+    @property
+    def scores(self) -> float:
+        """Bytes of attention's scores of a layer, where torch has no fused kernel, else 0. Of a context-parallel rank
+        the larger of the two chunks of each sequence, which are computed apart."""
+        if self.kind != "local_cuda" or self.b != FLOAT_BYTES or self.q == self.kv:
+            return 0.0
+        queries = self.t if self.context == 1 else self.t / 2
+        return FLOAT_BYTES * self.heads * queries * self.longest
+
+    @property
+    def kept_scores(self) -> float:
+        """Bytes of the softmax of all scores of a layer: the two chunks of a sequence see 2 cp + 1 chunks of keys."""
+        return self.scores if self.context == 1 else self.scores * (2 * self.context + 1) / (2 * self.context)
 
 
 def layer_kind(config: Config, has_transformer_engine: bool = True) -> LayerKind:
@@ -150,7 +167,7 @@ def _kept_by_attention(x: LayerSizes, recompute: Recompute) -> float:
             kept += x.q * x.b * x.t
     if recompute == "selective":  # inputs of attention, and its result for the layer behind it
         return kept + product + (2 * x.q + x.kv) * x.b * x.t
-    kept += FLOAT_BYTES * x.heads * x.t  # log-sums
+    kept += FLOAT_BYTES * x.heads * x.t + x.kept_scores  # log-sums
     keys = x.t if x.context == 1 else x.t * (2 * x.context + 1) / 2  # of both chunks of every sequence
     if x.is_cpu:
         kept += (3 * x.q * x.t + 2 * x.kv * keys) * x.b
@@ -173,21 +190,25 @@ def _kept_by_experts(x: LayerSizes) -> float:
 
 
 def most_in_forward(x: LayerSizes) -> float:
-    """Bytes of a layer at its fullest where nothing is kept: its input, and what the MLP has when it multiplies."""
+    """Bytes of a layer at its fullest where nothing is kept: its input, and what the MLP has when it multiplies, or
+    attention with its scores."""
     gathered = x.h * x.b * x.t if x.is_sharded else 0
-    if x.num_experts:
-        return 2 * x.s * x.h * x.b + gathered + 3 * x.routed * x.h * x.b
     factor = 3 if x.kind == "transformer_engine" else 5
-    return 2 * x.s * x.h * x.b + gathered + factor * x.i * x.b * x.t
+    mlp = 3 * x.routed * x.h * x.b if x.num_experts else factor * x.i * x.b * x.t
+    attention = 2.25 * x.scores  # scores, softmax, truth values
+    return 2 * x.s * x.h * x.b + gathered + max(mlp, attention)
 
 
 def most_in_backward(x: LayerSizes) -> float:
     """Bytes beside all that is kept when a layer's backward pass begins: the gradient of its result, and in the MLP
-    those of its halves, or of a matrix. Transformer Engine has those of all experts at once."""
+    those of its halves, or of a matrix, or those of attention's scores. Transformer Engine has those of all experts at
+    once."""
     own = x.s * x.h * x.b
     gathered = x.h * x.b * x.t if x.is_sharded else 0
     if x.num_experts:
         matrices = (x.own_experts if x.kind == "transformer_engine" else 1) * 2 * x.h * x.i * x.b
-        return own + gathered + 2 * x.routed * x.h * x.b + matrices
-    inner = x.i * x.b * x.t
-    return own + gathered + max(inner + x.h * x.i * x.b, 2 * inner)
+        mlp = 2 * x.routed * x.h * x.b + matrices
+    else:
+        inner = x.i * x.b * x.t
+        mlp = max(inner + x.h * x.i * x.b, 2 * inner)
+    return own + gathered + max(mlp, 2 * x.scores)

@@ -135,7 +135,7 @@ class EngineModel:
     def _step_s(self) -> _StepParts:
         shape, cost = self.shape, self._cost
         read = self.gpu.memory_bandwidth * self.efficiencies.decode
-        compute = self.gpu.bf16_flops * self.efficiencies.decode_matmul * self.tensor
+        compute = self.gpu.flops(self.bytes_per_weight) * self.efficiencies.decode_matmul * self.tensor
         return _StepParts(
             weights=self._dense_weights / self.tensor * self.bytes_per_weight / read,
             expert=shape.num_layers * self._expert_weights * self._expert_share * self.bytes_per_weight / read,
@@ -166,7 +166,8 @@ class EngineModel:
         """The same of sums over sequences: tokens, pairs of a token and one that it attends to, and their number."""
         cost = self._cost
         flops = cost.per_token * num_tokens + cost.per_pair * pairs + cost.per_response_token * num_sequences
-        compute_s = flops / (self.gpu.bf16_flops * self.efficiencies.prefill * self.tensor * self.pipeline)
+        peak = self.gpu.flops(self.bytes_per_weight) * self.tensor * self.pipeline
+        compute_s = flops / (peak * self.efficiencies.prefill)
         return compute_s + self._all_reduce_s(num_tokens) / self.pipeline
 
     def generate(

@@ -272,8 +272,8 @@ class _Planner:
         work = most_in_backward(x)
         if config.trainer.recompute == "full":
             work += kept_by_layer(x, "none")
-        elif config.trainer.recompute == "selective" and x.is_cpu:
-            work += (3 * x.q + 2 * x.kv) * x.b * x.t
+        elif config.trainer.recompute == "selective":
+            work += (3 * x.q + 2 * x.kv) * x.b * x.t if x.is_cpu else x.kept_scores
         after_head = self._kept_rows() if held.stage == config.parallel.pipeline - 1 else {}
         moments.append(
             Moment("train", "a layer's backward pass", state | kept | after_head | {"one layer at work": work})

@@ -159,7 +159,8 @@ class PassModel:
     def _compute_speeds(self, stage: int) -> np.ndarray:
         shape, parallel, efficiencies = self.shape, self.config.parallel, self.efficiencies
         cost, stages = model_cost(shape), parallel.pipeline
-        peak = self.gpu.bf16_flops * parallel.tensor * parallel.context  # of the ranks that share a microbatch
+        width = bytes_of_type(self.config.model.dtype)
+        peak = self.gpu.flops(width) * parallel.tensor * parallel.context  # of the ranks that share a microbatch
         experts = 6.0 * shape.num_layers * shape.hidden_size * shape.moe_intermediate_size * shape.experts_per_token
         matrices = (cost.per_token - experts) / efficiencies.matmul + experts / efficiencies.grouped_matmul
         return np.array(

@@ -169,7 +169,7 @@ def predict_step(
         num_gpus=world_size + own_gpus,
         steps=config.trainer.steps,
         model_flops=training_flops(shape, batch.lengths.sequence - 1, int(batch.lengths.response.sum())),
-        peak_flops=gpu.bf16_flops * world_size,
+        peak_flops=gpu.flops(bytes_of_type(config.model.dtype)) * world_size,
         price_per_hour=gpu.price_per_hour * (world_size + own_gpus),
         assumptions={"acceptance_rate": acceptance_rate, "reward_s": reward_s},
     )

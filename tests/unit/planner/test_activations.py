@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from typing import Any
 
 import pytest
@@ -61,6 +62,23 @@ def test_recomputation() -> None:
     # Inputs of attention (q, k, the product) and its result wait instead of copies.
     saved = ATTENTION * 4 + 4 * 4 - (2 * 64 + 32 + PRODUCT) * 4
     assert kept_by_layer(cpu, "none") - kept_by_layer(cpu, "selective") == T * saved
+
+
+def test_scores_where_torch_has_no_fused_kernel() -> None:
+    """Of 4 heads, in float32. 128 tokens are one sequence; context-parallel ranks have two chunks of 32 of 256."""
+    grouped, matrix = sizes("local_cuda", "float32"), 4 * 4 * T * T
+    plain = 4 * 64 * 4 + 4 * 4 * 16 + 4 * (2 * 64 + 32 + PRODUCT) + 4 * 4 + 4 * 5 * 96
+    assert kept_by_layer(grouped, "none") == T * plain + matrix
+    assert most_in_forward(grouped) == 2 * T * 64 * 4 + 2.25 * matrix
+    assert most_in_backward(grouped) == T * 64 * 4 + 2 * matrix
+    assert kept_by_layer(grouped, "selective") == T * (plain - 4 * 4)
+    assert kept_by_layer(grouped, "full") == T * 64 * 4
+    cut = sizes("local_cuda", "float32", context=2)
+    assert cut.scores == 4 * 4 * 64 * 256  # the later chunk sees all keys
+    assert cut.kept_scores == 4 * 4 * 64 * (64 + 256)  # the first sees its own
+    one_each = dataclasses.replace(grouped, kv=64)
+    for fused in (one_each, sizes("local_cuda", "bfloat16"), sizes("local_cpu", "float32")):
+        assert fused.scores == 0
 
 
 def test_norms_of_heads() -> None:

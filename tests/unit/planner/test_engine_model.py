@@ -57,6 +57,13 @@ def test_bytes_of_a_worker(layout, kv_bytes, weight_bytes):
     assert model(**layout).weight_bytes == weight_bytes
 
 
+def test_float32_is_computed_at_its_own_peak():
+    gpu = dataclasses.replace(GPU, float32_flops=1e5)
+    narrow, wide = (model(gpu=gpu, bytes_per_weight=width) for width in (2, 4))
+    assert wide.prefill_s(np.array([5])) == pytest.approx(10 * narrow.prefill_s(np.array([5])))
+    assert wide.decode_step_s(1000, 0) == pytest.approx(10 * narrow.decode_step_s(1000, 0))
+
+
 def test_an_embedding_of_its_own_is_held_but_not_read():
     untied = dataclasses.replace(DENSE, tie_word_embeddings=False)
     assert model(untied).weight_bytes == 2 * (WEIGHTS + 256)

@@ -19,6 +19,14 @@ def test_known_ratios_of_the_data_sheets():
     )
 
 
+def test_float32_has_a_peak_of_its_own_on_gpus():
+    h100, cpu = find_gpu("h100-80gb"), find_gpu("cpu-2cores")
+    assert (h100.flops(2), h100.flops(4)) == (989e12, 67e12)
+    assert cpu.flops(4) == cpu.flops(2) == 100e9
+    assert all(gpu.float32_flops is not None for name, gpu in GPUS.items() if not name.startswith("cpu"))
+    assert find_gpu("a100-80gb").flops(4) / find_gpu("a100-80gb").flops(2) == 1 / 16
+
+
 def test_an_unknown_gpu_is_refused_with_those_that_are_known():
     with pytest.raises(ValueError, match=r"--gpu tpu: not known; choose one of h100-80gb, .*cpu-core"):
         find_gpu("tpu")

@@ -84,6 +84,18 @@ def test_full_recomputation_keeps_inputs_and_one_layer() -> None:
     assert full.items["one layer at work"] - none.items["one layer at work"] == none.items["activations"] / (2 * 32)
 
 
+def test_recomputed_scores_are_at_work_once_more() -> None:
+    """Of 8 query and 2 key-value heads in each of four layers; the last of 4096 tokens is a target alone."""
+    shape, matrix = make_shape(num_attention_heads=8, num_key_value_heads=2), 8 * 4095**2 * 4
+    work = {}
+    for recompute in ("none", "selective"):
+        config = make_config(dtype="float32", rollout=ROLLOUT, trainer={"recompute": recompute})
+        (stage,) = predict_memory(config, shape, "local_cuda", NOTHING)
+        work[recompute] = stage.phases["train"].items
+    assert work["none"]["activations"] - work["selective"]["activations"] == 4 * (matrix + 4 * 8 * 4095)
+    assert work["selective"]["one layer at work"] - work["none"]["one layer at work"] == matrix
+
+
 def test_offload_brings_back_what_a_phase_needs() -> None:
     parallel = {"tensor": 8, "sequence_parallel": True}
     (away,) = stages(parallel, trainer={"offload": True})

@@ -52,6 +52,14 @@ def test_a_pass_takes_its_operations() -> None:
     assert passes(make_config(recompute="full"))[1] == pytest.approx(4 * flops)
 
 
+def test_float32_has_its_own_peak() -> None:
+    narrow = make_config()
+    wide = narrow.model_copy(update={"model": narrow.model.model_copy(update={"dtype": "float32"})})
+    gpu, held = dataclasses.replace(NO_LINKS, float32_flops=0.1), pack(narrow, SHAPE, LENGTHS, range(4))
+    slow, fast = (PassModel(config, SHAPE, gpu, PERFECT).forward_pass(held).seconds for config in (wide, narrow))
+    assert slow == pytest.approx(10 * fast)
+
+
 @pytest.mark.parametrize("parallel", [{"tensor": 2}, {"data": 2}, {"context": 2}], ids=str)
 def test_two_ranks_take_half(parallel) -> None:
     assert passes(make_config(**parallel)) == pytest.approx(np.array(passes(make_config())) / 2)
