@@ -59,6 +59,19 @@ class Lengths:
         """Tokens."""
         return float(self.response.mean())
 
+    def check_limits(self, config: Config) -> None:
+        """Raises ValueError for samples that a run would not have."""
+        for key, longest in (
+            ("max_prompt_tokens", int(self.prompt.max())),
+            ("max_response_tokens", int(self.response.max())),
+        ):
+            limit = getattr(config.rollout, key)
+            if longest > limit:
+                raise ValueError(
+                    f"rollout.{key} = {limit}: the lengths have one of {longest} tokens; raise it, or give those of a "
+                    "run with this limit"
+                )
+
     def draw(self, num_samples: int, seed: int) -> Lengths:
         """`num_samples` of the samples, independent of each other, with replacement."""
         chosen = np.random.default_rng(seed).integers(len(self), size=num_samples)

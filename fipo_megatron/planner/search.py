@@ -72,8 +72,9 @@ def search(inputs: Inputs, num_gpus: int, num_best: int, note: Callable[[str], N
     """The fastest layouts on `num_gpus` GPUs. `note` is told how far it is.
 
     Raises:
-        ValueError: on so many no engine has room, or no layout of the policy is allowed.
+        ValueError: on so many no engine has room, or no layout of the policy is allowed; a sample beyond the limits.
     """
+    inputs.lengths.check_limits(inputs.config)
     timer = _Timer(inputs)
     scored: list[tuple[float, Settings, Config]] = []
     nearest: Plan | None = None

@@ -132,8 +132,10 @@ def predict_step(
     work of the driver adds to a rollout.
 
     Raises:
-        ValueError: an input out of its range, a sample that no microbatch can hold, or an engine without room.
+        ValueError: an input out of its range, a sample beyond the run's limits or its microbatches, or an engine
+            without room.
     """
+    lengths.check_limits(config)
     if not 0 < acceptance_rate <= 1:
         raise ValueError(f"acceptance_rate = {acceptance_rate:g}: must be above 0, at most 1")
     efficiencies = efficiencies or Efficiencies()

@@ -279,8 +279,8 @@ def _policy_update(update: PassTrace, config: Config) -> PolicyUpdate:
     return PolicyUpdate(NO_STATISTICS, None, cost=cost)
 
 
-def check_limits(config: Config, lengths: Lengths, gpu: Gpu) -> None:
-    """Raises ValueError for an engine and devices of which there is no model, and samples that a run would not have."""
+def check_models(config: Config, gpu: Gpu) -> None:
+    """Raises ValueError for an engine and devices of which there is no model."""
     if gpu.num_shared is not None:
         raise ValueError(f"--gpu {gpu.name}: ranks that take turns on shared devices are not simulated; choose another")
     if config.rollout.engine == "hf":
@@ -288,16 +288,6 @@ def check_limits(config: Config, lengths: Lengths, gpu: Gpu) -> None:
             "rollout.engine = 'hf': samples a few responses after another, of which there is no model here; set "
             "rollout.engine=vllm"
         )
-    for key, longest in (
-        ("max_prompt_tokens", int(lengths.prompt.max())),
-        ("max_response_tokens", int(lengths.response.max())),
-    ):
-        limit = getattr(config.rollout, key)
-        if longest > limit:
-            raise ValueError(
-                f"rollout.{key} = {limit}: the lengths have one of {longest} tokens; raise it, or give those of a run "
-                "with this limit"
-            )
 
 
 def simulate_steps(
@@ -316,7 +306,8 @@ def simulate_steps(
             run's limits or its microbatches.
         RuntimeError: too few groups pass the filter, as in a run.
     """
-    check_limits(config, lengths, gpu)
+    check_models(config, gpu)
+    lengths.check_limits(config)
     rollout = SimulatedRollout(config, shape, gpu, efficiencies, lengths, inputs)
     model = PassModel(config, shape, gpu, efficiencies)
     update_end_s = sum(model.update_s())

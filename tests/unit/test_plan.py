@@ -77,6 +77,14 @@ def test_plain_data(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
     assert values["time"]["step_s"]["low"] < values["time"]["step_s"]["high"]
 
 
+@pytest.mark.parametrize("arguments", [[], ["--search", "--gpus", "128"]])
+def test_lengths_beyond_the_limits(arguments: list[str], capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    lengths = tmp_path / "lengths.txt"
+    lengths.write_text("100 30000\n")
+    assert plan.main([RECIPE, "--lengths", str(lengths), *arguments]) == 2
+    assert "rollout.max_response_tokens = 20480: the lengths have one of 30000" in capsys.readouterr().err
+
+
 def test_a_search(capsys: pytest.CaptureFixture[str]) -> None:
     small = "examples/fipo_qwen2.5_7b_math/config.yaml"
     assert plan.main([small, "--search", "--gpus", "8"]) == 0

@@ -145,3 +145,15 @@ def test_what_holds_no_lengths_is_named(tmp_path):
     (tmp_path / "binary").write_bytes(b"\xff\xfe\x00")
     with pytest.raises(ValueError, match="binary: is not text"):
         Lengths.from_file(tmp_path / "binary")
+
+
+@pytest.mark.parametrize(
+    ("prompt", "response", "key"), [(51, 20, "max_prompt_tokens"), (20, 201, "max_response_tokens")]
+)
+def test_samples_that_a_run_would_not_have(prompt: int, response: int, key: str) -> None:
+    config = Config.model_validate({"rollout": {"max_prompt_tokens": 50, "max_response_tokens": 200}})
+    Lengths(np.array([50, 1]), np.array([1, 200])).check_limits(config)
+    lengths = Lengths(np.array([1, prompt]), np.array([1, response]))
+    limit, longest = (50, 51) if prompt > 50 else (200, 201)
+    with pytest.raises(ValueError, match=rf"rollout.{key} = {limit}: the lengths have one of {longest} tokens"):
+        lengths.check_limits(config)
