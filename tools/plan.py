@@ -244,7 +244,7 @@ def _print(plan: Plan) -> None:
     print(describe_binding(plan))
     if plan.time is not None:
         _print_table(time_table(plan.time))
-        for line in describe_time(plan.time):
+        for line in describe_time(plan.time, plan.config):
             print(line)
 
 

@@ -182,8 +182,8 @@ def time_table(time: StepTime) -> Table:
     return "seconds of a step", ("phase", "low", "expected", "high"), rows
 
 
-def describe_time(time: StepTime) -> list[str]:
-    """What follows from a step's time, a line each."""
+def describe_time(time: StepTime, config: Config) -> list[str]:
+    """What follows from a step's time, a line each, and what its model leaves out."""
     mfu, tokens = time.mfu, time.tokens_per_gpu_s
     by_kind = {kind: f"{_rounded(size / GIB)}" for kind, size in time.communication.items() if size}
     synced = by_kind.pop("sync")
@@ -197,6 +197,16 @@ def describe_time(time: StepTime) -> list[str]:
         f"run of {time.steps} steps on {time.num_gpus} GPUs: {_rounded(time.run_hours.low)} to "
         f"{_rounded(time.run_hours.high)} hours, {_rounded(time.gpu_hours.expected)} GPU hours and "
         f"{_rounded(time.cost.expected)} USD expected",
+        *_unmodelled(config),
+    ]
+
+
+def _unmodelled(config: Config) -> list[str]:
+    if config.rollout.engine != "hf":
+        return []
+    return [
+        "rollout.engine = 'hf' is not modelled: its rollout is timed as that of an engine that batches continuously, "
+        "but it samples a few responses after another and takes longer"
     ]
 
 
@@ -288,6 +298,7 @@ def to_json(plan: Plan) -> dict[str, Any]:
             for stage in plan.stages
         ],
         "time": None if time is None else _time_to_json(time),
+        "not_modelled": _unmodelled(plan.config),
     }
 
 

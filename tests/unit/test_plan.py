@@ -125,3 +125,13 @@ def test_the_quickstart_on_a_cpu(capsys: pytest.CaptureFixture[str]) -> None:
     assert plan.main(["configs/quickstart_cpu.yaml"]) == 0
     assert "fits cpu-2cores: stage 0 binds, in train at " in capsys.readouterr().out
     assert plan.main(["configs/quickstart_cpu.yaml", "--layers", "te"]) == 2
+
+
+def test_an_engine_without_a_model_is_named(capsys: pytest.CaptureFixture[str]) -> None:
+    arguments = ["configs/quickstart_cpu.yaml", "rollout.replicas=1"]
+    assert plan.main(arguments) == 0
+    assert "not modelled" not in capsys.readouterr().out
+    assert plan.main([*arguments, "rollout.engine=hf"]) == 0
+    assert "\nrollout.engine = 'hf' is not modelled: " in capsys.readouterr().out
+    assert plan.main([*arguments, "rollout.engine=hf", "--json"]) == 0
+    assert len(json.loads(capsys.readouterr().out)["not_modelled"]) == 1
