@@ -7,6 +7,7 @@ engine's is a named input (`MemoryInputs`), and so is what only a run can tell: 
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass, field, fields, replace
 from typing import Any
 
@@ -34,6 +35,7 @@ from fipo_megatron.planner.parameters import (
     count_parameters,
     largest_parameter,
 )
+from fipo_megatron.reshard.layout import engine_layout
 
 GIB, MIB = 1 << 30, 1 << 20
 PHASES = ("rollout", "old_logprobs", "train", "sync")
@@ -242,7 +244,8 @@ class _Planner:
         if self.config.trainer.offload and self.kind != "local_cpu":
             total += held.weight_bytes + held.optimizer_bytes
         if self.config.algorithm.reference_kl_coef > 0:
-            total += 2 * held.weight_bytes  # the reference, and the policy's weights while it computes
+            # The reference, which on a CPU is among the items, and the policy's weights while it computes.
+            total += (1 if self.kind == "local_cpu" else 2) * held.weight_bytes
         if self.config.checkpoint.every_steps and self.config.checkpoint.asynchronous:
             total += held.weight_bytes + held.optimizer_bytes
         return total
@@ -378,6 +381,25 @@ class _Planner:
         if self.config.placement.mode == "colocated" and moment.phase != "rollout":
             items["engine's context"] = inputs.engine_context_gib * GIB
         return Moment(moment.phase, moment.name, items)
+
+
+def predict_machine(config: Config, shape: ModelShape, stages: Sequence[StageMemory]) -> dict[str, Moment]:
+    """What all ranks and engines take of the memory of one machine, by phase, on a CPU: engines there keep weights and
+    cache while they sleep, and copies in host memory are in the same. All ranks are taken to be at their fullest at
+    once."""
+    rollout, num_workers = config.rollout, engine_layout(config.rollout).num_workers
+    shared = {"engine weights": num_workers * engine_weight_bytes(config, shape)}
+    if rollout.engine != "hf":
+        shared["engine KV cache"] = float(num_workers * rollout.kv_cache_gib * GIB)
+    shared["copies in host memory"] = sum(stage.host_bytes * len(stage.parameters.ranks) for stage in stages)
+    found = {}
+    for phase in PHASES:
+        items = dict(shared)
+        for stage in stages:
+            for name, size in stage.phases[phase].items.items():
+                items[name] = items.get(name, 0.0) + size * len(stage.parameters.ranks)
+        found[phase] = Moment(phase, "their fullest", items)
+    return found
 
 
 def engine_weight_bytes(config: Config, shape: ModelShape) -> float:

@@ -18,6 +18,7 @@ from fipo_megatron.planner.memory import (
     Moment,
     StageMemory,
     engine_weight_bytes,
+    predict_machine,
     predict_memory,
 )
 from fipo_megatron.planner.parameters import bytes_of_type, count_model
@@ -72,6 +73,7 @@ class Plan:
     kind: LayerKind
     inputs: MemoryInputs
     stages: list[StageMemory]
+    machine: dict[str, Moment] | None  # all ranks and engines by phase, where they share one memory
     misfits: list[Misfit]
     time: StepTime | None = None  # None: something does not fit, or it was not asked for
 
@@ -88,15 +90,29 @@ class Plan:
 def make_plan(config: Config, shape: ModelShape, origin: str, gpu: Gpu, kind: LayerKind, inputs: MemoryInputs) -> Plan:
     """The memory of a configuration, and what of it does not fit. ValueError: the layout can't hold the model."""
     stages = predict_memory(config, shape, kind, inputs, device_bytes=gpu.memory_bytes)
-    return Plan(config, shape, origin, gpu, kind, inputs, stages, find_misfits(config, shape, gpu, stages))
+    machine = predict_machine(config, shape, stages) if gpu.num_shared is not None else None
+    misfits = find_misfits(config, shape, gpu, stages, machine)
+    return Plan(config, shape, origin, gpu, kind, inputs, stages, machine, misfits)
 
 
-def find_misfits(config: Config, shape: ModelShape, gpu: Gpu, stages: Sequence[StageMemory]) -> list[Misfit]:
-    """What is larger than the device, the worst first."""
+def find_misfits(
+    config: Config,
+    shape: ModelShape,
+    gpu: Gpu,
+    stages: Sequence[StageMemory],
+    machine: Mapping[str, Moment] | None,
+) -> list[Misfit]:
+    """What is larger than the device, or all together than the machine, the worst first."""
+    held = [
+        (f"stage {stage.parameters.stage} (each of ranks {_span(stage.parameters.ranks)})", moment)
+        for stage in stages
+        for moment in stage.phases.values()
+    ]
+    held += [("all ranks and engines", moment) for moment in (machine or {}).values()]
     found = [
         Misfit(
-            where=f"stage {stage.parameters.stage} (each of ranks {_span(stage.parameters.ranks)})",
-            phase=phase,
+            where=where,
+            phase=moment.phase,
             moment=moment.name,
             needed=moment.total,
             available=gpu.memory_bytes,
@@ -104,8 +120,7 @@ def find_misfits(config: Config, shape: ModelShape, gpu: Gpu, stages: Sequence[S
             largest_bytes=moment.items[moment.largest],
             remedy=REMEDIES.get(moment.largest, "use a device with more memory, or more of them"),
         )
-        for stage in stages
-        for phase, moment in stage.phases.items()
+        for where, moment in held
         if moment.total > gpu.memory_bytes
     ]
     if config.rollout.engine != "hf" and config.platform != "cpu":
@@ -159,13 +174,17 @@ def train_table(plan: Plan) -> Table:
 
 
 def phase_table(plan: Plan) -> Table:
-    """A line a stage: the sum of each phase's fullest moment."""
+    """A line a stage: the sum of each phase's fullest moment. On one machine also all ranks and engines together."""
     rows = []
     for stage in plan.stages:
         totals = {phase: stage.phases[phase].total for phase in PHASES}
         free = plan.gpu.memory_bytes - max(totals.values())
         sizes = (*totals.values(), free, stage.host_bytes)
         rows.append((f"{stage.parameters.stage}", *(f"{size / GIB:.2f}" for size in sizes)))
+    if plan.machine is not None:
+        totals = {phase: moment.total for phase, moment in plan.machine.items()}
+        sizes = (*totals.values(), plan.gpu.memory_bytes - max(totals.values()))
+        rows.append(("all", *(f"{size / GIB:.2f}" for size in sizes), "in them"))
     title = f"GiB of each rank by phase; {plan.gpu.name} has {plan.gpu.memory_bytes / GIB:.2f}"
     return title, ("stage", *PHASES, "free", "host memory"), rows
 
@@ -297,6 +316,9 @@ def to_json(plan: Plan) -> dict[str, Any]:
             }
             for stage in plan.stages
         ],
+        "machine": None
+        if plan.machine is None
+        else {phase: {"total": moment.total, "items": moment.items} for phase, moment in plan.machine.items()},
         "time": None if time is None else _time_to_json(time),
         "not_modelled": _unmodelled(plan.config),
     }

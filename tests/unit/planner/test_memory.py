@@ -17,9 +17,10 @@ from fipo_megatron.planner.memory import (
     engine_weight_bytes,
     in_flight,
     largest_microbatches,
+    predict_machine,
     predict_memory,
 )
-from fipo_megatron.planner.parameters import count_parameters
+from fipo_megatron.planner.parameters import count_model, count_parameters
 from tests.unit.planner.shapes import QWEN2_32B, make_config, make_shape
 
 NOTHING = MemoryInputs(0, 0, 0, 0, 1)
@@ -188,3 +189,26 @@ def test_a_given_batch() -> None:
     batch = more.phases["train"].items["batch"]
     assert batch == 9 * small.phases["train"].items["batch"] == 9 * (1024 * 16 + 512 * 37)
     assert more.phases["old_logprobs"].items["batch"] == 2 * batch  # of both mini-batches of the step
+
+
+def test_one_machine_holds_all_ranks_and_engines() -> None:
+    """Two stages of two ranks, and three engines of one worker: weights of the model and 2 GiB of cache each."""
+    config = make_config(
+        {"pipeline": 2, "data": 2},
+        "float32",
+        platform="cpu",
+        rollout=ROLLOUT | {"replicas": 3, "kv_cache_gib": 2},
+        checkpoint={"every_steps": 5},
+    )
+    shape = make_shape()
+    held = predict_memory(config, shape, "local_cpu", NOTHING)
+    machine = predict_machine(config, shape, held)
+    engines = 3 * (4 * count_model(shape) + 2 * GIB)
+    for phase in ("rollout", "train"):
+        ranks = sum(2 * (stage.phases[phase].total + stage.host_bytes) for stage in held)
+        assert machine[phase].total == pytest.approx(ranks + engines)
+    assert held[0].host_bytes > 0
+    weights = sum(2 * stage.phases["train"].items["weights"] for stage in held)
+    assert machine["train"].items["weights"] == weights
+    slow = config.model_copy(update={"rollout": config.rollout.model_copy(update={"engine": "hf"})})
+    assert predict_machine(slow, shape, held)["train"].total == pytest.approx(machine["train"].total - 6 * GIB)

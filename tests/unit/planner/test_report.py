@@ -72,6 +72,24 @@ def test_engines_without_room() -> None:
     assert wide.needed == 2 * misfit.needed
 
 
+def test_ranks_that_fit_alone_but_not_together() -> None:
+    """Of 8 GiB: a rank takes under 4, three of them and an engine with 1 GiB of cache too much."""
+    sizes = {"hidden_size": 1024, "intermediate_size": 4096, "vocab_size": 32000, "num_hidden_layers": 8}
+    rollout = {"max_prompt_tokens": 64, "max_response_tokens": 448}
+    shape, machine = make_shape(**sizes), find_gpu("cpu-2cores")
+    for data, fits in ((1, True), (3, False)):
+        config = make_config({"data": data}, "float32", platform="cpu", rollout=rollout)
+        found = make_plan(config, shape, "here", machine, "local_cpu", MemoryInputs())
+        assert all(moment.total < 4 * GIB for moment in found.stages[0].phases.values())
+        assert [misfit.where for misfit in found.misfits][:1] == ([] if fits else ["all ranks and engines"])
+        *_, row = phase_table(found)[2]
+        assert row[0] == "all"
+        assert float(row[5]) == pytest.approx(8 - max(map(float, row[1:5])), abs=0.01)
+    alone = make_plan(config, shape, "here", find_gpu("cpu-core"), "local_cpu", MemoryInputs())
+    assert alone.machine is None
+    assert not alone.misfits
+
+
 def test_layouts_and_settings_in_words() -> None:
     config = plan({"tensor": 8, "pipeline": 2, "data": 8, "sequence_parallel": True}).config
     assert describe_layout(config) == "tp8 pp2 dp8"
