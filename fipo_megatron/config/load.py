@@ -87,6 +87,8 @@ def parse_value(text: str) -> Any:
 
 
 def _read_mapping(path: Path) -> dict[str, Any]:
+    if path.is_dir():
+        raise ValueError(f"configuration {path}: is a folder; give the file in it, such as {path / 'config.yaml'}")
     if not path.is_file():
         raise ValueError(f"configuration {path}: no such file; configs/ holds those that are shipped")
     try:

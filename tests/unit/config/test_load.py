@@ -197,6 +197,8 @@ def test_a_broken_file_is_named_with_the_place(write, text, message):
 def test_a_missing_file_is_named(tmp_path):
     with pytest.raises(ValueError, match=r"none\.yaml: no such file"):
         load_config(tmp_path / "none.yaml")
+    with pytest.raises(ValueError, match=r"is a folder; give the file in it, such as .*/config\.yaml"):
+        load_config(tmp_path)
 
 
 @pytest.mark.parametrize(
