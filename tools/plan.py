@@ -73,6 +73,13 @@ def _make_parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--search", action="store_true", help="propose the fastest layouts that fit")
     parser.add_argument("--gpus", metavar="N", type=int, help="with --search: on so many GPUs; default: as configured")
+    parser.add_argument(
+        "--headroom",
+        metavar="SHARE",
+        type=float,
+        default=0.05,
+        help="with --search: of a device's memory, that a layout leaves free: 0.05",
+    )
     parser.add_argument("--json", action="store_true", help="print one JSON object")
     return parser
 
@@ -86,6 +93,8 @@ def _plan(options: argparse.Namespace) -> int:
 
     if options.gpus is not None and not options.search:
         raise ValueError(f"--gpus {options.gpus}: the layout of the configuration has its own number; add --search")
+    if not 0 <= options.headroom < 1:
+        raise ValueError(f"--headroom {options.headroom:g}: must be a share of a device, 0 or more and below 1")
     if options.gpus is not None and options.gpus < 1:
         raise ValueError(f"--gpus {options.gpus}: must be 1 or more")
     config = load_config(options.config, options.overrides)
@@ -94,7 +103,7 @@ def _plan(options: argparse.Namespace) -> int:
         check_config(config)
     except ValueError as error:  # what does not fit is told, too
         problems = str(error)
-    gpu = find_gpu(options.gpu or ("cpu-2cores" if config.platform == "cpu" else "h100-80gb"))
+    gpu = find_gpu(options.gpu or ("cpu-2cores" if config.platform == "cpu" else "h100-80gb"), config.platform)
     kind, inputs = _layer_kind(config, options.layers), _memory_inputs(options.memory)
     try:
         shape, origin = find_shape(config, Path(options.config).parent)
@@ -122,7 +131,7 @@ def _plan(options: argparse.Namespace) -> int:
 def _search(plan: Plan, options: argparse.Namespace) -> int:
     """Proposes layouts. The configuration's own need not fit."""
     from fipo_megatron.config.checks import is_allowed
-    from fipo_megatron.planner.report import describe_settings, proposal_table, to_json
+    from fipo_megatron.planner.report import describe_layout, describe_settings, proposal_table, to_json
     from fipo_megatron.planner.search import Inputs, search
 
     config, lengths = plan.config, _lengths(plan.config, options)
@@ -137,6 +146,7 @@ def _search(plan: Plan, options: argparse.Namespace) -> int:
         _efficiencies(config, plan.gpu, options),
         is_allowed,
         options.acceptance_rate,
+        options.headroom,
     )
     start, num_gpus = time.perf_counter(), options.gpus or _num_gpus(config)
 
@@ -150,12 +160,19 @@ def _search(plan: Plan, options: argparse.Namespace) -> int:
         counts = {"gpus": num_gpus, "allowed": found.num_allowed, "fitting": found.num_fitting}
         print(json.dumps(counts | {"proposals": proposals}, indent=1))
     else:
-        print(f"{num_gpus} x {plan.gpu.name}: {found.num_allowed} layouts are allowed, {found.num_fitting} of them fit")
+        print(
+            f"{num_gpus} x {plan.gpu.name}: {found.num_allowed} layouts are allowed, {found.num_fitting} of them fit "
+            f"with {options.headroom:.0%} of the memory free"
+        )
         if found.proposals:
             _print_table(proposal_table([(each.settings, each.plan) for each in found.proposals]))
         for number, each in enumerate(found.proposals, 1):
             print(f"{number}: {describe_settings(each.settings) or 'as configured'}")
     if found.nearest is not None:
+        is_power = num_gpus & (num_gpus - 1) == 0
+        remedy = "take more" if is_power else "take more, or a power of 2, which can be cut in more ways"
+        nearest = describe_layout(found.nearest.config)
+        print(f"none fits {num_gpus} x {plan.gpu.name}: {remedy}; the nearest is {nearest}", file=sys.stderr)
         _complain(found.nearest)
     return 0 if found.proposals else 1
 

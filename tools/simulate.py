@@ -81,7 +81,7 @@ def _simulate(options: argparse.Namespace) -> int:
     seed = [] if options.seed is None else [f"seed={options.seed}"]
     config = load_config(options.config, [*options.overrides, *seed])
     check_config(config)
-    gpu = find_gpu(options.gpu or ("cpu-core" if config.platform == "cpu" else "h100-80gb"))
+    gpu = find_gpu(options.gpu or ("cpu-core" if config.platform == "cpu" else "h100-80gb"), config.platform)
     efficiencies, inputs = parse_efficiencies(options.efficiency, config.platform), parse_inputs(options.input)
     shape, _ = find_shape(config, Path(options.config).parent)
     lengths = inputs.lengths(config) if options.lengths is None else Lengths.from_file(options.lengths)

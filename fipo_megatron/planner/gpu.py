@@ -49,12 +49,15 @@ GPUS = {
 }
 
 
-def find_gpu(name: str) -> Gpu:
-    """The GPU of a name.
+def find_gpu(name: str, platform: str = "auto") -> Gpu:
+    """The GPU of a name, for a run's `platform`.
 
     Raises:
-        ValueError: there is none.
+        ValueError: there is none, or the run is not for such a device.
     """
     if name not in GPUS:
         raise ValueError(f"--gpu {name}: not known; choose one of {', '.join(GPUS)}, or add a line to planner/gpu.py")
+    if platform != "auto" and name.startswith("cpu") != (platform == "cpu"):
+        wanted = ", ".join(other for other in GPUS if other.startswith("cpu") == (platform == "cpu"))
+        raise ValueError(f"--gpu {name}: platform = {platform!r} runs on another kind; choose one of {wanted}")
     return GPUS[name]

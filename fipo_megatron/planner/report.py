@@ -87,11 +87,20 @@ class Plan:
         )
 
 
-def make_plan(config: Config, shape: ModelShape, origin: str, gpu: Gpu, kind: LayerKind, inputs: MemoryInputs) -> Plan:
-    """The memory of a configuration, and what of it does not fit. ValueError: the layout can't hold the model."""
+def make_plan(
+    config: Config,
+    shape: ModelShape,
+    origin: str,
+    gpu: Gpu,
+    kind: LayerKind,
+    inputs: MemoryInputs,
+    headroom: float = 0.0,
+) -> Plan:
+    """The memory of a configuration, and what of it does not fit. `headroom`: share of a device that has to stay free,
+    but in the rollout, of which engines take what they are given. ValueError: the layout can't hold the model."""
     stages = predict_memory(config, shape, kind, inputs, device_bytes=gpu.memory_bytes)
     machine = predict_machine(config, shape, stages) if gpu.num_shared is not None else None
-    misfits = find_misfits(config, shape, gpu, stages, machine)
+    misfits = find_misfits(config, shape, gpu, stages, machine, headroom)
     return Plan(config, shape, origin, gpu, kind, inputs, stages, machine, misfits)
 
 
@@ -101,8 +110,10 @@ def find_misfits(
     gpu: Gpu,
     stages: Sequence[StageMemory],
     machine: Mapping[str, Moment] | None,
+    headroom: float = 0.0,
 ) -> list[Misfit]:
-    """What is larger than the device, or all together than the machine, the worst first."""
+    """What is larger than the device, or all together than the machine, the worst first; `headroom` as in make_plan."""
+    room = {phase: gpu.memory_bytes * (1 - headroom * (phase != "rollout")) for phase in PHASES}
     held = [
         (f"stage {stage.parameters.stage} (each of ranks {_span(stage.parameters.ranks)})", moment)
         for stage in stages
@@ -115,13 +126,13 @@ def find_misfits(
             phase=moment.phase,
             moment=moment.name,
             needed=moment.total,
-            available=gpu.memory_bytes,
+            available=room[moment.phase],
             largest=moment.largest,
             largest_bytes=moment.items[moment.largest],
             remedy=REMEDIES.get(moment.largest, "use a device with more memory, or more of them"),
         )
         for where, moment in held
-        if moment.total > gpu.memory_bytes
+        if moment.total > room[moment.phase]
     ]
     if config.rollout.engine != "hf" and config.platform != "cpu":
         found += engine_misfits(config, shape, gpu)
@@ -160,8 +171,9 @@ def train_table(plan: Plan) -> Table:
     rows = []
     for stage in plan.stages:
         held, moment = stage.parameters, stage.phases["train"]
-        rest = sum(size for name, size in moment.items.items() if name not in named)
-        sizes = [*(moment.items.get(name, 0.0) for name in named[:4]), rest, moment.items.get("reserve", 0.0)]
+        engine = sum(size for name, size in moment.items.items() if name.startswith("engine"))
+        rest = sum(size for name, size in moment.items.items() if name not in named) - engine
+        sizes = [*(moment.items.get(name, 0.0) for name in named[:4]), rest, moment.items.get("reserve", 0.0), engine]
         rows.append((
             str(held.stage),
             _span(held.ranks),
@@ -169,7 +181,7 @@ def train_table(plan: Plan) -> Table:
             f"{held.num_parameters / 1e6:,.1f}",
             *(f"{size / GIB:.2f}" for size in (*sizes, moment.total)),
         ))  # fmt: skip
-    header = ("stage", "ranks", "layers", "million", *named[:4], "at work", "reserve", "sum")
+    header = ("stage", "ranks", "layers", "million", *named[:4], "at work", "reserve", "engine", "sum")
     return "GiB of each rank in an update at its fullest, and its million parameters", header, rows
 
 
@@ -235,12 +247,16 @@ def _rounded(value: float) -> str:
 
 
 def describe_binding(plan: Plan) -> str:
-    """Which stage and moment bind, on one line."""
+    """Which stage and moment bind, on one line. A fitting layout is bound by its training: what engines on the same
+    devices hold while they sample is what they are given."""
     stage, moment = plan.binding
     fits = "fits" if not plan.misfits else "does not fit"
+    rollout = stage.phases["rollout"]
+    is_given = not plan.misfits and "engine KV cache" in rollout.items
+    given = f"; the rollout's {rollout.total / GIB:.2f} do not bind: an engine's cache takes what it is given"
     return (
         f"{fits} {plan.gpu.name}: stage {stage.parameters.stage} binds, in {moment.phase} at {moment.name}: "
-        f"{moment.total / GIB:.2f} of {plan.gpu.memory_bytes / GIB:.2f} GiB"
+        f"{moment.total / GIB:.2f} of {plan.gpu.memory_bytes / GIB:.2f} GiB{given if is_given else ''}"
     )
 
 
@@ -253,16 +269,23 @@ def proposal_table(proposals: Sequence[tuple[Mapping[str, Any], Plan]]) -> Table
         stage, moment = plan.binding
         rows.append((
             str(number),
-            f"{step.expected:,.0f} ({step.low:,.0f}-{step.high:,.0f})",
-            f"{plan.time.phases['rollout'].expected:,.0f}",
-            f"{plan.time.phases['train'].expected:,.0f}",
-            f"{moment.total / GIB:.1f}, stage {stage.parameters.stage}",
+            f"{_rounded(step.expected)} ({_rounded(step.low)}-{_rounded(step.high)})",
+            _rounded(plan.time.phases["rollout"].expected),
+            _rounded(plan.time.phases["train"].expected),
+            f"{_rounded(moment.total / GIB)}, stage {stage.parameters.stage}",
+            _rounded((plan.gpu.memory_bytes - _fullest_but_rollout(plan)) / GIB),
             describe_layout(config),
             f"{config.rollout.replicas} x {config.rollout.tensor * config.rollout.pipeline}",
             config.placement.mode,
         ))  # fmt: skip
-    header = ("", "step, s", "rollout, s", "train, s", "train, GiB", "policy", "engines", "placement")
+    header = ("", "step, s", "rollout, s", "train, s", "train, GiB", "free", "policy", "engines", "placement")
     return "layouts that fit, the fastest first", header, rows
+
+
+def _fullest_but_rollout(plan: Plan) -> float:
+    """Bytes of the fullest moment in which no engine has what it is given; of a shared machine all together."""
+    moments = [*(stage.phases for stage in plan.stages), *([plan.machine] if plan.machine else [])]
+    return max(phases[phase].total for phases in moments for phase in PHASES if phase != "rollout")
 
 
 def describe_layout(config: Config) -> str:

@@ -48,6 +48,7 @@ class Inputs:
     efficiencies: Efficiencies
     is_allowed: Callable[[Config, ModelShape], bool]  # by the checks of a run
     acceptance_rate: float  # of generated groups, that training keeps
+    headroom: float = 0.0  # share of a device that a layout leaves free
 
 
 @dataclass(frozen=True)
@@ -79,17 +80,16 @@ def search(inputs: Inputs, num_gpus: int, num_best: int, note: Callable[[str], N
     scored: list[tuple[float, Settings, Config]] = []
     nearest: Plan | None = None
     num_allowed = num_fitting = 0
-    for placement in _placements(inputs.config, inputs.gpu, num_gpus):
-        engines = _engines(inputs, placement)
-        if not engines:
-            continue
+    placements = list(_placements(inputs.config, inputs.gpu, num_gpus))
+    with_engines = [(placement, engines) for placement in placements if (engines := _engines(inputs, placement))]
+    for placement, engines in with_engines:
         rollout_s, engine = min(((timer.rollout_s(config), settings) for settings, config in engines), key=_first)
         fitting: list[tuple[Settings, Config]] = []
         for settings, config in _policies(inputs, placement | engine):
             num_allowed += 1
             if _without_recompute(settings) in (kept for kept, _ in fitting):
                 continue  # what is not computed again is faster
-            plan = make_plan(config, inputs.shape, inputs.origin, inputs.gpu, inputs.kind, inputs.memory)
+            plan = _plan(inputs, config)
             if plan.misfits:
                 nearest = min((plan, nearest or plan), key=_lack)
                 continue
@@ -99,14 +99,27 @@ def search(inputs: Inputs, num_gpus: int, num_best: int, note: Callable[[str], N
         scored += [(rollout_s + timer.policy_s(config), settings, config) for settings, config in fitting]
         note(f"{_describe(placement)}: {len(fitting)} timed")
     if not num_allowed:
-        raise ValueError(
-            f"--gpus {num_gpus}: no engine has room for the model, or no layout divides its sizes and the batches; "
-            "raise the number, or rollout.gpu_memory_utilization"
-        )
+        raise ValueError(f"--gpus {num_gpus}: {_cause(inputs, placements, with_engines)}")
     scored.sort(key=_first)
     proposals = [_propose(inputs, settings, config) for _, settings, config in scored[:NUM_PREDICTED]]
     proposals.sort(key=lambda proposal: proposal.plan.time.step_s.expected if proposal.plan.time else 0.0)
     return SearchResult(proposals[:num_best], num_allowed, num_fitting, None if proposals else nearest)
+
+
+def _cause(inputs: Inputs, placements: list[Settings], with_engines: list[Any]) -> str:
+    """Why there is nothing to choose from, and what helps."""
+    if not placements:
+        return "on a CPU, and with rollout.engine=hf, engines have devices of their own; give 2 or more"
+    if not with_engines:
+        return (
+            "no engine has room for the model: one takes a power of 2 of GPUs, at most a node, that divides those for "
+            "engines and the attention heads; give a number with a larger one, or raise rollout.gpu_memory_utilization"
+        )
+    worlds = ", ".join(str(placement["world"]) for placement, _ in with_engines)
+    return (
+        f"no layout of the policy on {worlds} of them divides the model's sizes and the samples of a mini-batch, and "
+        "passes the checks of a run; give another number, such as a power of 2"
+    )
 
 
 def _first(pair: tuple[Any, ...]) -> float:
@@ -118,8 +131,12 @@ def _lack(plan: Plan) -> float:
     return max(misfit.needed - misfit.available for misfit in plan.misfits)
 
 
+def _plan(inputs: Inputs, config: Config) -> Plan:
+    return make_plan(config, inputs.shape, inputs.origin, inputs.gpu, inputs.kind, inputs.memory, inputs.headroom)
+
+
 def _propose(inputs: Inputs, settings: Settings, config: Config) -> Proposal:
-    plan = make_plan(config, inputs.shape, inputs.origin, inputs.gpu, inputs.kind, inputs.memory)
+    plan = _plan(inputs, config)
     arguments = (config, inputs.shape, inputs.lengths, inputs.gpu, inputs.efficiencies)
     time = predict_step(*arguments, acceptance_rate=inputs.acceptance_rate)
     changed = {key: value for key, value in settings.items() if value != _value(inputs.config, key)}

@@ -32,10 +32,12 @@ def test_the_recipe_of_32b_in_five_seconds() -> None:
     assert after.children_user + after.children_system - before.children_user - before.children_system < 5
     assert "model: Qwen2ForCausalLM, 32.76 billion parameters" in run.stdout
     fits = re.search(
-        r"^fits h100-80gb: stage 0 binds, in train at .*: (\d+\.\d+) of 79.10 GiB$", run.stdout, re.MULTILINE
+        r"^fits h100-80gb: stage 0 binds, in train at .*: (\d+\.\d+) of 79.10 GiB; the rollout's (\d+\.\d+) do not",
+        run.stdout,
+        re.MULTILINE,
     )
     assert fits is not None, run.stdout
-    assert 14.3 < float(fits[1]) < 79.1
+    assert 14.3 < float(fits[1]) < float(fits[2]) < 79.1
     (step,) = [line.split("│")[2:5] for line in run.stdout.splitlines() if line.startswith("│ step ")]
     low, expected, high = (float(number.replace(",", "")) for number in step)
     assert low < expected < high
@@ -89,17 +91,26 @@ def test_a_search(capsys: pytest.CaptureFixture[str]) -> None:
     small = "examples/fipo_qwen2.5_7b_math/config.yaml"
     assert plan.main([small, "--search", "--gpus", "8"]) == 0
     lines = capsys.readouterr().out.splitlines()
-    assert re.fullmatch(r"8 x h100-80gb: \d+ layouts are allowed, \d+ of them fit", lines[0])
+    assert re.fullmatch(r"8 x h100-80gb: \d+ layouts are allowed, \d+ of them fit with 5% of the memory free", lines[0])
     (best,) = [line.removeprefix("1: ").split() for line in lines if line.startswith("1: ")]
     assert plan.main([small, *best]) == 0  # as proposed, so it fits
     capsys.readouterr()
     assert plan.main([RECIPE, "--search", "--gpus", "2"]) == 1
-    assert "does not fit h100-80gb: " in capsys.readouterr().err
+    errors = capsys.readouterr().err
+    assert "none fits 2 x h100-80gb: take more; the nearest is " in errors
+    assert "does not fit h100-80gb: " in errors
+    assert plan.main([RECIPE, "--search", "--gpus", "7"]) == 1
+    assert (
+        "none fits 7 x h100-80gb: take more, or a power of 2, which can be cut in more ways" in capsys.readouterr().err
+    )
 
 
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
+        (["--gpu", "cpu-core"], "--gpu cpu-core: platform = 'cuda' runs on another kind; choose one of h100-80gb"),
+        (["platform=cpu", "model.dtype=float32", "--gpu", "h100-80gb"], "choose one of cpu-core, cpu-2cores"),
+        (["--search", "--headroom", "1"], "--headroom 1: must be a share of a device, 0 or more and below 1"),
         (["--gpu", "h99"], "--gpu h99: not known; choose one of"),
         (["--gpus", "8"], "--gpus 8: the layout of the configuration has its own number; add --search"),
         (["--search", "--gpus", "0"], "--gpus 0: must be 1 or more"),
@@ -135,3 +146,15 @@ def test_an_engine_without_a_model_is_named(capsys: pytest.CaptureFixture[str]) 
     assert "\nrollout.engine = 'hf' is not modelled: " in capsys.readouterr().out
     assert plan.main([*arguments, "rollout.engine=hf", "--json"]) == 0
     assert len(json.loads(capsys.readouterr().out)["not_modelled"]) == 1
+
+
+def test_a_search_for_a_small_model(capsys: pytest.CaptureFixture[str]) -> None:
+    """Seconds and GiB below 1 are told, and why there is nothing to choose from."""
+    quickstart = "configs/quickstart_cpu.yaml"
+    assert plan.main([quickstart, "--search", "--gpus", "2"]) == 0
+    (row,) = [line.split("│") for line in capsys.readouterr().out.splitlines() if line.startswith("│ 1 │")]
+    assert all(float(re.findall(r"[\d.]+", cell)[0]) > 0 for cell in row[2:7])
+    assert plan.main([quickstart, "--search", "--gpus", "1"]) == 2
+    assert "--gpus 1: on a CPU, and with rollout.engine=hf, engines have devices of their own; give 2 or more" in (
+        capsys.readouterr().err
+    )

@@ -72,12 +72,12 @@ def test_lengths_of_a_file_and_named_inputs(tool, capsys, tmp_path):
     file.write_text("12 20\n")
     report = read_json(
         tool, capsys, QUICKSTART, "--steps", "1", "--lengths", str(file), "--input", "acceptance_rate=1",
-        "--efficiency", "decode=0.25", "--gpu", "a100-80gb",
+        "--efficiency", "decode=0.25", "--gpu", "cpu-core",
     )  # fmt: skip
     assert report["mean_response_tokens"] == report["steps"][0]["rollout/response_tokens_mean"] == 20
     assert report["inputs"]["acceptance_rate"] == 1
     assert report["efficiencies"]["decode"] == 0.25
-    assert report["gpu"] == "a100-80gb"
+    assert report["gpu"] == "cpu-core"
 
 
 def test_a_picture(tool, tmp_path):
@@ -92,6 +92,7 @@ def test_a_picture(tool, tmp_path):
         (["--steps", "0"], "--steps 0: must be at least 1"),
         (["--plot", "step.gif"], "--plot step.gif: must end in .svg or .png"),
         (["--gpu", "h1000"], "--gpu h1000: not known"),
+        (["--gpu", "h100-80gb"], "--gpu h100-80gb: platform = 'cpu' runs on another kind"),
         (["--gpu", "cpu-2cores"], "--gpu cpu-2cores: ranks that take turns"),
         (["--input", "sigmas=1"], "--input sigmas=1: not known"),
         (["--efficiency", "decode=2"], "--efficiency decode=2: must be a share"),

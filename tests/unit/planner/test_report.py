@@ -39,11 +39,34 @@ def test_what_fits() -> None:
     assert describe_binding(found).startswith("fits h100-80gb: stage 0 binds, in train at ")
     _, header, rows = train_table(found)
     assert [len(row) for row in rows] == [len(header)] * 2
-    sums = [sum(map(float, row[4:10])) for row in rows]
-    assert sums == pytest.approx([float(row[10]) for row in rows], abs=0.05)
+    sums = [sum(map(float, row[4:11])) for row in rows]
+    assert sums == pytest.approx([float(row[11]) for row in rows], abs=0.05)
     _, header, rows = phase_table(found)
     assert [len(row) for row in rows] == [len(header)] * 2
     assert float(rows[0][5]) == pytest.approx(GPU.memory_bytes / GIB - max(map(float, rows[0][1:5])), abs=0.01)
+
+
+def test_an_engine_on_the_same_devices_is_apart() -> None:
+    """Asleep it keeps 2 GiB in an update; in the rollout its weights and cache are the share that it is given."""
+    sections = {"placement": {"mode": "colocated"}, "trainer": {"recompute": "full", "offload": True}}
+    layout = {"tensor": 8, "pipeline": 2, "data": 8, "sequence_parallel": True}
+    found = plan(layout, rollout={"replicas": 32, "gpu_memory_utilization": 0.7}, **sections)
+    _, header, rows = train_table(found)
+    assert rows[0][header.index("engine")] == "2.00"
+    assert "the rollout's 58.37 do not bind" in describe_binding(found)  # 0.7 x 79.1, and a reserve of 3
+
+
+def test_headroom_is_kept_but_in_the_rollout() -> None:
+    layout = {"tensor": 8, "pipeline": 2, "data": 8, "sequence_parallel": True}
+    config = plan(layout, trainer={"recompute": "full"}).config
+    arguments = (config, make_shape(**QWEN2_32B), "here", GPU, "transformer_engine", MemoryInputs())
+    stage = make_plan(*arguments).stages[0]
+    needed = max(moment.total for phase, moment in stage.phases.items() if phase != "rollout")
+    for headroom, fits in ((0.99 - needed / GPU.memory_bytes, True), (1.01 - needed / GPU.memory_bytes, False)):
+        misfits = make_plan(*arguments, headroom=headroom).misfits
+        assert (not misfits) == fits
+        assert all(misfit.phase != "rollout" for misfit in misfits)
+        assert all(misfit.available == GPU.memory_bytes * (1 - headroom) for misfit in misfits)
 
 
 def test_what_does_not() -> None:

@@ -88,3 +88,19 @@ def test_no_engine_has_room() -> None:
     rollout = given.config.rollout.model_copy(update={"gpu_memory_utilization": 0.3})
     with pytest.raises(ValueError, match="--gpus 2: no engine has room for the model"):
         found(replace(given, config=given.config.model_copy(update={"rollout": rollout})), 2)
+
+
+def test_what_is_proposed_leaves_headroom() -> None:
+    given = replace(inputs(**QWEN2_32B), headroom=0.2)
+    result, _ = found(given, 16)
+    assert result.proposals
+    for proposal in result.proposals:
+        for stage in proposal.plan.stages:
+            for phase in ("old_logprobs", "train", "sync"):
+                assert stage.phases[phase].total <= 0.8 * given.gpu.memory_bytes
+    assert found(replace(given, headroom=0.0), 16)[0].num_fitting > result.num_fitting
+
+
+def test_no_layout_is_allowed() -> None:
+    with pytest.raises(ValueError, match=r"--gpus 2: no layout of the policy on 2, 1 of them divides"):
+        found(replace(inputs(), is_allowed=lambda *_: False), 2)
