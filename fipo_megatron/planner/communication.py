@@ -144,8 +144,8 @@ def replicas(parallel: ParallelConfig) -> tuple[int, int]:
 
 
 def seconds(config: Config, gpu: Gpu, efficiencies: Efficiencies, traffic: Mapping[Kind, float]) -> float:
-    """Seconds of a rank's traffic within the trainer, one kind after the other; none is hidden behind computing, as
-    model/build.py leaves Megatron's overlaps off."""
+    """Seconds of a rank's traffic within the trainer, one kind after the other, none behind computing: model/build.py
+    leaves Megatron's overlaps off but that of messages between stages of several model chunks, which is left out."""
     return sum(amount / bandwidth(config, gpu, efficiencies, kind) for kind, amount in traffic.items() if amount)
 
 
