@@ -35,6 +35,7 @@ told all the same
 """
 
 NUM_PROPOSALS, NUM_MISFITS = 5, 3  # that are shown
+HEADROOM = 0.05  # of a device's memory, that a search leaves free
 QUIET_S = 2.0  # after which a search says how far it is
 
 
@@ -77,8 +78,7 @@ def _make_parser() -> argparse.ArgumentParser:
         "--headroom",
         metavar="SHARE",
         type=float,
-        default=0.05,
-        help="with --search: of a device's memory, that a layout leaves free: 0.05",
+        help=f"with --search: of a device's memory, that a layout leaves free: {HEADROOM:g}",
     )
     parser.add_argument("--json", action="store_true", help="print one JSON object")
     return parser
@@ -93,7 +93,9 @@ def _plan(options: argparse.Namespace) -> int:
 
     if options.gpus is not None and not options.search:
         raise ValueError(f"--gpus {options.gpus}: the layout of the configuration has its own number; add --search")
-    if not 0 <= options.headroom < 1:
+    if options.headroom is not None and not options.search:
+        raise ValueError(f"--headroom {options.headroom:g}: is what a search leaves free; add --search")
+    if options.headroom is not None and not 0 <= options.headroom < 1:
         raise ValueError(f"--headroom {options.headroom:g}: must be a share of a device, 0 or more and below 1")
     if options.gpus is not None and options.gpus < 1:
         raise ValueError(f"--gpus {options.gpus}: must be 1 or more")
@@ -135,6 +137,7 @@ def _search(plan: Plan, options: argparse.Namespace) -> int:
     from fipo_megatron.planner.search import Inputs, search
 
     config, lengths = plan.config, _lengths(plan.config, options)
+    headroom = HEADROOM if options.headroom is None else options.headroom
     inputs = Inputs(
         config,
         plan.shape,
@@ -146,7 +149,7 @@ def _search(plan: Plan, options: argparse.Namespace) -> int:
         _efficiencies(config, plan.gpu, options),
         is_allowed,
         options.acceptance_rate,
-        options.headroom,
+        headroom,
     )
     start, num_gpus = time.perf_counter(), options.gpus or _num_gpus(config)
 
@@ -162,7 +165,7 @@ def _search(plan: Plan, options: argparse.Namespace) -> int:
     else:
         print(
             f"{num_gpus} x {plan.gpu.name}: {found.num_allowed} layouts are allowed, {found.num_fitting} of them fit "
-            f"with {options.headroom:.0%} of the memory free"
+            f"with {headroom:.0%} of the memory free"
         )
         if found.proposals:
             _print_table(proposal_table([(each.settings, each.plan) for each in found.proposals]))

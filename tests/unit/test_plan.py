@@ -110,6 +110,7 @@ def test_a_search(capsys: pytest.CaptureFixture[str]) -> None:
     [
         (["--gpu", "cpu-core"], "--gpu cpu-core: platform = 'cuda' runs on another kind; choose one of h100-80gb"),
         (["platform=cpu", "model.dtype=float32", "--gpu", "h100-80gb"], "choose one of cpu-core, cpu-2cores"),
+        (["--headroom", "0.1"], "--headroom 0.1: is what a search leaves free; add --search"),
         (["--search", "--headroom", "1"], "--headroom 1: must be a share of a device, 0 or more and below 1"),
         (["--gpu", "h99"], "--gpu h99: not known; choose one of"),
         (["--gpus", "8"], "--gpus 8: the layout of the configuration has its own number; add --search"),
