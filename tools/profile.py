@@ -148,6 +148,7 @@ def train(
     settings = ProfileSettings(
         folder=Path(),  # known when the run has one
         after=WARM_UP_STEPS,
+        num_steps=options.steps,
         num_pairs=options.pairs,
         trace=options.trace,
         memory_snapshot=options.memory_snapshot,

@@ -129,8 +129,14 @@ class PolicyClient:
         """Have ranks that are `ProfiledPolicy` record what they do."""
         await self._call("begin_profile", settings)
 
-    async def end_profile(self) -> list[RankProfile]:
-        """What they have recorded, a rank each."""
+    async def end_profile(self, settings: ProfileSettings) -> list[RankProfile]:
+        """What they have recorded, a rank each, once the traces are written and the pairs of gradients made.
+
+        As long as that takes: `timeouts.call_s` is for the traces of one step, or of the run's end, and for a gradient.
+        """
+        await self._call("stop_recording", timeout_s=(settings.num_steps + 1) * self.timeouts.call_s)
+        for _ in range(settings.num_pairs):
+            await self._call("measure_pair", timeout_s=2 * self.timeouts.call_s)
         return await self._call("end_profile")
 
     async def _call(

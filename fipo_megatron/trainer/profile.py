@@ -59,7 +59,7 @@ class Profile:
         run.timers.restart()
         yield
         policy.recorder = None
-        ranks = await policy.end_profile()
+        ranks = await policy.end_profile(self.settings)
         self.result = RunProfile(
             name=run.folder.name,
             first_step=WARM_UP_STEPS + 1,

@@ -40,6 +40,7 @@ class ProfileSettings:
 
     folder: Path  # for traces and snapshots
     after: int  # version of the weights whose push comes before
+    num_steps: int = 1  # that are recorded after it
     num_pairs: int = 0  # gradients computed at the end with recording, and as many without: what it costs
     trace: bool = False  # torch's profiler
     memory_snapshot: bool = False  # of torch's allocator
@@ -63,6 +64,16 @@ class ProfiledPolicy(MegatronPolicy):
     def begin_profile(self, settings: ProfileSettings) -> None:
         """Begin to record; after `load`, and once."""
         self.recording = RankRecording(self, settings)
+
+    def stop_recording(self) -> None:
+        """End the spans that count, and have tools write their files; `begin_profile` comes first."""
+        assert self.recording is not None, "begin_profile comes first"
+        self.recording.stop()
+
+    def measure_pair(self) -> None:
+        """The same gradient with recording and without; after `stop_recording`, collective."""
+        assert self.recording is not None, "begin_profile comes first"
+        self.recording.measure_pair()
 
     def end_profile(self) -> RankProfile:
         """What was recorded. Every rank at once: their matrix products share the machine, as their work does."""
@@ -95,6 +106,7 @@ class RankRecording:
         self.recorder = SpanRecorder() if policy.platform.name == "cpu" else DeviceRecorder()
         self.peak_bytes: dict[str, int] = {}
         self.workloads: list[Workload] = []
+        self.pairs: list[tuple[float, float]] = []
         self._calls: list[str] = []  # under way, the innermost last
         self._last_update: tuple[TrainingBatch, Any] | None = None
         self._profiler: Any = None
@@ -179,11 +191,15 @@ class RankRecording:
         if settings.nsys:
             torch.cuda.cudart().cudaProfilerStop()
 
-    def result(self) -> RankProfile:
-        """All that was recorded, and what a span costs and a matrix product reaches here."""
-        policy, groups = self.policy, self.policy.groups
+    def stop(self) -> None:
+        """What is recorded from now on does not count; tools write their files."""
         self._end_tools()
-        spans, peak_bytes, workloads = self.recorder.take(), dict(self.peak_bytes), list(self.workloads)
+        self._taken = self.recorder.take(), dict(self.peak_bytes), list(self.workloads)
+
+    def result(self) -> RankProfile:
+        """All that was recorded until `stop`, and what a span costs and a matrix product reaches here."""
+        policy, groups = self.policy, self.policy.groups
+        spans, peak_bytes, workloads = self._taken
         device = policy.platform.device
         torch.distributed.barrier(groups.world)  # products of all ranks at once
         return RankProfile(
@@ -199,31 +215,28 @@ class RankRecording:
             span_cost_s=self.recorder.cost_of_span(),
             call_cost_s=_call_cost(policy),
             matmul_flops=measure_matmul(device, getattr(torch, policy.config.model.dtype)),
-            pairs=self._compare_pairs(),
+            pairs=self.pairs,
         )
 
-    def _compare_pairs(self) -> list[tuple[float, float]]:
-        """Seconds of the last mini-batch's gradient with recording, and without, in turns (A B, B A); no weight is
-        changed. Collective."""
+    def measure_pair(self) -> None:
+        """Adds the seconds of the last mini-batch's gradient with recording, and without, in turns (A B, B A); no
+        weight is changed. Collective; nothing where no update was made."""
         if self._last_update is None:
-            return []
+            return
         policy, (batch, samples) = self.policy, self._last_update
-        pairs = []
-        for number in range(self.settings.num_pairs):
-            seconds = {}
-            for records in (True, False) if number % 2 == 0 else (False, True):
-                _put(self._recorded if records else self._plain)
-                torch.distributed.barrier(policy.groups.world)
-                start = time.perf_counter()
-                if records:
-                    self.call("update", lambda: policy.backward(batch, policy.plan(batch, samples)), ())
-                else:
-                    policy.backward(batch, policy.plan(batch, samples))
-                torch.distributed.barrier(policy.groups.world)
-                seconds[records] = time.perf_counter() - start
-            pairs.append((seconds[True], seconds[False]))
+        seconds = {}
+        for records in (True, False) if len(self.pairs) % 2 == 0 else (False, True):
+            _put(self._recorded if records else self._plain)
+            torch.distributed.barrier(policy.groups.world)
+            start = time.perf_counter()
+            if records:
+                self.call("update", lambda: policy.backward(batch, policy.plan(batch, samples)), ())
+            else:
+                policy.backward(batch, policy.plan(batch, samples))
+            torch.distributed.barrier(policy.groups.world)
+            seconds[records] = time.perf_counter() - start
+        self.pairs.append((seconds[True], seconds[False]))
         self.recorder.take()
-        return pairs
 
 
 def _put(functions: list[tuple[Any, str, Callable[..., Any]]]) -> None:

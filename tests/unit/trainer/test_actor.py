@@ -14,6 +14,7 @@ from ray.exceptions import ActorDiedError
 from fipo_megatron.config.schema import TimeoutsConfig
 from fipo_megatron.observability.timers import SpanRecorder
 from fipo_megatron.trainer.actor import EngineClient, PolicyClient, WorkerError, _cause, _gather
+from fipo_megatron.trainer.profiled_policy import ProfileSettings
 from fipo_megatron.types import SamplingSettings
 
 LOST_PEER = RuntimeError("[gloo/transport/tcp/pair.cc:541] Connection closed by peer [127.0.0.1]:1234")
@@ -74,6 +75,21 @@ def test_a_save_gives_the_files_of_all_ranks_and_a_load_whether_any_was_reseeded
     assert asyncio.run(policy.finish_save()) == [".metadata", "__0_0.distcp", "__1_0.distcp"]
     assert asyncio.run(policy.load_state(Path("state"))) is True
     assert asyncio.run(PolicyClient(ranks[:1], TimeoutsConfig()).load_state(Path("state"))) is False
+
+
+def test_the_end_of_a_profile_may_take_as_long_as_what_was_asked_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Traces of 3 steps and the run's end, and pairs of gradients that are a call each."""
+    waits = []
+
+    async def gather(refs: dict[str, Any], method: str, timeout_s: float) -> list[str]:
+        waits.append((method, timeout_s))
+        return [await ref for ref in refs.values()]
+
+    monkeypatch.setattr("fipo_megatron.trainer.actor._gather", gather)
+    rank = SimpleNamespace(stop_recording=Replying(None), measure_pair=Replying(None), end_profile=Replying("recorded"))
+    settings = ProfileSettings(Path(), after=1, num_steps=3, num_pairs=2)
+    assert asyncio.run(PolicyClient([rank], TimeoutsConfig(call_s=100)).end_profile(settings)) == ["recorded"]
+    assert waits == [("stop_recording", 400), ("measure_pair", 200), ("measure_pair", 200), ("end_profile", 100)]
 
 
 class StreamingActor:

@@ -36,8 +36,9 @@ def test_without_a_recording_a_call_is_the_policys_own(monkeypatch: pytest.Monke
     calls: list[str] = []
     policy.offload()
     assert calls == ["offload"]
-    with pytest.raises(AssertionError, match="begin_profile comes first"):
-        policy.end_profile()
+    for end in (policy.stop_recording, policy.measure_pair, policy.end_profile):
+        with pytest.raises(AssertionError, match="begin_profile comes first"):
+            end()
 
 
 def test_a_matrix_product_reaches_something() -> None:
@@ -93,4 +94,7 @@ def record_a_step(policy: Any, folder: Path, batch: TrainingBatch, out: Path) ->
     policy.recording.call("push_weights", lambda: None, (1,))
     policy.logprobs(batch)
     policy.update(batch, range(batch.num_samples), 1e-5)
+    policy.stop_recording()
+    for _ in range(8):
+        policy.measure_pair()
     return policy.end_profile()
