@@ -32,6 +32,7 @@ CALLS = (
 )
 MATRIX_SIZE = {"cpu": 1024, "cuda": 8192}  # of the product that shows what a device reaches
 NUM_PRODUCTS = 8
+ORIGIN_S = 1.0  # from which events of a device are timed: when the next one takes its place
 
 
 @dataclass(frozen=True)
@@ -246,22 +247,34 @@ def _put(functions: list[tuple[Any, str, Callable[..., Any]]]) -> None:
 
 class DeviceRecorder(SpanRecorder):
     """Spans by a GPU's own clock: events in its stream tell when the work of a block began and ended there, so that
-    nothing waits for the device."""
+    nothing waits for the device.
+
+    Between two events CUDA gives float32 milliseconds: in steps of 0.06 us after a second, of 0.1 ms after half an
+    hour. So an event is timed from an origin that is seldom older than ORIGIN_S, that one from the one before it, and
+    the first by the host's clock.
+    """
+
+    _renewed_s: float  # when, by the host's clock
 
     def __init__(self) -> None:
         super().__init__()
         self._set_origin()
 
-    def mark(self) -> torch.cuda.Event:
-        """An event in the current stream."""
-        event = torch.cuda.Event(enable_timing=True)
-        event.record()
-        return event
+    def mark(self) -> tuple[int, torch.cuda.Event]:
+        """The number of an origin, and an event in the current stream."""
+        number, event = len(self._origins) - 1, self._event()
+        if time.monotonic() - self._renewed_s > ORIGIN_S:
+            self._origins.append(event)
+            self._renewed_s = time.monotonic()
+        return number, event
 
-    def nanoseconds(self, mark: torch.cuda.Event) -> int:
+    def nanoseconds(self, mark: tuple[int, torch.cuda.Event]) -> int:
         """When the event was passed, as the host's clock had it. Waits for the device."""
-        mark.synchronize()
-        return self._origin_ns + round(self._origin.elapsed_time(mark) * 1e6)
+        number, event = mark
+        while len(self._origins_ns) <= number:
+            known = len(self._origins_ns) - 1
+            self._origins_ns.append(self._after(known, self._origins[known + 1]))
+        return self._after(number, event)
 
     def take(self) -> list[Span]:
         """What was recorded; then the clocks are compared anew."""
@@ -269,11 +282,22 @@ class DeviceRecorder(SpanRecorder):
         self._set_origin()
         return taken
 
+    def _event(self) -> torch.cuda.Event:
+        event = torch.cuda.Event(enable_timing=True)
+        event.record()
+        return event
+
+    def _after(self, number: int, event: torch.cuda.Event) -> int:
+        """The time of an event, by an origin whose own is known."""
+        event.synchronize()
+        return self._origins_ns[number] + round(self._origins[number].elapsed_time(event) * 1e6)
+
     def _set_origin(self) -> None:
         torch.cuda.synchronize()
-        self._origin = self.mark()
+        self._origins = [self._event()]
         torch.cuda.synchronize()
-        self._origin_ns = time.time_ns()
+        self._origins_ns = [time.time_ns()]
+        self._renewed_s = time.monotonic()
 
 
 def measure_matmul(device: torch.device, dtype: torch.dtype) -> float:

@@ -12,6 +12,7 @@ import torch
 
 from fipo_megatron.config.schema import OptimizerConfig
 from fipo_megatron.observability.attribution import TRAINING, RankProfile
+from fipo_megatron.trainer import profiled_policy
 from fipo_megatron.trainer.policy import MegatronPolicy
 from fipo_megatron.trainer.policy_processes import run_policy
 from fipo_megatron.trainer.profiled_policy import CALLS, DeviceRecorder, ProfiledPolicy, ProfileSettings, measure_matmul
@@ -43,6 +44,79 @@ def test_without_a_recording_a_call_is_the_policys_own(monkeypatch: pytest.Monke
 
 def test_a_matrix_product_reaches_something() -> None:
     assert measure_matmul(torch.device("cpu"), torch.float32) > 1e8
+
+
+class FakeClock:
+    """Moves when it is told to, in nanoseconds; stands in for the module `time` on the host and for the device."""
+
+    def __init__(self) -> None:
+        self.ns = 1_700_000_000_000_000_000
+
+    def time_ns(self) -> int:
+        return self.ns
+
+    def monotonic(self) -> float:
+        return self.ns / 1e9
+
+
+class FakeEvent:
+    """`torch.cuda.Event` of an idle device: passed when it is recorded, and between two float32 milliseconds."""
+
+    clock: FakeClock
+
+    def __init__(self, enable_timing: bool) -> None:
+        assert enable_timing
+        self.passed_ns: int | None = None
+
+    def record(self) -> None:
+        self.passed_ns = self.clock.ns
+
+    def synchronize(self) -> None:
+        assert self.passed_ns is not None
+
+    def elapsed_time(self, end: FakeEvent) -> float:
+        assert self.passed_ns is not None
+        assert end.passed_ns is not None
+        return float(np.float32((end.passed_ns - self.passed_ns) / 1e6))
+
+
+@pytest.fixture
+def clock(monkeypatch: pytest.MonkeyPatch) -> FakeClock:
+    clock = FakeClock()
+    FakeEvent.clock = clock
+    monkeypatch.setattr(profiled_policy, "time", clock)
+    monkeypatch.setattr(torch.cuda, "Event", FakeEvent)
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda: None)
+    return clock
+
+
+def test_hours_after_its_beginning_a_device_is_timed_as_finely(clock: FakeClock) -> None:
+    """Three hours: 108 times a span of 40 s with one of 0.1 ms at its end, and a minute without any."""
+    recorder, spans = DeviceRecorder(), []
+    for _ in range(108):
+        with recorder.span("outer"):
+            outer, clock.ns = clock.ns, clock.ns + 40_000_001_234
+            with recorder.span("inner"):
+                inner, clock.ns = clock.ns, clock.ns + 123_457
+            spans += [("inner", inner, clock.ns), ("outer", outer, clock.ns)]
+        clock.ns += 60_000_000_000
+    found = recorder.take()
+    assert [span.name for span in found] == [name for name, _, _ in spans]
+    for span, (name, start, end) in zip(found, spans, strict=True):
+        # float32 has 24 bits: 33 to 65 s are in steps of 3.9 us.
+        assert abs((span.end - span.start) - (end - start)) <= (100 if name == "inner" else 2_000)
+        assert abs(span.start - start) <= 108 * 4_000  # of two origins each time
+
+
+def test_what_was_taken_does_not_move_what_comes(clock: FakeClock) -> None:
+    recorder = DeviceRecorder()
+    for _ in range(3):
+        start = clock.ns
+        with recorder.span("a"):
+            clock.ns += 5_000_000
+        (span,) = recorder.take()
+        assert (span.start, span.end) == (start, start + 5_000_000)
+        clock.ns += 500_000_000_000
 
 
 @pytest.mark.gpu
