@@ -95,13 +95,27 @@ class Pass(NamedTuple):
     busy_s: float  # in microbatches, forward and backward; with the waits of tensor-parallel ranks for each other
 
 
-def find_passes(spans: Sequence[Span], steps: Sequence[StepTime]) -> list[Pass]:
-    """The passes of one rank in the steps, in order."""
+def find_passes(ranks: Sequence[RankProfile], steps: Sequence[StepTime]) -> list[list[Pass]]:
+    """The passes of the steps, in order, as each rank made them.
+
+    All ranks make every pass, so which lie in the steps is for the first rank's clock to say: those of other hosts may
+    put one that is near a step's end into the next.
+    """
+    passes = [_passes(rank.spans) for rank in ranks]
+    first = [span.start for span in _whole_passes(ranks[0].spans)]
+    chosen = [number for number, start in enumerate(first) if any(step.start <= start < step.end for step in steps)]
+    return [[of_rank[number] for number in chosen] for of_rank in passes]
+
+
+def _whole_passes(spans: Iterable[Span]) -> list[Span]:
+    return sorted((span for span in spans if span.name in (TRAINING, FORWARD)), key=lambda span: span.start)
+
+
+def _passes(spans: Sequence[Span]) -> list[Pass]:
     compute = sorted((span for span in spans if span.name in COMPUTE), key=lambda span: span.start)
     starts = [span.start for span in compute]
     passes = []
-    whole = inside_steps((span for span in spans if span.name in (TRAINING, FORWARD)), steps)
-    for each in sorted(whole, key=lambda span: span.start):
+    for each in _whole_passes(spans):
         inside = compute[bisect_left(starts, each.start) : bisect_left(starts, each.end)]
         busy_s = sum(span.seconds for span in inside)
         passes.append(Pass(each.name, inside[0].start, max(span.end for span in inside), busy_s))
@@ -124,10 +138,10 @@ class StageTime:
 
 
 def stage_times(ranks: Sequence[RankProfile], steps: Sequence[StepTime]) -> list[StageTime]:
-    """By kind of pass and stage."""
+    """By kind of pass and stage. Stages on several hosts are compared by their clocks."""
     pipelines: dict[int, list[tuple[int, list[Pass]]]] = defaultdict(list)
-    for rank in ranks:
-        pipelines[rank.pipeline].append((rank.stage, find_passes(rank.spans, steps)))
+    for rank, passes in zip(ranks, find_passes(ranks, steps), strict=True):
+        pipelines[rank.pipeline].append((rank.stage, passes))
     busy: dict[tuple[str, int], list[float]] = defaultdict(list)
     elapsed: dict[tuple[str, int], list[float]] = defaultdict(list)
     for members in pipelines.values():
@@ -150,8 +164,8 @@ def straggling(ranks: Sequence[RankProfile], steps: Sequence[StepTime]) -> dict[
     of one share and stage (tensor parallelism) compute together; their mean counts.
     """
     shares: dict[int, dict[int, list[list[float]]]] = defaultdict(lambda: defaultdict(list))
-    for rank in ranks:
-        seconds = [each.busy_s for each in find_passes(rank.spans, steps) if each.kind == TRAINING]
+    for rank, passes in zip(ranks, find_passes(ranks, steps), strict=True):
+        seconds = [each.busy_s for each in passes if each.kind == TRAINING]
         shares[rank.stage][rank.data].append(seconds)
     ratios = {}
     for stage, of_stage in sorted(shares.items()):

@@ -192,14 +192,18 @@ def _stage_table(profile: RunProfile) -> Table:
         )
         for each in stage_times(profile.ranks, steps)
     ]
-    return Table("pipeline bubble", ("", "busy [s]", "elapsed [s]", "bubble"), tuple(rows))
+    num_hosts = len({rank.host for rank in profile.ranks})
+    title = "pipeline bubble"
+    if num_hosts > 1:
+        title += f"; stages on {num_hosts} hosts are compared by their clocks, which may differ"
+    return Table(title, ("", "busy [s]", "elapsed [s]", "bubble"), tuple(rows))
 
 
 def _rank_table(profile: RunProfile) -> Table:
     steps = profile.steps
     busy = {
-        rank.rank: sum(each.busy_s for each in find_passes(rank.spans, steps) if each.kind == TRAINING)
-        for rank in profile.ranks
+        rank.rank: sum(each.busy_s for each in passes if each.kind == TRAINING)
+        for rank, passes in zip(profile.ranks, find_passes(profile.ranks, steps), strict=True)
     }
     rows = []
     for rank in profile.ranks:

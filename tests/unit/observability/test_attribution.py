@@ -68,7 +68,7 @@ def test_the_bubble_of_1f1b_is_stages_minus_one_over_microbatches_plus_stages_mi
         make_rank(0, spans(*STAGE_0, *waits, (TRAINING, -0.5, 12)), stage=0),
         make_rank(1, spans(*STAGE_1, (TRAINING, -0.2, 12)), stage=1),
     ]
-    (inside,) = find_passes(ranks[0].spans, [StepTime(1, -S, 20 * S, {})])
+    (inside,), _ = find_passes(ranks, [StepTime(1, -S, 20 * S, {})])
     assert inside == Pass(TRAINING, 0, 9 * S, 6.0)
     times = stage_times(ranks, [StepTime(1, -S, 20 * S, {})])
     assert times == [StageTime(TRAINING, 0, 6.0, 9.0), StageTime(TRAINING, 1, 6.0, 9.0)]
@@ -102,6 +102,20 @@ def test_passes_are_told_apart_by_kind_and_pipelines_averaged() -> None:
     assert times[FORWARD, 0] == StageTime(FORWARD, 0, 1.0, 2.0)
     assert times[TRAINING, 1] == StageTime(TRAINING, 1, 6.0, 9.0)  # both end with stage 0 or 1 at 9
     assert stage_times(ranks, [StepTime(1, 15 * S, 50 * S, {})]) == [times[TRAINING, 0], times[TRAINING, 1]]
+
+
+def test_clocks_of_hosts_that_differ_leave_passes_together() -> None:
+    """Stage 1's host is 3 s ahead: by its clock the pass that begins at 9 s is of the next step, as is its work."""
+    steps = [StepTime(1, 0, 10 * S, {}), StepTime(2, 10 * S, 30 * S, {})]
+    passes = ((TRAINING, 1, 4), ("forward", 2, 3), (TRAINING, 9, 14), ("forward", 10, 12))
+    ahead = [(name, start + 3, end + 3) for name, start, end in passes]
+    ranks = [make_rank(0, spans(*passes), stage=0), make_rank(1, spans(*ahead), stage=1)]
+    assert stage_times(ranks, steps[:1]) == [
+        StageTime(TRAINING, stage, busy_s=1.0 + 2.0, elapsed_s=4.0 + 5.0) for stage in (0, 1)
+    ]
+    assert stage_times(ranks, steps[1:]) == []
+    shares = [make_rank(0, spans(*passes)), make_rank(1, spans(*ahead), data=1, pipeline=1)]
+    assert straggling(shares, steps[:1]) == {0: 1.0}
 
 
 def test_stragglers_are_the_slowest_of_each_pass() -> None:

@@ -132,6 +132,13 @@ def test_tables_say_all_in_words() -> None:
     assert memory == {"rank 0": ("0.500", "0.250"), "rank 1": ("1.000", "0.250")}
 
 
+def test_stages_on_several_hosts_are_said_to_be_compared_by_their_clocks() -> None:
+    profile = make_profile()
+    ranks = [profile.ranks[0], replace(profile.ranks[1], host="another")]
+    titles = [table.title for table in profile_tables(replace(profile, ranks=ranks), [])]
+    assert "pipeline bubble; stages on 2 hosts are compared by their clocks, which may differ" in titles
+
+
 def test_the_page_has_every_process_and_no_text_that_html_reads() -> None:
     profile = make_profile()
     page = profile_page(profile, profile_tables(profile, [MFU]))
