@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gzip
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -157,6 +158,51 @@ def test_the_page_shows_rows_tables_and_what_the_mouse_is_on(tmp_path: Path) -> 
     assert shown["steps"] == 1
     assert shown["title"] == "a <run>"
     assert shown["colors"] > 5
+
+
+@pytest.mark.skipif(BROWSER is None, reason="no chromium in PATH")
+def test_many_ranks_are_scrolled_and_the_wheel_zooms_with_a_key_alone(tmp_path: Path) -> None:
+    profile = make_profile()
+    ranks = [replace(profile.ranks[rank % 2], rank=rank, data=rank) for rank in range(128)]
+    script = """
+      const found = {}, canvas = document.querySelector("canvas"), scroll = document.querySelector("#scroll");
+      const box = () => canvas.getBoundingClientRect(), tip = document.querySelector("#tip");
+      const wheel = (keys) => canvas.dispatchEvent(
+        new WheelEvent("wheel", { deltaY: -100, clientX: box().left + 500, cancelable: true, ...keys }));
+      const point = (y) => {
+        canvas.dispatchEvent(new MouseEvent("mousemove", { clientX: box().left + 300, clientY: box().top + y }));
+        return tip.textContent.split("\\n")[1];
+      };
+      const before = view.end - view.start;
+      found.plain = [wheel({}), view.end - view.start === before];
+      found.ctrl = [wheel({ ctrlKey: true }), view.end - view.start < before];
+      found.meta = wheel({ metaKey: true });
+      document.querySelectorAll("#steps button")[3].click();
+      found.sizes = [box().height / window.innerHeight, canvas.height, scroll.scrollHeight];
+      found.first = point(27);
+      scroll.scrollTop = 1e6; draw();
+      const pixels = () => new Set(new Uint32Array(
+        canvas.getContext("2d").getImageData(0, 0, canvas.width, canvas.height).data.buffer)).size;
+      const last = data.rows[data.rows.length - 2];
+      found.last = point(last.top - scroll.scrollTop + 2);
+      found.colors = pixels();
+      found.header = document.querySelector("header p").textContent;
+      return found;
+    """
+    page = drive(profile_page(replace(profile, ranks=ranks), []), script)
+    dom, console = browse(page, tmp_path)
+    assert console == []
+    shown = found(dom)
+    assert shown["plain"] == [True, True]  # neither kept from scrolling nor zoomed
+    assert shown["ctrl"] == [False, True]
+    assert shown["meta"] is False
+    share, pixels, whole = shown["sizes"]
+    assert share <= 0.7
+    assert pixels < 1500
+    assert whole > 128 * 3 * 13  # three lanes a rank
+    assert (shown["first"], shown["last"]) == ("driver, phases", "rank 127, stage 0, share 127")
+    assert shown["colors"] > 5
+    assert "Ctrl or Cmd + wheel" in shown["header"]
 
 
 @pytest.mark.skipif(BROWSER is None, reason="no chromium in PATH")

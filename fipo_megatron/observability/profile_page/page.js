@@ -17,7 +17,8 @@ function make(tag, text, className) {
 // Neighbours in the sorted names are far apart on the circle of hues.
 const color = (name) => `hsl(${(name * 137.5 + 210) % 360} 62% ${50 + (name % 3) * 7}%)`;
 
-const canvas = $("timeline"), context = canvas.getContext("2d");
+// The canvas is as high as what is seen of the rows, and draws that part of them.
+const canvas = $("timeline"), context = canvas.getContext("2d"), scroll = $("scroll");
 let top_ = AXIS;
 for (const row of data.rows) {
   row.lanes = 1 + row.spans.reduce((most, span) => Math.max(most, span[3]), 0);
@@ -38,29 +39,37 @@ function format(microseconds) {
 
 function draw() {
   const ratio = window.devicePixelRatio || 1, width = canvas.clientWidth;
-  canvas.height = height * ratio;
+  const shown = scroll.clientHeight, first = scroll.scrollTop + AXIS, last = scroll.scrollTop + shown;
+  canvas.style.height = `${shown}px`;
+  canvas.height = shown * ratio;
   canvas.width = width * ratio;
   context.setTransform(ratio, 0, 0, ratio, 0, 0);
   const style = getComputedStyle(document.documentElement);
   const [text, dim, line, card] = ["--text", "--dim", "--line", "--card"].map((name) => style.getPropertyValue(name));
   context.font = "11px system-ui, 'DejaVu Sans', sans-serif";
   context.textBaseline = "middle";
-  drawSteps(dim, line);
+  drawSteps(dim, line, shown);
+  context.beginPath();
+  context.rect(0, AXIS, width, shown - AXIS);
+  context.clip();
+  context.translate(0, -scroll.scrollTop);
   for (const row of data.rows) {
+    const bottom = row.top + row.lanes * LANE + GAP;
+    if (bottom < first || row.top > last) continue;
     drawSpans(row);
     context.fillStyle = card;
-    context.fillRect(0, row.top - GAP / 2, LABEL, row.lanes * LANE + GAP);
+    context.fillRect(0, row.top - GAP / 2, LABEL, bottom - row.top);
     context.fillStyle = text;
     context.fillText(row.name, 8, row.top + LANE / 2, LABEL - 12);
   }
 }
 
-function drawSteps(dim, line) {
+function drawSteps(dim, line, shown) {
   for (const [step, start, end] of data.steps) {
     const x = toX(start);
     if (toX(end) < LABEL || x > canvas.clientWidth) continue;
     context.fillStyle = line;
-    context.fillRect(Math.max(x, LABEL), 0, 1, height);
+    context.fillRect(Math.max(x, LABEL), 0, 1, shown);
     context.fillStyle = dim;
     if (toX(end) - Math.max(x, LABEL) > 44) context.fillText(`step ${step}`, Math.max(x, LABEL) + 4, AXIS / 2);
   }
@@ -98,10 +107,10 @@ function zoom(factor, center) {
   move(center - (center - view.start) * factor, center + (view.end - center) * factor);
 }
 
-function find(x, y) {
-  const time = toTime(x), slack = 1.5 / scale();
+function find(x, fromTop) {
+  const time = toTime(x), slack = 1.5 / scale(), y = fromTop + scroll.scrollTop;
   const row = data.rows.find((each) => y >= each.top && y < each.top + each.lanes * LANE);
-  if (!row || x < LABEL) return null;
+  if (!row || x < LABEL || fromTop < AXIS) return null;
   const lane = Math.floor((y - row.top) / LANE);
   const span = row.spans.find((s) => s[3] === lane && s[1] - slack <= time && time <= s[1] + s[2] + slack);
   return span ? { row, span } : null;
@@ -130,6 +139,7 @@ canvas.addEventListener("mousemove", (event) => {
 });
 canvas.addEventListener("mouseleave", () => { $("tip").hidden = true; });
 canvas.addEventListener("wheel", (event) => {
+  if (!event.ctrlKey && !event.metaKey) return; // scrolls
   event.preventDefault();
   zoom(Math.exp(event.deltaY / 400), toTime(event.clientX - canvas.getBoundingClientRect().left));
 }, { passive: false });
@@ -187,10 +197,11 @@ function addTable({ title, header, rows }) {
 }
 
 $("title").textContent = data.title;
-canvas.style.height = `${height}px`;
+$("rows").style.height = `${height}px`;
 addSteps();
 addLegend();
 data.tables.forEach(addTable);
 const reported = data.steps.filter(([step]) => step >= data.reported[0]);
 move(reported[0][1], reported[reported.length - 1][2]);
+scroll.addEventListener("scroll", draw);
 window.addEventListener("resize", draw);
