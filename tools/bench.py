@@ -109,7 +109,7 @@ def run_step(options: argparse.Namespace) -> int:
 
     try:
         workload = find_step_workload(options)
-    except (ValueError, OSError) as error:
+    except ValueError as error:
         print(f"bench: {error}", file=sys.stderr)
         return 2
     try:
@@ -129,7 +129,7 @@ def run_step(options: argparse.Namespace) -> int:
 
 
 def find_step_workload(options: argparse.Namespace) -> StepWorkload:
-    """The step that is to be measured; ValueError for options that don't fit, OSError for a file that isn't there."""
+    """The step that is to be measured; ValueError for options that don't fit."""
     import torch
 
     from fipo_megatron.benchmarks import step_workload
@@ -137,8 +137,9 @@ def find_step_workload(options: argparse.Namespace) -> StepWorkload:
 
     device = find_device(options)
     shape = tuple(options.shape or step_workload.DEFAULT_SHAPES[device.type])
-    if len(shape) != len(step_workload.AXES) or min(shape) < 1 or shape[1] % shape[4] or shape[4] % shape[5]:
-        raise ValueError(f"--shape: step takes 6 sizes, {AXES['step']}: H a multiple of Q heads, these of K")
+    step_workload.check_shape(shape)
+    if options.others:
+        raise ValueError("--others: step has its loops of transformers always; leave it out")
     names = ("samples", "seconds", "threads", "sequences", "padded_rows", "microbatch_tokens")
     check_positive(options, names)
     dtype = options.dtype or str(default_dtype(device)).removeprefix("torch.")
@@ -150,7 +151,9 @@ def find_step_workload(options: argparse.Namespace) -> StepWorkload:
     )  # fmt: skip
     longest = int(lengths.sequence.max())
     if options.microbatch_tokens is not None and options.microbatch_tokens < longest:
-        raise ValueError(f"--microbatch-tokens {options.microbatch_tokens}: the longest sample has {longest} tokens")
+        raise ValueError(
+            f"--microbatch-tokens {options.microbatch_tokens}: the longest sample has {longest} tokens; give as many"
+        )
     return step_workload.StepWorkload(
         shape,
         getattr(torch, dtype),
@@ -254,7 +257,7 @@ def check_positive(options: argparse.Namespace, names: Sequence[str]) -> None:
     """ValueError for one that is given and not above 0."""
     for name in names:
         value = getattr(options, name)
-        if value is not None and value <= 0:
+        if value is not None and not value > 0:  # or not a number
             raise ValueError(f"--{name.replace('_', '-')} {value}: give a number above 0")
 
 

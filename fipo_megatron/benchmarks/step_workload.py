@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -16,6 +17,8 @@ from fipo_megatron.planner.lengths import Lengths
 from fipo_megatron.types import TrainingBatch
 
 AXES = ("vocab", "hidden", "intermediate", "layers", "heads", "key-value heads")
+SIZES = "VHILQK"  # of these
+MIN_VOCAB = 3
 # On CUDA Qwen2.5-1.5B. All have Qwen2's layers and tied embeddings.
 DEFAULT_SHAPES = {"cpu": (2048, 128, 384, 2, 4, 2), "cuda": (151936, 1536, 8960, 28, 12, 2)}
 DTYPES = ("float32", "bfloat16")
@@ -108,16 +111,45 @@ def draw_lengths(
     that is cut at `max_response` tokens.
 
     Raises:
-        ValueError: numbers that don't fit, or a file that can't be read as lengths; OSError: there is none.
+        ValueError: numbers that don't fit, or a file that can't be read as lengths.
     """
+    if seed < 0:
+        raise ValueError(f"--seed {seed}: give 0 or more")
     if source is not None:
-        return Lengths.from_file(source).draw(num_samples, seed)
-    if max_response < 1 or mean_prompt < 1:
-        raise ValueError(f"--max-response {max_response}, --mean-prompt {mean_prompt:g}: give at least one token")
+        try:
+            return Lengths.from_file(source).draw(num_samples, seed)
+        except OSError as error:
+            raise ValueError(f"--lengths {source}: {error.strerror}; give a file that can be read") from None
+    if max_response < 1:
+        raise ValueError(f"--max-response {max_response}: give 1 token or more")
+    if not 1 <= mean_prompt < math.inf:
+        raise ValueError(f"--mean-prompt {mean_prompt:g}: give 1 token or more")
+    if not 1 <= mean_response <= max_response:
+        raise ValueError(
+            f"--mean-response {mean_response:g}: give 1 to --max-response = {max_response} tokens, or raise that"
+        )
+    if not 0 <= sigma < math.inf:
+        raise ValueError(f"--sigma {sigma:g}: give a finite number, 0 or more")
     limits = {"max_prompt_tokens": math.ceil(mean_prompt), "max_response_tokens": max_response}
     config = Config.model_validate({"rollout": limits})
     lengths = Lengths.of_config(config, mean_response=mean_response, sigma=sigma, mean_prompt=mean_prompt)
     return lengths.draw(num_samples, seed)
+
+
+def check_shape(shape: Sequence[int]) -> None:
+    """Raises ValueError for sizes that no model of Qwen2's kind has."""
+    given, letters = "--shape " + " ".join(map(str, shape)), " ".join(SIZES)
+    if len(shape) != len(SIZES) or min(shape) < 1:
+        raise ValueError(f"{given}: step takes {len(SIZES)} sizes of 1 or more, {letters}")
+    vocab, hidden, _, _, heads, key_value_heads = shape
+    if vocab < MIN_VOCAB:
+        raise ValueError(f"{given}: V = {vocab}; give {MIN_VOCAB} or more, two are for padding and the end")
+    if heads % key_value_heads:
+        raise ValueError(f"{given}: Q = {heads} heads of queries; give a multiple of the K = {key_value_heads} of keys")
+    if hidden % (2 * heads):
+        raise ValueError(
+            f"{given}: H = {hidden} over Q = {heads} heads; give a multiple of {2 * heads}, as a head's size is even"
+        )
 
 
 def describe_lengths(lengths: Lengths) -> str:

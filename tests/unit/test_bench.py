@@ -109,14 +109,37 @@ def test_memory_is_measured_unless_it_is_not_wanted(monkeypatch, capsys):
         (["future_kl_scan", "--threads", "-1"], "--threads -1"),
         (["future_kl_scan", "--seconds", "0"], "--seconds 0"),
         (["weight_sync", "--shape", "300", "100", "1"], "H a multiple of 128"),
-        (["step", "--shape", "300", "128"], "--shape: step takes 6 sizes, V H I L Q K"),
-        (["step", "--shape", "300", "128", "200", "2", "3", "1"], "H a multiple of Q heads"),
+        (["step", "--shape", "300", "128"], "--shape 300 128: step takes 6 sizes of 1 or more, V H I L Q K"),
+        (
+            ["step", "--shape", "300", "128", "200", "0", "4", "2"],
+            "--shape 300 128 200 0 4 2: step takes 6 sizes of 1 or",
+        ),
+        (["step", "--shape", "300", "128", "200", "2", "3", "1"], "H = 128 over Q = 3 heads; give a multiple of 6"),
+        (
+            ["step", "--shape", "300", "12", "200", "2", "4", "2"],
+            "H = 12 over Q = 4 heads; give a multiple of 8, as a head",
+        ),
+        (
+            ["step", "--shape", "300", "128", "200", "2", "4", "3"],
+            "Q = 4 heads of queries; give a multiple of the K = 3",
+        ),
+        (["step", "--shape", "2", "128", "200", "2", "4", "2"], "V = 2; give 3 or more"),
         (["step", "--dtype", "float16"], "--dtype float16: step takes float32 or bfloat16"),
         (["step", "--sequences", "0"], "--sequences 0"),
         (["step", "--padded-rows", "-2"], "--padded-rows -2"),
-        (["step", "--mean-response", "2000"], "mean_response = 2000"),
-        (["step", "--lengths", "not/there"], "not/there"),
-        (["step", "--microbatch-tokens", "40"], "the longest sample has"),
+        (["step", "--mean-response", "2000"], "--mean-response 2000: give 1 to --max-response = 1024 tokens"),
+        (["step", "--mean-response", "nan"], "--mean-response nan: give 1 to"),
+        (["step", "--max-response", "0"], "--max-response 0: give 1 token or more"),
+        (["step", "--mean-prompt", "nan"], "--mean-prompt nan: give 1 token or more"),
+        (["step", "--mean-prompt", "inf"], "--mean-prompt inf: give 1 token or more"),
+        (["step", "--sigma", "nan"], "--sigma nan: give a finite number, 0 or more"),
+        (["step", "--sigma", "-1"], "--sigma -1: give a finite number, 0 or more"),
+        (["step", "--seed", "-1"], "--seed -1: give 0 or more"),
+        (["step", "--seconds", "nan"], "--seconds nan: give a number above 0"),
+        (["step", "--others"], "--others: step has its loops of transformers always; leave it out"),
+        (["step", "--lengths", "not/there"], "--lengths not/there: does not exist; give a run folder"),
+        (["step", "--microbatch-tokens", "0"], "--microbatch-tokens 0: give a number above 0"),
+        (["step", "--microbatch-tokens", "40"], "tokens; give as many"),
     ],
 )
 def test_unusable_options(arguments, message, capsys):
@@ -125,6 +148,18 @@ def test_unusable_options(arguments, message, capsys):
     assert captured.out == ""
     assert message in captured.err
     assert captured.err.count("\n") == 1
+
+
+def test_lengths_of_a_file_that_cannot_be_read(monkeypatch, capsys, tmp_path):
+    def refuse(*arguments, **options):
+        raise PermissionError(13, "Permission denied")
+
+    monkeypatch.setattr(Path, "read_text", refuse)
+    (tmp_path / "lengths").touch()
+    assert main(["step", "--lengths", str(tmp_path / "lengths"), "--device", "cpu"]) == 2
+    assert capsys.readouterr().err == (
+        f"bench: --lengths {tmp_path / 'lengths'}: Permission denied; give a file that can be read\n"
+    )
 
 
 def test_no_cuda(monkeypatch, capsys):

@@ -183,7 +183,7 @@ def test_lengths_of_a_distribution_and_of_a_file(tmp_path):
     assert set(zip(lengths.prompt, lengths.response, strict=True)) == {(7, 20), (7, 30)}
     with pytest.raises(ValueError, match="--max-response 0"):
         draw_lengths(1, 0, None, 32, 128, 0, 1.0)
-    with pytest.raises(ValueError, match="mean_response = 300"):
+    with pytest.raises(ValueError, match="--mean-response 300: give 1 to --max-response = 256"):
         draw_lengths(1, 0, None, 32, 300, 256, 1.0)
 
 
