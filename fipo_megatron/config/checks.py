@@ -220,7 +220,13 @@ def _find_sampling_problems(config: Config) -> Iterator[str]:
             f"timeouts.call_s = {config.timeouts.call_s:g}: must exceed timeouts.collective_s = "
             f"{config.timeouts.collective_s:g}, which has to end first to name a stalled peer"
         )
-    cluster = config.cluster
+    cluster, port = config.cluster, config.run.prometheus_port
+    if port is not None and port == cluster.master_port:
+        yield f"run.prometheus_port = {port}: cluster.master_port has it, too; give each a port of its own"
+    if port is not None and (cluster.ray_address or "").endswith(f":{port}"):
+        yield (
+            f"run.prometheus_port = {port}: Ray's, by cluster.ray_address = {cluster.ray_address!r}; give another port"
+        )
     if cluster.address in ("0.0.0.0", "::"):
         yield f"cluster.address = {cluster.address!r}: would listen on every interface; give one address"
     if cluster.ray_address is not None:

@@ -194,6 +194,14 @@ def test_sound_configurations_pass_and_pass_again_when_saved(overrides, small_ru
             ["cluster.address=10.0.0.2", "cluster.ray_address=auto"],
             "cluster.address = '10.0.0.2': has no effect in a Ray cluster (cluster.ray_address = 'auto')",
         ),
+        (
+            ["run.prometheus_port=9100", "cluster.master_port=9100"],
+            "run.prometheus_port = 9100: cluster.master_port has it, too; give each a port of its own",
+        ),
+        (
+            ["run.prometheus_port=6379", "cluster.ray_address=localhost:6379"],
+            "run.prometheus_port = 6379: Ray's, by cluster.ray_address = 'localhost:6379'; give another port",
+        ),
         (["cluster.address=0.0.0.0"], "cluster.address = '0.0.0.0': would listen on every interface"),
         (["algorithm={objective: grpo, clip_ratio_low: 0.1}"], "algorithm.clip_ratio_low = 0.1: GRPO's clip is symm"),
         (["parallel={sequence_parallel: true}"], "parallel.sequence_parallel = True: shards "),
