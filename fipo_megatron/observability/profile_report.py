@@ -145,10 +145,22 @@ def _phase_table(profile: RunProfile) -> Table:
         for name, of_step in step.phases.items():
             seconds[name] = seconds.get(name, 0.0) + of_step
     seconds["unattributed"] = sum(step.unattributed_s for step in steps)
-    rows = [(name, _seconds(value / len(steps)), _percent(value / total)) for name, value in seconds.items()]
-    rows.append((STEP, _seconds(total / len(steps)), _percent(1.0)))
+    without_eval = total - seconds.get("eval", 0.0)
+    rows = [
+        (
+            name,
+            _seconds(value / len(steps)),
+            _percent(value / total),
+            "-" if name == "eval" else _percent(value / without_eval),
+        )
+        for name, value in seconds.items()
+    ]
+    rows.append((STEP, _seconds(total / len(steps)), _percent(1.0), "-"))
+    rows.append(
+        ("step without evaluation", _seconds(without_eval / len(steps)), _percent(without_eval / total), _percent(1.0))
+    )
     title = f"phases: mean of steps {steps[0].step} to {steps[-1].step}"
-    return Table(title, ("phase", "seconds a step", "share"), tuple(rows))
+    return Table(title, ("phase", "seconds a step", "share", "without evaluation"), tuple(rows))
 
 
 def _speed_table(profile: RunProfile, utilisations: Sequence[Utilisation]) -> Table:

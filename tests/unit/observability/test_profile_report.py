@@ -105,10 +105,11 @@ def test_tables_say_all_in_words() -> None:
     tables = {table.title: {row[0]: row[1:] for row in table.rows} for table in profile_tables(make_profile(), [MFU])}
     phases = tables["phases: mean of steps 2 to 2"]
     assert phases == {
-        "train": ("0.196", "98.00%"),
-        "sync": ("0.002", "1.00%"),
-        "unattributed": ("0.002", "1.00%"),
-        "step": ("0.200", "100.00%"),
+        "train": ("0.196", "98.00%", "98.00%"),
+        "sync": ("0.002", "1.00%", "1.00%"),
+        "unattributed": ("0.002", "1.00%", "1.00%"),
+        "step": ("0.200", "100.00%", "-"),
+        "step without evaluation": ("0.200", "100.00%", "100.00%"),
     }
     speed = tables["speed, 3 devices"]
     assert speed["response tokens generated, a second and device"] == ("200",)
@@ -130,6 +131,16 @@ def test_tables_say_all_in_words() -> None:
     }
     memory = tables["memory high-water by call [GiB], of the process"]
     assert memory == {"rank 0": ("0.500", "0.250"), "rank 1": ("1.000", "0.250")}
+
+
+def test_shares_of_phases_are_told_with_and_without_evaluation() -> None:
+    """Steps 0 to 2 take 500 ms, 90 of them evaluation in step 0."""
+    phases, *_ = profile_tables(replace(make_profile(), first_step=0), [])
+    rows = {row[0]: row[1:] for row in phases.rows}
+    assert rows["eval"] == ("0.030", "18.00%", "-")
+    assert rows["train"] == ("0.131", "78.60%", "95.85%")  # 393 of 500, and of 410
+    assert rows["step"] == ("0.167", "100.00%", "-")
+    assert rows["step without evaluation"] == ("0.137", "82.00%", "100.00%")
 
 
 def test_stages_on_several_hosts_are_said_to_be_compared_by_their_clocks() -> None:
