@@ -75,6 +75,7 @@ class RunProfile:
     metrics: list[dict[str, Any]]  # lines of metrics.jsonl
     num_devices: int  # of ranks and engines
     driver_span_cost_s: float  # what it takes to record one span
+    tools: tuple[str, ...] = ()  # other profilers that ran on the ranks, by their options
 
     @property
     def steps(self) -> list[StepTime]:
@@ -94,7 +95,7 @@ class RunProfile:
 
 def overhead_frac(profile: RunProfile) -> float:
     """Seconds that recording took in the reported steps, of the process that it took most in, over their time: spans
-    times the cost of one, and on ranks the calls whose memory was measured."""
+    times the cost of one, and on ranks the calls whose memory was measured. Without the cost of `tools`."""
     steps = profile.steps
     calls = [*profile.driver, *profile.calls, *(span for spans in profile.engines.values() for span in spans)]
     seconds = [len(inside_steps(calls, steps)) * profile.driver_span_cost_s]
@@ -180,6 +181,8 @@ def _speed_table(profile: RunProfile, utilisations: Sequence[Utilisation]) -> Ta
             rows.append((name, _percent(sum(values) / len(values))))
     rows.append(("time attributed to phases", _percent(attributed_frac(steps))))
     rows.append(("recording: spans x cost of one, of the busiest process", f"{overhead_frac(profile):.3%}"))
+    if profile.tools:
+        rows.append((f"what {', '.join(profile.tools)} cost: in all times, in none of recording's numbers", "-"))
     if (paired := paired_overhead(profile.ranks)) is not None:
         low, high = paired.quartiles
         rows += [

@@ -70,6 +70,7 @@ class Profile:
             metrics=read_metrics(run.folder / "metrics.jsonl"),
             num_devices=num_devices(self.config),
             driver_span_cost_s=SpanRecorder().cost_of_span(),
+            tools=self.settings.tools,
         )
         self.model_shape = read_model_shape(run.model_folder)
 

@@ -47,13 +47,19 @@ class ProfileSettings:
     memory_snapshot: bool = False  # of torch's allocator
     nsys: bool = False  # ranges, and the beginning and end of what nsys captures
 
+    @property
+    def tools(self) -> tuple[str, ...]:
+        """Options of the profilers that run beside: what they cost is not measured."""
+        asked = (("--trace", self.trace), ("--memory-snapshot", self.memory_snapshot), ("--nsys", self.nsys))
+        return tuple(option for option, is_asked in asked if is_asked)
+
     def check(self, platform: str) -> None:
         """Raises ValueError for what the platform does not have."""
-        for is_asked, option, remedy in (
-            (self.memory_snapshot, "--memory-snapshot", "--trace has the memory of each operation"),
-            (self.nsys, "--nsys", "--trace has the ranges, too"),
+        for option, remedy in (
+            ("--memory-snapshot", "--trace has the memory of each operation"),
+            ("--nsys", "--trace has the ranges, too"),
         ):
-            if is_asked and platform != "cuda":
+            if option in self.tools and platform != "cuda":
                 raise ValueError(f"{option} with platform = {platform!r}: of CUDA alone; leave it out, {remedy}")
 
 

@@ -143,6 +143,15 @@ def test_shares_of_phases_are_told_with_and_without_evaluation() -> None:
     assert rows["step without evaluation"] == ("0.137", "82.00%", "100.00%")
 
 
+def test_tools_whose_cost_is_not_known_are_named() -> None:
+    def speed(tools: tuple[str, ...]) -> dict[str, str]:
+        return dict(profile_tables(replace(make_profile(), tools=tools), [])[1].rows)  # type: ignore[arg-type]
+
+    name = "what --trace, --nsys cost: in all times, in none of recording's numbers"
+    assert speed(("--trace", "--nsys"))[name] == "-"
+    assert not any("what" in row for row in speed(()))
+
+
 def test_stages_on_several_hosts_are_said_to_be_compared_by_their_clocks() -> None:
     profile = make_profile()
     ranks = [profile.ranks[0], replace(profile.ranks[1], host="another")]

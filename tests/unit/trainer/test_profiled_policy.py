@@ -26,7 +26,9 @@ def test_what_only_cuda_has_is_refused_elsewhere(option: str) -> None:
     settings.check("cuda")
     with pytest.raises(ValueError, match=rf"^--{option.replace('_', '-')} with platform = 'cpu': of CUDA alone; leave"):
         settings.check("cpu")
-    ProfileSettings(Path(), after=1, trace=True).check("cpu")
+    traced = ProfileSettings(Path(), after=1, trace=True)
+    traced.check("cpu")
+    assert (settings.tools, traced.tools) == ((f"--{option.replace('_', '-')}",), ("--trace",))
 
 
 def test_without_a_recording_a_call_is_the_policys_own(monkeypatch: pytest.MonkeyPatch) -> None:
