@@ -59,8 +59,7 @@ class Platform:
         """The most memory that this process has had: its tensors on a device, on a CPU all of it."""
         if self.name == "cuda":
             return torch.cuda.max_memory_allocated()
-        (kib,) = re.findall(r"VmHWM:\s+(\d+) kB", Path("/proc/self/status").read_text())
-        return int(kib) << 10
+        return peak_resident_bytes()
 
     def fusion_flags(self) -> dict[str, bool]:
         """Megatron's fusion settings: all off without Transformer Engine, whose or apex's kernels they call."""
@@ -98,6 +97,12 @@ class Platform:
         spec.submodules.input_layernorm = LocalRMSNorm
         spec.submodules.pre_mlp_layernorm = LocalRMSNorm
         return TransformerBlockSubmodules(layer_specs=[spec] * num_layers, layer_norm=LocalRMSNorm)
+
+
+def peak_resident_bytes(process: int | str = "self") -> int:
+    """The most host memory that a process of this machine has had, since `reset_peak_memory` if it asked for that."""
+    (kib,) = re.findall(r"VmHWM:\s+(\d+) kB", Path(f"/proc/{process}/status").read_text())
+    return int(kib) << 10
 
 
 def resolve_platform(setting: Literal["auto", "cpu", "cuda"]) -> Platform:

@@ -71,6 +71,7 @@ class RunProfile:
     driver: list[Span]
     calls: list[Span]  # of the policy, as the driver sees them
     engines: dict[str, list[Span]]  # calls of each, too
+    engine_peak_bytes: dict[str, int]  # the most host memory that the processes of each have had
     ranks: list[RankProfile]
     metrics: list[dict[str, Any]]  # lines of metrics.jsonl
     num_devices: int  # of ranks and engines
@@ -135,6 +136,7 @@ def profile_tables(profile: RunProfile, utilisations: Sequence[Utilisation]) -> 
         _engine_table(profile),
         _move_table(profile),
         _memory_table(profile.ranks),
+        _engine_memory_table(profile.engine_peak_bytes),
     ]
 
 
@@ -269,6 +271,12 @@ def _memory_table(ranks: Sequence[RankProfile]) -> Table:
     return Table(f"memory high-water by call [GiB], {kind}", ("", *calls), tuple(rows))
 
 
+def _engine_memory_table(peak_bytes: Mapping[str, int]) -> Table:
+    rows = [(name, f"{peak / GIB:.3f}") for name, peak in peak_bytes.items()]
+    title = "memory high-water of engines since their start [GiB], of their processes; not that of devices"
+    return Table(title, ("", "host memory"), tuple(rows))
+
+
 def profile_json(profile: RunProfile, utilisations: Sequence[Utilisation]) -> dict[str, Any]:
     """The numbers behind the tables, unrounded."""
     steps = profile.steps
@@ -300,7 +308,10 @@ def profile_json(profile: RunProfile, utilisations: Sequence[Utilisation]) -> di
             for rank in profile.ranks
         ],
         "engines": {
-            name: {call: total[1] for call, total in time_by_name(inside_steps(spans, steps)).items()}
+            name: {
+                "peak_bytes": profile.engine_peak_bytes[name],
+                "seconds": {call: total[1] for call, total in time_by_name(inside_steps(spans, steps)).items()},
+            }
             for name, spans in profile.engines.items()
         },
     }

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import time
 from collections.abc import AsyncIterator, Awaitable, Sequence
 from contextlib import AbstractContextManager, nullcontext
@@ -10,10 +11,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
+import psutil
 import ray
 from ray.exceptions import RayActorError, RayTaskError
 
 from fipo_megatron.config.schema import OptimizerConfig, TimeoutsConfig
+from fipo_megatron.model.platform import peak_resident_bytes
 from fipo_megatron.observability.timers import SpanRecorder
 from fipo_megatron.parallel.packed import ResponseRows, merge_response_rows
 from fipo_megatron.reshard.session import WeightSession
@@ -209,10 +212,22 @@ class EngineClient:
         """Have it take parts of that again; the weights must be pushed next."""
         await self._call("resume_memory", parts)
 
+    async def peak_memory_bytes(self) -> int:
+        """The most host memory that its processes have had, added up."""
+        return await self._call("__ray_call__", _peak_of_processes)
+
     async def _call(self, method: str, *args: Any, timeout_s: float | None = None) -> Any:
         with _recorded(self.recorder, method):
             ref = getattr(self.actor, method).remote(*args)
             return (await _gather({self.name: ref}, method, timeout_s or self.timeouts.call_s))[0]
+
+
+def _peak_of_processes(_: Any) -> int:
+    process, peak = psutil.Process(), 0
+    for each in [process, *process.children(recursive=True)]:
+        with contextlib.suppress(OSError, ValueError):  # it has ended meanwhile
+            peak += peak_resident_bytes(each.pid)
+    return peak
 
 
 def _recorded(recorder: SpanRecorder | None, name: str) -> AbstractContextManager[None]:

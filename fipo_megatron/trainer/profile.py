@@ -60,12 +60,15 @@ class Profile:
         yield
         policy.recorder = None
         ranks = await policy.end_profile(self.settings)
+        engine_spans = {name: recorder.take() for name, recorder in by_engine.items()}
+        peaks = [await engine.peak_memory_bytes() for engine in run.workers.engines]
         self.result = RunProfile(
             name=run.folder.name,
             first_step=WARM_UP_STEPS + 1,
             driver=driver.take(),
             calls=calls.take(),
-            engines={name: recorder.take() for name, recorder in by_engine.items()},
+            engines=engine_spans,
+            engine_peak_bytes=dict(zip(by_engine, peaks, strict=True)),
             ranks=ranks,
             metrics=read_metrics(run.folder / "metrics.jsonl"),
             num_devices=num_devices(self.config),

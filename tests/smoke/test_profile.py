@@ -113,6 +113,7 @@ def test_a_bubble_a_stage_and_memory_a_rank(profiled: tuple[Path, str]) -> None:
     for rank in numbers["ranks"]:
         assert {"logprobs", "update", "push_weights"} <= rank["peak_bytes"].keys()
         assert all(1 << 27 < peak < 1 << 33 for peak in rank["peak_bytes"].values())
+    assert 1 << 27 < numbers["engines"]["engine 0"]["peak_bytes"] < 1 << 33
     assert 0 < numbers["mfu"][1]["frac"] < numbers["mfu"][0]["frac"] < 1
 
 
@@ -154,7 +155,7 @@ def test_the_page_shows_rows_tables_and_what_the_mouse_is_on(tmp_path: Path) -> 
     assert shown["zoomed"] == 300_000
     assert shown["hidden"]
     assert shown["step"] == [0, 100_000]
-    assert len(shown["tables"]) == 7
+    assert len(shown["tables"]) == 8
     assert shown["steps"] == 1
     assert shown["title"] == "a <run>"
     assert shown["colors"] > 5

@@ -59,6 +59,7 @@ def make_profile() -> RunProfile:
         ),
         calls=spans(("update", 100, 297), ("update", 300, 496), ("push_weights", 497, 499)),
         engines={"engine 0": spans(("generate", 10, 80), ("receive", 497, 498), ("verify", 498, 498.5))},
+        engine_peak_bytes={"engine 0": 3 << 29},
         ranks=[make_rank(0, 50), make_rank(1, 80)],
         metrics=[
             {"step": step, "rollout/trained_tokens": 60, "rollout/generated_tokens": 120, "cost/imbalance_frac": 0.125}
@@ -83,7 +84,8 @@ def test_numbers_are_those_of_the_reported_steps() -> None:
     assert stage["bubble_frac"] == pytest.approx(0)
     assert numbers["stragglers"] == {"0": pytest.approx(180 / 165)}
     assert numbers["ranks"][1]["seconds"]["backward"] == pytest.approx(0.08)
-    assert numbers["engines"]["engine 0"] == pytest.approx({"receive": 0.001, "verify": 0.0005})
+    assert numbers["engines"]["engine 0"]["seconds"] == pytest.approx({"receive": 0.001, "verify": 0.0005})
+    assert numbers["engines"]["engine 0"]["peak_bytes"] == 3 << 29
     json.dumps(numbers, allow_nan=False)
 
 
@@ -131,6 +133,8 @@ def test_tables_say_all_in_words() -> None:
     }
     memory = tables["memory high-water by call [GiB], of the process"]
     assert memory == {"rank 0": ("0.500", "0.250"), "rank 1": ("1.000", "0.250")}
+    engines = "memory high-water of engines since their start [GiB], of their processes; not that of devices"
+    assert tables[engines] == {"engine 0": ("1.500",)}
 
 
 def test_shares_of_phases_are_told_with_and_without_evaluation() -> None:

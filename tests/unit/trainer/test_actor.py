@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator, Awaitable
+import subprocess
+import sys
+from collections.abc import AsyncIterator, Awaitable, Callable
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -90,6 +92,24 @@ def test_the_end_of_a_profile_may_take_as_long_as_what_was_asked_for(monkeypatch
     settings = ProfileSettings(Path(), after=1, num_steps=3, num_pairs=2)
     assert asyncio.run(PolicyClient([rank], TimeoutsConfig(call_s=100)).end_profile(settings)) == ["recorded"]
     assert waits == [("stop_recording", 400), ("measure_pair", 200), ("measure_pair", 200), ("end_profile", 100)]
+
+
+def test_the_memory_of_an_engine_is_that_of_all_its_processes() -> None:
+    """A child of the process that answers has had 200 MiB, and gave them back."""
+    code = "held = bytearray(200 << 20); del held; print(flush=True); input()"
+    actor = SimpleNamespace(__ray_call__=SimpleNamespace(remote=_answer))
+    engine = EngineClient(actor, TimeoutsConfig())
+    before = asyncio.run(engine.peak_memory_bytes())
+    child = subprocess.Popen([sys.executable, "-c", code], stdin=subprocess.PIPE, stdout=subprocess.PIPE)
+    assert child.stdout is not None
+    child.stdout.readline()
+    after = asyncio.run(engine.peak_memory_bytes())
+    child.communicate(b"\n")
+    assert 200 << 20 < after - before < 260 << 20
+
+
+async def _answer(function: Callable[[Any], Any]) -> Any:
+    return function(None)
 
 
 class StreamingActor:

@@ -77,4 +77,4 @@ def test_the_planners_gpu_of_a_device(device: str, gpu: str | None) -> None:
 def test_the_report_is_three_files(tmp_path: Path) -> None:
     tables = write_report(make_profile(), SHAPE, tmp_path / "profile")
     assert {path.name for path in (tmp_path / "profile").iterdir()} == {"report.html", "profile.json", "timeline.json"}
-    assert len(tables) == 7
+    assert len(tables) == 8
