@@ -14,7 +14,7 @@ from fipo_megatron.observability.metrics import read_metrics
 from fipo_megatron.observability.profile_report import profile_page, profile_tables
 from tests.script_process import run_script
 from tests.smoke.test_pages import BROWSER, browse, drive, found
-from tests.smoke.train_process import ODD_REWARD, REPO, SMALL, UNTRAINED
+from tests.smoke.train_process import ODD_REWARD, PROFILE_TOOL, SMALL_PROFILE, UNTRAINED, TrainProcess
 from tests.unit.observability.test_profile_report import MFU, make_profile
 
 pytestmark = pytest.mark.multiproc
@@ -26,8 +26,7 @@ STAGES = "parallel={tensor: 1, pipeline: 2}"
 def profiled(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, str]:
     """The run's folder, and what the tool printed."""
     root = tmp_path_factory.mktemp("profile")
-    small = [setting for setting in SMALL if not setting.startswith("trainer.steps=")]  # which are --steps' to say
-    arguments = ["configs/quickstart_cpu.yaml", *small, UNTRAINED, *ODD_REWARD, "rollout.engine=hf", STAGES]
+    arguments = ["configs/quickstart_cpu.yaml", *SMALL_PROFILE, UNTRAINED, *ODD_REWARD, "rollout.engine=hf", STAGES]
     arguments += [
         f"warm_start.cache_dir={root / 'cache'}",
         "--steps",
@@ -38,7 +37,7 @@ def profiled(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, str]:
         "--out",
         str(root / "run"),
     ]
-    printed = run_script(REPO / "tools" / "profile.py", arguments, root / "output.log", timeout_s=240)
+    printed = run_script(PROFILE_TOOL, arguments, root / "output.log", timeout_s=240)
     return root / "run", printed
 
 
@@ -123,6 +122,20 @@ def test_a_trace_a_rank_has_our_ranges(profiled: tuple[Path, str]) -> None:
             names = [event.get("name") for event in json.load(file)["traceEvents"]]
         assert names.count("update") == 4  # of the one step that is reported
         assert "aten::mm" in names or "aten::addmm" in names
+
+
+def test_a_run_that_fails_ends_with_its_cause_and_leaves_nothing(tmp_path: Path) -> None:
+    """Its policy moves further than is allowed in the first step."""
+    overrides = [UNTRAINED, *ODD_REWARD, "rollout.engine=hf", "parallel.tensor=1", "optimizer.lr=0.5"]
+    run = TrainProcess(
+        tmp_path, [*overrides, "trainer.max_policy_kl=0.02", "--steps", "1"], PROFILE_TOOL, SMALL_PROFILE
+    )
+    finished = run.finish(120)  # which looks for processes
+    assert finished.code == 1
+    assert finished.last_line.startswith("error: "), finished.output
+    assert "trainer.max_policy_kl" in finished.last_line
+    assert "trainer.max_policy_kl" in (finished.folder / "error.log").read_text()
+    assert not list((finished.folder / "profile").iterdir())
 
 
 @pytest.mark.skipif(BROWSER is None, reason="no chromium in PATH")

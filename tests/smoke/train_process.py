@@ -33,6 +33,8 @@ SMALL = (
     "evaluation.num_problems=32",
     "optimizer.warmup_steps=0",
 )
+PROFILE_TOOL = REPO / "tools" / "profile.py"
+SMALL_PROFILE = tuple(setting for setting in SMALL if not setting.startswith("trainer.steps="))  # which --steps says
 # For runs whose accuracy is not the matter: a base policy made in a second, and a reward that it gets at times.
 UNTRAINED = "warm_start.steps=4"
 ODD_REWARD = ("reward.rule=custom", "reward.function=tests/smoke/odd_reward.py:has_odd_ones")
@@ -60,14 +62,20 @@ def readme_words() -> list[list[str]]:
 
 
 class TrainProcess:
-    """A running tools/train.py, or with `script` another file that ends in a call of its main."""
+    """A running tools/train.py, or with `script` another file that takes its arguments; `settings` come first."""
 
-    def __init__(self, tmp_path: Path, overrides: Sequence[str] = (), script: Path | None = None) -> None:
+    def __init__(
+        self,
+        tmp_path: Path,
+        overrides: Sequence[str] = (),
+        script: Path | None = None,
+        settings: Sequence[str] = SMALL,
+    ) -> None:
         self.folder = tmp_path / "runs" / "test"
         self._log = tmp_path / "output.log"
         arguments = [
             "configs/quickstart_cpu.yaml",
-            *SMALL,
+            *settings,
             f"run.root={tmp_path / 'runs'}",
             "run.name=test",
             *overrides,
