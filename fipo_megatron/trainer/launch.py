@@ -147,7 +147,7 @@ def plan_training(
     state, checkpoint = None, resumed.checkpoint if resumed is not None else None
     if checkpoint is not None:
         if model_folder == base:
-            check_same_model(checkpoint.manifest["model"], base)
+            check_same_model(checkpoint.manifest["model"], base, with_contents=source is None)
         state = read_run_state(checkpoint.folder)
         check_waiting_groups(state.groups, config.rollout)
         prompts.train.load_state_dict(state.values["prompts"])
@@ -179,7 +179,7 @@ async def run_training(
                 await make_base_policy(config, source, workers.policy, model_folder, base, progress)
             await workers.policy.load(base, config.optimizer)
             if checkpoint is not None:
-                check_same_model(checkpoint.manifest["model"], base)
+                check_same_model(checkpoint.manifest["model"], base, with_contents=source is None)
                 if await workers.policy.load_state(checkpoint.folder / POLICY):
                     progress.note("the layout is another: random generators start anew from the run's seed")
             progress.note(f"kernels: {await workers.policy.describe_kernels()}")
