@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import multiprocessing
+import os
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +21,7 @@ from fipo_megatron.trainer.policy_processes import run_policy
 from fipo_megatron.trainer.tiny_models import write_model
 from tests.parity.policy_config import make_config
 
+READER = Path(__file__).with_name("megatron_reader.py")
 # (family, layout of the conversion, layout of the policy that loads and saves)
 CASES: list[tuple[str, CheckpointLayout, dict[str, Any]]] = [
     ("qwen2", CheckpointLayout(tensor=2, pipeline=2), {"pipeline": 2, "virtual_pipeline": 2}),
@@ -80,3 +84,42 @@ def test_megatron_loads_and_saves_the_very_weights(
         found = load_file(tmp_path / out / "model.safetensors")
         assert found.keys() == expected.keys()
         assert all(torch.equal(found[name], tensor) for name, tensor in expected.items()), out
+
+
+def read_by_megatron(checkpoint: Path, hf_folder: Path, out: Path) -> dict[str, torch.Tensor]:
+    """Tokens and logits of Megatron's own model, in a process that knows nothing of this project."""
+    command = [sys.executable, str(READER), str(checkpoint), str(hf_folder / "config.json"), str(out)]
+    environment = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
+    finished = subprocess.run(command, env=environment, cwd=out.parent, capture_output=True, text=True, check=False)
+    assert finished.returncode == 0, finished.stderr
+    return torch.load(out)
+
+
+@torch.no_grad()
+def assert_same_logits(found: dict[str, torch.Tensor], hf_folder: Path) -> None:
+    """In float64 by transformers; beyond the vocabulary there is nothing."""
+    from transformers import AutoModelForCausalLM
+
+    model = AutoModelForCausalLM.from_pretrained(hf_folder, dtype=torch.float64, experts_implementation="eager")
+    expected = model(found["tokens"]).logits
+    assert found["logits"].shape == expected.shape
+    torch.testing.assert_close(found["logits"].double(), expected, rtol=0, atol=1e-4)
+    assert expected.std() > 1
+
+
+@pytest.mark.multiproc
+@pytest.mark.parametrize(
+    ("family", "layout"),
+    [
+        ("qwen2", CheckpointLayout(tensor=2, pipeline=2)),
+        ("qwen3_tied", CheckpointLayout(pipeline=2, virtual_pipeline=2)),
+        ("llama3", CheckpointLayout(tensor=2)),
+        ("qwen3_moe", CheckpointLayout(tensor=2, pipeline=2, expert=2, expert_tensor=2)),
+    ],
+)
+def test_megatron_core_alone_reads_what_was_converted(family: str, layout: CheckpointLayout, tmp_path: Path) -> None:
+    """Its loader, its GPTModel, its layers."""
+    write_model(family, tmp_path / "model")
+    hf_to_megatron(tmp_path / "model", tmp_path / "checkpoint", layout, jobs=1)
+    found = read_by_megatron(tmp_path / "checkpoint", tmp_path / "model", tmp_path / "logits")
+    assert_same_logits(found, tmp_path / "model")

@@ -28,6 +28,7 @@ from fipo_megatron.trainer.checkpoints import RunState, write_run_state
 from fipo_megatron.trainer.policy_processes import Call, run_policy
 from fipo_megatron.trainer.tiny_models import write_model
 from tests.parity.policy_config import make_config
+from tests.parity.test_megatron_conversion import assert_same_logits, read_by_megatron
 from tests.parity.test_policy_state import FIRST, LR, OPTIMIZER, make_batch
 from tests.unit.checkpoint.small_disk import content, small_disk
 from tests.unit.checkpoint.test_conversion import Bomb, same_bits
@@ -356,6 +357,11 @@ def test_weights_of_a_checkpoint_are_those_that_the_policy_exports(part: str, ru
     assert not same_bits(found, load_file(run.model / "model.safetensors"))
     for name in ("config.json", "tokenizer.json"):
         assert (tmp_path / "out" / name).read_bytes() == (run.model / name).read_bytes()
+
+
+def test_megatron_core_alone_reads_the_policy(run: RealRun, tmp_path: Path) -> None:
+    """Its weights, without the optimizer's state."""
+    assert_same_logits(read_by_megatron(run.newest / POLICY, run.exported, tmp_path / "logits"), run.exported)
 
 
 def change(path: Path, **values: Any) -> None:
