@@ -24,6 +24,7 @@ from fipo_megatron.model.hf_config import read_model_shape
 from fipo_megatron.model.weight_map.entry import hf_tensor_shape
 from fipo_megatron.model.weight_map.families import make_entries
 from fipo_megatron.trainer.tiny_models import MODELS, SIZES
+from tests.unit.checkpoint.small_disk import content
 
 ARCHITECTURES = {"qwen2": "Qwen2", "qwen3": "Qwen3", "qwen3_moe": "Qwen3Moe", "llama": "Llama"}
 TP2_PP2 = CheckpointLayout(tensor=2, pipeline=2)
@@ -178,8 +179,10 @@ def test_wrong_tensors_are_refused_by_name(change: Any, message: str, tmp_path: 
     tensors = load_weights(folder)
     change(tensors)
     save_file(tensors, folder / "model.safetensors")
+    before = content(folder)
     with pytest.raises(ValueError, match=message):
         hf_to_megatron(folder, tmp_path / "out", TP2_PP2, jobs=2)
+    assert content(folder) == before
     assert sorted(path.name for path in tmp_path.iterdir()) == ["model"]
 
 
@@ -198,6 +201,63 @@ def test_a_truncated_file_and_a_missing_one_are_refused_by_name(tmp_path: Path) 
     with pytest.raises(ValueError, match=r"model-1\.safetensors is missing"):
         hf_to_megatron(folder, tmp_path / "out", TP2_PP2, jobs=2)
     assert sorted(path.name for path in tmp_path.iterdir()) == ["model", "other"]
+
+
+def lose_a_shard(checkpoint: Path) -> None:
+    (checkpoint / "__2_0.distcp").unlink()
+
+
+def truncate_a_shard(checkpoint: Path) -> None:
+    os.truncate(checkpoint / "__2_0.distcp", (checkpoint / "__2_0.distcp").stat().st_size // 2)
+
+
+def truncate_the_metadata(checkpoint: Path) -> None:
+    os.truncate(checkpoint / ".metadata", 99)
+
+
+def have_fewer_layers(checkpoint: Path) -> None:
+    change_config(checkpoint, num_hidden_layers=3)
+
+
+def have_no_biases(checkpoint: Path) -> None:
+    change_config(checkpoint, architectures=["LlamaForCausalLM"])
+
+
+def be_untied(checkpoint: Path) -> None:
+    change_config(checkpoint, tie_word_embeddings=False)
+
+
+def change_config(checkpoint: Path, **values: Any) -> None:
+    path = checkpoint / "huggingface/config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | values))
+
+
+@pytest.mark.parametrize("foreign", [False, True])
+@pytest.mark.parametrize(
+    ("change", "message", "of_foreign"),
+    [
+        (lose_a_shard, r"__2_0\.distcp is missing", r"__2_0\.distcp is missing, which \.metadata names"),
+        (truncate_a_shard, r"__2_0\.distcp has \d+ bytes", r"__2_0\.distcp: decoder.* can't be read"),
+        (truncate_the_metadata, r"\.metadata has 99 bytes", r"\.metadata can't be read"),
+        (have_fewer_layers, r"config\.json", r"has shape \[4, 64\], config\.json makes it \[3, 64\]"),
+        (have_no_biases, r"config\.json", r"has 'decoder\.layers\.self_attention\.linear_qkv\.bias', which no"),
+        (be_untied, r"config\.json", r"lacks output_layer\.weight, of which 'lm_head\.weight' is made"),
+    ],
+)
+def test_a_damaged_checkpoint_is_refused_by_name(
+    foreign: bool, change: Any, message: str, of_foreign: str, tmp_path: Path
+) -> None:
+    """By its manifest, and without one by what is in it: missing and truncated shards, wrong shapes, extra tensors."""
+    folder, checkpoint = write_folder("qwen2_tied", tmp_path / "model"), tmp_path / "checkpoint"
+    hf_to_megatron(folder, checkpoint, TP2_PP2, jobs=2)
+    change(checkpoint)
+    if foreign:
+        (checkpoint / MANIFEST).unlink()
+    before = content(checkpoint)
+    with pytest.raises(ValueError, match=of_foreign if foreign else message):
+        back(checkpoint, tmp_path / "out", allow_foreign=foreign)
+    assert content(checkpoint) == before
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["checkpoint", "model"]
 
 
 @pytest.mark.parametrize(
