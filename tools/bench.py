@@ -21,6 +21,7 @@ examples:
   tools/bench.py token_logprob --shape 512 151936 --others
   tools/bench.py linear_logprob --json > rows.jsonl
   tools/bench.py weight_sync --samples 5
+  tools/bench.py conversion --samples 6
   tools/bench.py step --mean-response 256 --max-response 2048
   tools/bench.py step --lengths runs/my_run --sequences 64 --threads 2
 
@@ -34,6 +35,7 @@ AXES = {
     "linear_logprob": "N V H",
     "future_kl_scan": "B L",
     "weight_sync": "V H L",
+    "conversion": "V H L",
     "step": "V H I L Q K",
 }
 
@@ -43,6 +45,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     options = parse(arguments)
     if options.operation == "weight_sync":
         return run_weight_sync(options)
+    if options.operation == "conversion":
+        return run_conversion(options)
     if options.operation == "step":
         return run_step(options)
 
@@ -99,6 +103,42 @@ def run_weight_sync(options: argparse.Namespace) -> int:
         print("\n".join(row.to_json() for row in rows))
     else:
         print_tables(workload, weight_sync.AXES, weight_sync.targets(), rows, ", 1 thread each", options.markdown)
+    return 0
+
+
+def run_conversion(options: argparse.Namespace) -> int:
+    """The exit status. Files take the place of tensors, so it is measured by other code."""
+    import torch
+
+    from fipo_megatron.benchmarks import conversion
+    from fipo_megatron.benchmarks.operation import Workload
+
+    shape = tuple(options.shape or conversion.DEFAULT_SHAPE)
+    try:
+        if len(shape) != 3 or min(shape) < 1 or shape[1] % (2 * conversion.HEAD_DIM) or shape[2] % 2:
+            raise ValueError("--shape: conversion takes 3 sizes, V H L, H a multiple of 256 and L of 2")
+        if options.device == "cuda":
+            raise ValueError("--device cuda: conversion reads and writes files, and computes nothing")
+        check_positive(options, ("samples", "seconds"))
+    except ValueError as error:
+        print(f"bench: {error}", file=sys.stderr)
+        return 2
+    workload = Workload("conversion", shape, getattr(torch, options.dtype or "bfloat16"), torch.device("cpu"))
+    try:
+        rows = conversion.run(
+            workload,
+            options.samples,
+            options.seconds,
+            not options.no_memory,
+            lambda text: print(text, file=sys.stderr, flush=True),
+        )
+    except (RuntimeError, OSError) as error:
+        print(f"bench: {error}", file=sys.stderr)
+        return 1
+    if options.json:
+        print("\n".join(row.to_json() for row in rows))
+    else:
+        print_tables(workload, conversion.AXES, conversion.targets(workload), rows, "", options.markdown)
     return 0
 
 

@@ -51,6 +51,16 @@ def test_a_weight_sync(capsys):
     assert "between processes on a CPU" in capsys.readouterr().err
 
 
+def test_a_conversion(capsys):
+    assert main(["conversion", "--shape", "300", "256", "2", "--samples", "3", "--no-memory", "--markdown"]) == 0
+    text = capsys.readouterr().out
+    assert "conversion, 300 vocab x 256 hidden x 2 layers, bfloat16, cpu" in text
+    assert re.search(r"to Megatron: <= 1.25 x the bare loop .* (met|not met)", text)
+    assert text.count("not measured") == 2  # of the memory
+    assert main(["conversion", "--device", "cuda"]) == 2
+    assert "reads and writes files" in capsys.readouterr().err
+
+
 STEP = ["step", "--shape", "70", "32", "48", "2", "4", "2", "--sequences", "5", "--mean-response", "9", *QUICK]
 
 
@@ -109,6 +119,9 @@ def test_memory_is_measured_unless_it_is_not_wanted(monkeypatch, capsys):
         (["future_kl_scan", "--threads", "-1"], "--threads -1"),
         (["future_kl_scan", "--seconds", "0"], "--seconds 0"),
         (["weight_sync", "--shape", "300", "100", "1"], "H a multiple of 128"),
+        (["conversion", "--shape", "300", "128", "2"], "H a multiple of 256 and L of 2"),
+        (["conversion", "--shape", "300", "256", "3"], "H a multiple of 256 and L of 2"),
+        (["conversion", "--seconds", "0"], "--seconds 0"),
         (["step", "--shape", "300", "128"], "--shape 300 128: step takes 6 sizes of 1 or more, V H I L Q K"),
         (
             ["step", "--shape", "300", "128", "200", "0", "4", "2"],

@@ -29,6 +29,7 @@ LEVELS = {package: level for level, packages in enumerate(LAYERS) for package in
 ONLY = {
     "benchmarks": (
         "trainer",
+        "checkpoint",
         "planner",
         "reshard",
         "model",
