@@ -63,13 +63,13 @@ def hf_to_megatron(options: argparse.Namespace) -> None:
 
 def megatron_to_hf(options: argparse.Namespace) -> None:
     """Convert the other way, and check by reading both anew."""
-    from fipo_megatron.checkpoint.megatron_to_hf import compare, find_megatron_source
+    from fipo_megatron.checkpoint.megatron_to_hf import compare, count_weight_bytes, find_megatron_source
     from fipo_megatron.checkpoint.megatron_to_hf import megatron_to_hf as convert
 
     source = find_megatron_source(checkpoints_of(options.model), options.hf_folder, options.allow_foreign)
     for note in source.notes:
         print(note, file=sys.stderr)
-    with progress_bar("convert", total_bytes(source.folder)) as progress:
+    with progress_bar("convert", count_weight_bytes(source)) as progress:
         convert(source, options.out, options.jobs, progress)
     if options.check:
         with progress_bar("check", total_bytes(options.out)) as progress:
@@ -93,27 +93,28 @@ def checkpoints_of(model: Path) -> Path:
 
 
 def total_bytes(folder: Path) -> int:
-    """About the bytes of its weights: those of the files that hold them."""
-    return sum(file.stat().st_size for file in folder.iterdir() if file.suffix in (".safetensors", ".distcp"))
+    """About the bytes of a Hugging Face folder's weights: those of the files that hold them."""
+    return sum(file.stat().st_size for file in folder.iterdir() if file.suffix == ".safetensors")
 
 
 @contextmanager
 def progress_bar(name: str, total: int) -> Iterator[Progress]:
-    """A bar in MiB that several threads may move."""
+    """A bar in MiB that several threads may move, and that is full at the end."""
     from fipo_megatron.observability import progress
 
-    lock, done, start = threading.Lock(), 0, time.perf_counter()
-    with progress.Progress(sys.stderr) as display, display.task(name, max(1, total // MIB)) as advance:
+    lock, size, done, shown, start = threading.Lock(), -(-total // MIB), 0, 0, time.perf_counter()
+    with progress.Progress(sys.stderr) as display, display.task(f"{name}, MiB", size) as advance:
 
-        def add(count: int) -> None:
-            nonlocal done
+        def add(count: int, whole: bool = False) -> None:
+            nonlocal done, shown
             with lock:
-                before, done = done, done + count
-                rate = f"{done / MIB / (time.perf_counter() - start):.0f} MiB/s"
-                for _ in range(min(done, total) // MIB - min(before, total) // MIB):
-                    advance(rate)
+                done += count
+                while shown < (size if whole else min(size, done // MIB)):
+                    shown += 1
+                    advance(f"{done / MIB / (time.perf_counter() - start):.0f} MiB/s")
 
         yield add
+        add(0, whole=True)
 
 
 def parse(arguments: Sequence[str] | None) -> argparse.Namespace:

@@ -235,6 +235,13 @@ class _MegatronTensors:
         return out, TensorHash(name, shape, DTYPE_NAMES[dtype], found)
 
 
+def count_weight_bytes(source: MegatronSource) -> int:
+    """Of the tensors that `megatron_to_hf` writes; those of an optimizer are none of them."""
+    with OpenFiles() as files:
+        tensors = _MegatronTensors(source, read_model_shape(source.hf_folder), files)
+        return sum(tensors.num_bytes(name) for name in tensors.places)
+
+
 def megatron_to_hf(source: MegatronSource, out: Path, jobs: int, progress: Progress = ignore_progress) -> None:
     """Write the weights of a checkpoint as a Hugging Face folder, with config and tokenizer.
 

@@ -22,6 +22,7 @@ from torch.distributed.checkpoint.metadata import BytesStorageMetadata
 from fipo_megatron.checkpoint.contents import POLICY, describe_model
 from fipo_megatron.checkpoint.distcp import COMMON, METADATA
 from fipo_megatron.checkpoint.manifest import MANIFEST, write_manifest
+from fipo_megatron.checkpoint.megatron_to_hf import count_weight_bytes, find_megatron_source
 from fipo_megatron.checkpoint.store import CheckpointStore
 from fipo_megatron.config.load import save_config
 from fipo_megatron.trainer.checkpoints import RunState, write_run_state
@@ -355,6 +356,8 @@ def test_weights_of_a_checkpoint_are_those_that_the_policy_exports(part: str, ru
     assert same_bits(found, exported)
     assert {tensor.dtype for tensor in found.values()} == {torch.bfloat16}
     assert not same_bits(found, load_file(run.model / "model.safetensors"))
+    shown = count_weight_bytes(find_megatron_source(run.newest / part, None, False))
+    assert shown == sum(tensor.nbytes for tensor in exported.values())
     for name in ("config.json", "tokenizer.json"):
         assert (tmp_path / "out" / name).read_bytes() == (run.model / name).read_bytes()
 
