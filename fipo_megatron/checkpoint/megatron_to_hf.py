@@ -79,6 +79,11 @@ def find_megatron_source(model: Path, hf_folder: Path | None, allow_foreign: boo
         assert found is not None
         notes = (*found.refused, f"{found.folder}: the newest whole checkpoint")
         return _trained(found.folder, POLICY, found.manifest, hf_folder, notes)
+    if not (model / METADATA).is_file():
+        raise ValueError(
+            f"{model} has neither {MANIFEST} nor {METADATA}: it holds no Megatron checkpoint of type torch_dist; name "
+            "the folder of one"
+        )
     if not allow_foreign:
         raise ValueError(
             f"{model} has no {MANIFEST}, so another program wrote it, and its files are pickles; if you trust them, "

@@ -77,8 +77,21 @@ class ModelShape:
 
 
 def read_model_shape(folder: Path) -> ModelShape:
-    """The shape of the model in a Hugging Face folder."""
-    return make_model_shape(json.loads((folder / "config.json").read_text()), str(folder))
+    """The shape of the model in a Hugging Face folder.
+
+    Raises:
+        ValueError: it has no config.json, or one that can't be read or is of no such model.
+    """
+    path = folder / "config.json"
+    if not path.is_file():
+        raise ValueError(f"{folder} has no config.json; give a model's Hugging Face folder")
+    try:
+        hf_config = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError:
+        hf_config = None
+    if not isinstance(hf_config, dict):
+        raise ValueError(f"{path} is not a JSON object; copy it from the model again")
+    return make_model_shape(hf_config, str(folder))
 
 
 def make_model_shape(hf_config: Mapping[str, Any], source: str) -> ModelShape:

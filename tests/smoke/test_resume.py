@@ -55,11 +55,11 @@ class Runs:
         cache = f"warm_start.cache_dir={self.root / 'cache'}"
         return TrainProcess(folder, [*SETTINGS, cache, *arguments], script=script)
 
-    def kill(self, moment: str) -> str:
+    def kill(self, moment: str, *arguments: str) -> str:
         """What the stopped run prints until it is killed there."""
         with pytest.MonkeyPatch.context() as monkeypatch:
             monkeypatch.setenv("KILL", moment)
-            finished = self.start("stopped", script=KILLED).finish(240, is_killed=True)
+            finished = self.start("stopped", *arguments, script=KILLED).finish(240, is_killed=True)
         assert finished.code == -signal.SIGKILL, finished.output
         return finished.output
 
@@ -111,6 +111,23 @@ def test_a_run_killed_in_every_phase_is_the_undisturbed_one_bit_for_bit(runs: Ru
     assert metrics(stopped) == metrics(whole)
     assert [line["step"] for line in metrics(stopped)] == list(range(STEPS + 1))
     for name in ("samples", "evaluation", "hf"):
+        assert files(stopped / name) == files(whole / name), name
+
+
+@pytest.mark.multiproc
+@pytest.mark.slow
+def test_so_is_one_of_vllm_that_is_killed_while_it_samples(tmp_path: Path) -> None:
+    """After two steps, and in the middle of the third's responses."""
+    runs, arguments = Runs(tmp_path), ("rollout.engine=vllm", "trainer.steps=3", "checkpoint.every_steps=1")
+    finished = runs.start("whole", *arguments).finish(240)
+    assert finished.code == 0, finished.output
+    runs.kill("rollout@3", *arguments)
+    finished = runs.start("stopped", *arguments).finish(240)
+    assert finished.code == 0, finished.output
+    assert re.search(r"goes on after step [12],", finished.output), finished.output
+    whole, stopped = runs.folder("whole"), runs.folder("stopped")
+    assert metrics(stopped) == metrics(whole)
+    for name in ("samples", "hf"):
         assert files(stopped / name) == files(whole / name), name
 
 

@@ -203,6 +203,15 @@ def test_a_truncated_file_and_a_missing_one_are_refused_by_name(tmp_path: Path) 
     assert sorted(path.name for path in tmp_path.iterdir()) == ["model", "other"]
 
 
+@pytest.mark.parametrize("foreign", [False, True])
+def test_what_is_no_checkpoint_is_refused(foreign: bool, tmp_path: Path) -> None:
+    """A Hugging Face folder, and a folder above checkpoints: trusting them would not help."""
+    folder = write_folder("qwen2", tmp_path / "model")
+    for other in (folder, tmp_path):
+        with pytest.raises(ValueError, match="has neither manifest.json nor .metadata: it holds no Megatron"):
+            back(other, tmp_path / "out", folder, allow_foreign=foreign)
+
+
 def lose_a_shard(checkpoint: Path) -> None:
     (checkpoint / "__2_0.distcp").unlink()
 

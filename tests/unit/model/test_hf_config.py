@@ -1,10 +1,11 @@
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import pytest
 
-from fipo_megatron.model.hf_config import make_model_shape
+from fipo_megatron.model.hf_config import make_model_shape, read_model_shape
 
 QWEN = {
     "architectures": ["Qwen2ForCausalLM"],
@@ -153,3 +154,12 @@ def test_refuses_what_the_weight_map_does_not_cover(family: str, change: dict[st
         make_model_shape({**FAMILIES[family], **change}, "here")
     assert str(error.value).startswith(f"model.path: {line}")
     assert "; " in str(error.value)  # the remedy
+
+
+@pytest.mark.parametrize("text", ["", "{", "[]", "null"])
+def test_a_config_that_is_none_is_refused_by_name(text: str, tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match=f"{tmp_path} has no config.json; give a model's"):
+        read_model_shape(tmp_path)
+    (tmp_path / "config.json").write_text(text)
+    with pytest.raises(ValueError, match=f"{tmp_path}/config.json is not a JSON object; copy it"):
+        read_model_shape(tmp_path)
