@@ -29,6 +29,7 @@ SETTINGS = (
     "evaluation.num_problems=8",
     "evaluation.every_steps=3",
     "checkpoint.every_steps=2",
+    "checkpoint.export_hf_every_steps=5",
     "--resume=auto",
 )
 # Where the driver is killed, and after which step the next process goes on; a checkpoint may be under way at two steps.
@@ -110,7 +111,7 @@ def test_a_run_killed_in_every_phase_is_the_undisturbed_one_bit_for_bit(runs: Ru
     whole, stopped = runs.folder("whole"), runs.folder("stopped")
     assert metrics(stopped) == metrics(whole)
     assert [line["step"] for line in metrics(stopped)] == list(range(STEPS + 1))
-    for name in ("samples", "evaluation", "hf"):
+    for name in ("samples", "evaluation", "hf-step-00000005", "hf"):
         assert files(stopped / name) == files(whole / name), name
 
 

@@ -267,3 +267,31 @@ def test_curves_are_drawn_with_evaluations_and_once_a_minute_between_them(
     assert drawn == [0, 3, 5, 8]
     lines = read_metrics(tmp_path / "run" / "metrics.jsonl")
     assert [line["step"] for line in lines if "time/curves_s" in line] == [1, 4, 6, 9]  # after the step that shows it
+
+
+class ExportedPolicy:
+    """Keeps what it is asked to export; its checkpoints are the store's, and not looked at here."""
+
+    def __init__(self) -> None:
+        self.exported: list[tuple[Path, str]] = []
+
+    async def export(self, source: Path, target: Path) -> None:
+        self.exported.append((source, target.name))
+
+
+def test_exports_and_checkpoints_have_schedules_of_their_own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Every 3rd and 4th step, and a checkpoint at the end and where the run is stopped."""
+    policy, saved = ExportedPolicy(), list[tuple[int, float | None]]()
+    settings = {"checkpoint": {"export_hf_every_steps": 3, "every_steps": 4}, "trainer": {"steps": 10}}
+
+    async def save(state: Any, score: float | None) -> None:
+        saved.append((state.step, score))
+
+    with make_run(tmp_path / "run", 0, 0, **settings) as (run, _):
+        run.workers.policy = policy  # type: ignore[assignment]
+        monkeypatch.setattr(run.checkpoints, "save", save)
+        for step in range(1, 11):
+            asyncio.run(run.save(step, {"eval/sampled_accuracy": 0.5} if step == 8 else {}, stops=step == 7))
+    names = [f"hf-step-0000000{step}" for step in (3, 6, 9)]
+    assert policy.exported == [(tmp_path / "run", name) for name in names]
+    assert saved == [(4, None), (7, None), (8, 0.5), (10, None)]
