@@ -7,13 +7,17 @@ from typing import Any
 
 import pytest
 
+from fipo_megatron.checkpoint.contents import describe_model
+from fipo_megatron.checkpoint.store import CheckpointStore
 from fipo_megatron.config.problems import DataFileConfig
 from fipo_megatron.config.schema import Config
 from fipo_megatron.data import load
 from fipo_megatron.data.encoding import PromptEncoder
 from fipo_megatron.observability.progress import Progress
 from fipo_megatron.trainer import launch
+from fipo_megatron.trainer.checkpoints import RunState, write_run_state
 from fipo_megatron.trainer.launch import check_before_start, check_num_gpus, plan_training
+from fipo_megatron.trainer.resume import Resumption
 
 
 def test_ranks_and_engine_need_a_device_each() -> None:
@@ -78,6 +82,26 @@ def test_each_file_is_read_once(make_config, tmp_path: Path, monkeypatch: pytest
     assert [prompt.ground_truth for prompt in plan.prompts.train.next_prompts(2)] == ["1", "1"]
     assert "train.jsonl: 2 of 2 prompts" in (tmp_path / "log").read_text()
     assert reads == ["train.jsonl", "test.jsonl"]
+
+
+def test_a_resumed_run_is_refused_another_training_of_its_model(
+    make_config, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of the same shape, in files of the same sizes."""
+    monkeypatch.setattr(launch, "load_prompt_encoder", lambda *_: PromptEncoder(Codepoints(), "plain", "{question}"))
+    config, weights = make_config(), tmp_path / "model" / "model.safetensors"
+    files = check_before_start(config)
+    store = CheckpointStore(tmp_path / "checkpoints", 1, 0)
+    with (tmp_path / "log").open("w") as log:
+        begun = plan_training(config, files, tmp_path, Progress(log))
+        weights.write_bytes(b"1234")
+        write_run_state(RunState(2, {"prompts": begun.prompts.train.state_dict()}, ()), store.partial(2))
+        store.complete(2, {"model": describe_model(tmp_path / "model")}, None)
+        resumed = Resumption(tmp_path, config, store.newest(), ())
+        assert plan_training(config, files, tmp_path, Progress(log), resumed).state is not None
+        weights.write_bytes(b"1243")
+        with pytest.raises(ValueError, match=r"model.path: .* weight contents differ; give that one, or start a new"):
+            plan_training(config, files, tmp_path, Progress(log), resumed)
 
 
 def test_limits_of_judging_count_where_an_evaluation_set_needs_them(make_config) -> None:
