@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from queue import SimpleQueue
 from typing import Any
 
 import torch
@@ -12,7 +14,6 @@ import torch
 from fipo_megatron.checkpoint.contents import POLICY, describe_model, find_difference
 from fipo_megatron.checkpoint.conversion import (
     CARRIED,
-    MemoryBudget,
     Progress,
     TensorHash,
     check_records,
@@ -47,6 +48,7 @@ from fipo_megatron.model.weight_map.entry import WeightMapEntry, hf_tensor_shape
 from fipo_megatron.model.weight_map.families import make_entries
 
 HF_FILE_BYTES = 1 << 30
+PIECE_BYTES = 4 << 20  # of a tensor, that are read, hashed and written at a time
 
 
 @dataclass(frozen=True)
@@ -220,24 +222,35 @@ class _MegatronTensors:
         _, dtype, shape = self.record(name)
         return torch.Size(shape).numel() * dtype.itemsize
 
-    def read(self, name: str) -> tuple[torch.Tensor, TensorHash]:
-        """A tensor and its hash; refused where the manifest has another."""
+    def read(self, name: str, buffer: torch.Tensor, content: ContentHash) -> Iterator[memoryview]:
+        """A tensor's bytes in pieces that go through `buffer` (uint8), each gone with the next, and into `content`.
+
+        Raises:
+            DamagedError: at the end, where the manifest has another hash.
+        """
         entry, i, place = self.places[name]
         _, dtype, shape = self.record(name)
-        out = torch.empty(shape, dtype=dtype)
-        done = 0
+        row_bytes = torch.Size(shape[1:]).numel() * dtype.itemsize
+        most = max(1, len(buffer) // row_bytes)
         for start, count in rows_of_tensor(entry, i, self.shape):
-            self.checkpoint.read_rows(place, start, out[done : done + count])
-            done += count
-        content = ContentHash()
-        content.update(bytes_of(out))
+            for first in range(start, start + count, most):
+                rows = min(most, start + count - first)
+                out = buffer[: rows * row_bytes].view(dtype).view(rows, *shape[1:])
+                self.checkpoint.read_rows(place, first, out)
+                content.update(bytes_of(out))
+                yield bytes_of(out)
         found, expected = content.hexdigest(), self.source.hashes.get(name)
         if self.source.hashes and found != expected:
             raise DamagedError(
                 f"{self.source.folder}: {name!r} has hash {found}, its manifest says {expected}; copy the checkpoint "
                 "again"
             )
-        return out, TensorHash(name, shape, DTYPE_NAMES[dtype], found)
+
+    def piece_bytes(self, share: int) -> int:
+        """Of a buffer for `read`: a `share`-th of the largest tensor, up to `PIECE_BYTES`, but every tensor's rows."""
+        largest = max(map(self.num_bytes, self.places))
+        longest = max(self.num_bytes(name) // hf_tensor_shape(name, self.shape)[0] for name in self.places)
+        return max(min(PIECE_BYTES, largest // share), longest)
 
 
 def count_weight_bytes(source: MegatronSource) -> int:
@@ -250,7 +263,8 @@ def count_weight_bytes(source: MegatronSource) -> int:
 def megatron_to_hf(source: MegatronSource, out: Path, jobs: int, progress: Progress = ignore_progress) -> None:
     """Write the weights of a checkpoint as a Hugging Face folder, with config and tokenizer.
 
-    Files hold up to `HF_FILE_BYTES`; `jobs` are written at a time. Memory: twice the largest tensor.
+    Files hold up to `HF_FILE_BYTES`; `jobs` are written at a time, each through two buffers of `PIECE_BYTES`, together
+    no more than twice the largest tensor.
 
     Raises:
         ValueError: a tensor is missing, unknown, damaged or of another shape; `out` exists. There is no `out` then.
@@ -259,22 +273,23 @@ def megatron_to_hf(source: MegatronSource, out: Path, jobs: int, progress: Progr
     with written_whole(out, source.whole) as partial, OpenFiles() as files:
         tensors = _MegatronTensors(source, shape, files)
         sizes = {name: tensors.num_bytes(name) for name in tensors.places}
-        memory = MemoryBudget(2 * max(sizes.values()))
+        piece_bytes = tensors.piece_bytes(share=jobs)
         shares = _split_files(sizes)
         names = [f"model-{i + 1:05d}-of-{len(shares):05d}.safetensors" for i in range(len(shares))]
         names = names if len(names) > 1 else ["model.safetensors"]
 
         def write(share: tuple[str, list[str]]) -> tuple[str, list[TensorHash]]:
-            found = []
+            # One for all tensors: new memory would cost more than what is read into it.
+            found, buffer = [], torch.empty(piece_bytes, dtype=torch.uint8)
             with HashedFile(partial / share[0]) as file:
                 write_header(file, [tensors.record(name) for name in share[1]])
                 for name in share[1]:
-                    with memory.held(sizes[name]):
-                        tensor, of_tensor = tensors.read(name)
-                        file.write(bytes_of(tensor))
-                        del tensor
-                    found.append(of_tensor)
-                    progress(sizes[name])
+                    content = ContentHash()
+                    for piece in tensors.read(name, buffer, content):
+                        file.write(piece)
+                        progress(len(piece))
+                    _, dtype, of_shape = tensors.record(name)
+                    found.append(TensorHash(name, of_shape, DTYPE_NAMES[dtype], content.hexdigest()))
             return file.hexdigest(), found
 
         with ThreadPoolExecutor(jobs) as pool:
@@ -312,20 +327,30 @@ def compare(source: MegatronSource, hf_folder: Path, jobs: int, progress: Progre
     check_records(hf_folder, shape, records)
     with OpenFiles() as files:
         tensors = _MegatronTensors(source, shape, files)
-        memory = MemoryBudget(2 * max(record.num_bytes for record in records.values()))
         for record in records.values():
             files.open(record.file)
 
+        size, pairs = tensors.piece_bytes(share=2 * jobs), SimpleQueue[torch.Tensor]()
+        for _ in range(jobs):
+            pairs.put(torch.empty((2, size), dtype=torch.uint8))
+
         def same(name: str) -> bool:
-            record = records[name]
-            with memory.held(2 * record.num_bytes):
-                found, _ = tensors.read(name)
-                expected = torch.empty(record.shape, dtype=record.dtype)
-                files.read(record.file, record.offset, bytes_of(expected))
-                progress(record.num_bytes)
-                return found.dtype == expected.dtype and torch.equal(
-                    found.view(torch.uint8), expected.view(torch.uint8)
-                )
+            pair = pairs.get()
+            try:
+                return is_same(name, *pair)
+            finally:
+                pairs.put(pair)
+
+        def is_same(name: str, found: torch.Tensor, expected: torch.Tensor) -> bool:
+            record, done = records[name], 0
+            equal = tensors.record(name)[1] == record.dtype
+            for piece in tensors.read(name, found, ContentHash()):
+                if equal:
+                    files.read(record.file, record.offset + done, bytes_of(expected[: len(piece)]))
+                    equal = torch.equal(found[: len(piece)], expected[: len(piece)])
+                done += len(piece)
+                progress(len(piece))
+            return equal
 
         with ThreadPoolExecutor(jobs) as pool:
             for name, equal in zip(records, pool.map(same, records), strict=True):

@@ -376,4 +376,6 @@ def test_a_changed_tensor_of_a_covered_checkpoint_is_named(tmp_path: Path) -> No
     path.write_bytes(content)
     with pytest.raises(ValueError, match=r"'model\.embed_tokens\.weight' has hash"):
         back(tmp_path / "checkpoint", tmp_path / "out")
+    with pytest.raises(ValueError, match=r"'model\.embed_tokens\.weight' has hash"):
+        compare(find_megatron_source(tmp_path / "checkpoint", None, False), folder, jobs=1)
     assert not (tmp_path / "out").exists()
