@@ -31,6 +31,7 @@ from fipo_megatron.checkpoint.manifest import (
     check_folder,
     hash_file,
     read_manifest,
+    sync_to_disk,
     write_manifest,
 )
 from fipo_megatron.checkpoint.megatron_format import GlobalTensor, find_global_tensors, rows_of_tensor
@@ -290,6 +291,7 @@ def megatron_to_hf(source: MegatronSource, out: Path, jobs: int, progress: Progr
                         progress(len(piece))
                     _, dtype, of_shape = tensors.record(name)
                     found.append(TensorHash(name, of_shape, DTYPE_NAMES[dtype], content.hexdigest()))
+            sync_to_disk(file.path)  # while others are written; the manifest then finds it done
             return file.hexdigest(), found
 
         with ThreadPoolExecutor(jobs) as pool:
