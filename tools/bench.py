@@ -21,7 +21,7 @@ examples:
   tools/bench.py token_logprob --shape 512 151936 --others
   tools/bench.py linear_logprob --json > rows.jsonl
   tools/bench.py weight_sync --samples 5
-  tools/bench.py conversion --samples 6
+  tools/bench.py conversion --samples 5
   tools/bench.py step --mean-response 256 --max-response 2048
   tools/bench.py step --lengths runs/my_run --sequences 64 --threads 2
 
