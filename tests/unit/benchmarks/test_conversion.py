@@ -74,6 +74,7 @@ def test_the_largest_tensor_of_the_default_is_250_mib() -> None:
 
 
 @pytest.mark.multiproc
+@pytest.mark.slow
 def test_memory_is_bounded_by_the_largest_tensor(tmp_path: Path) -> None:
     """Beside what the imports take: 300 MiB of weights take at most 75, both ways."""
     folders = Folders(tmp_path / "model", tmp_path / "checkpoint", tmp_path / "out")
