@@ -13,7 +13,6 @@ from collections import defaultdict
 from collections.abc import Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
-from itertools import accumulate, chain
 
 import torch
 
@@ -26,7 +25,6 @@ from fipo_megatron.reshard.transport.base import NUM_SLOTS, Transport
 HEADER = 3  # numbers of a trailer before its checksums
 NAMED_MISMATCHES = 5
 MAX_THREADS = 4  # of a worker's checksums: memory gives no more
-TURNS = 8  # syncs in which a worker reads once more what it has read back piece by piece
 
 
 class StaleWeightsError(RuntimeError):
@@ -58,7 +56,6 @@ class _End:
 
     def __init__(self, streams: Mapping[int, Sequence[Transfer]], transport: Transport, verify: bool) -> None:
         self.transport, self.with_checksums = transport, verify
-        self.reads_back = False  # whether each copy is read by its checksum at once, while it is in a cache
         self.streams = {peer: list(transfers) for peer, transfers in sorted(streams.items())}
         self.steps: list[_Step] = []
         self.trailers: dict[int, torch.Tensor] = {}
@@ -112,8 +109,7 @@ class _End:
                 message = live.reshape(-1).view(torch.uint8) if stays else packed
                 step.direct.setdefault(peer, []).append(message)
                 if stays:
-                    if check := self._check(peer, piece, piece.rows):
-                        step.direct_checks.append(check)
+                    step.direct_checks += self._checks(peer, piece, piece.rows)
                     continue
             self._add_copy(step, piece, live, packed.view(live.dtype).view(live.shape), sends, max_copy_bytes, peer)
 
@@ -133,24 +129,11 @@ class _End:
             step.targets.append(some_packed if sends else some_live)
             step.origins.append(some_live if sends else some_packed)
             done += len(some_live)
-            step.checks.append(None if peer is None else self._check(peer, piece, done))
+            step.checks += [None] if peer is None else self._checks(peer, piece, done)
 
-    def _check(self, peer: int, piece: RoundPiece, rows: int) -> Check | None:
-        """The check of the first `rows` of a piece on its way, if there is one."""
-        raise NotImplementedError
-
-    def _copy(self, step: _Step) -> None:
-        """Carry out a round's copies and the checks of their live ends."""
-        if self.reads_back:
-            for target, origin, check in zip(step.targets, step.origins, step.checks, strict=True):
-                target.copy_(origin)
-                if check is not None:
-                    check[0].advance(check[1])
-        elif step.targets:
-            torch._foreach_copy_(step.targets, step.origins)
-            for check in step.checks:
-                if check is not None:
-                    check[0].advance(check[1])
+    def _checks(self, peer: int, piece: RoundPiece, rows: int) -> list[Check]:
+        """The check of the first `rows` of a piece on its way; a receiver has none, it checks at the end."""
+        return []
 
 
 class WeightSender(_End):
@@ -177,10 +160,10 @@ class WeightSender(_End):
             for t, view in zip(transfers, views[peer], strict=True)
         }
         self._checksums = dict(zip(boxes, make_checksums(list(boxes.values())), strict=True)) if verify else {}
-        self.reads_back = verify and all(view.device.type == "cpu" for view in boxes.values())
+        self._on_cpu = all(view.device.type == "cpu" for view in boxes.values())
         self._dtype_code = _dtype_code(boxes.values())
         # Small copies, each hashed at once, find their piece in the cache.
-        self._prepare(views, sends=True, max_copy_bytes=CHUNK_BYTES if self.reads_back else None)
+        self._prepare(views, sends=True, max_copy_bytes=CHUNK_BYTES if verify and self._on_cpu else None)
 
     @torch.no_grad()
     def send(self, version: int, num_updates: int) -> None:
@@ -199,7 +182,7 @@ class WeightSender(_End):
                 self.transport.wait(slot)
                 for peer in step.trailers:
                     self._write_trailer(peer, version, num_updates)
-                self._copy(step)
+                self._pack(step)
                 self.transport.start(slot, step.sizes, step.direct)
                 for box, end in step.direct_checks:
                     box.advance(end)
@@ -208,6 +191,20 @@ class WeightSender(_End):
         except BaseException:
             self.transport.close()
             raise
+
+    def _pack(self, step: _Step) -> None:
+        if not step.targets:
+            return
+        if self.with_checksums and self._on_cpu:
+            for target, origin, check in zip(step.targets, step.origins, step.checks, strict=True):
+                target.copy_(origin)
+                if check is not None:
+                    check[0].advance(check[1])
+            return
+        torch._foreach_copy_(step.targets, step.origins)
+        for check in step.checks:
+            if check is not None:
+                check[0].advance(check[1])
 
     def _write_trailer(self, peer: int, version: int, num_updates: int) -> None:
         trailer = self.trailers[peer]
@@ -218,20 +215,15 @@ class WeightSender(_End):
                 box = self._checksums[transfer.parameter, transfer.source_box]
                 box.write_to(trailer[place : place + 1])
 
-    def _check(self, peer: int, piece: RoundPiece, rows: int) -> Check | None:
+    def _checks(self, peer: int, piece: RoundPiece, rows: int) -> list[Check]:
         if not self.with_checksums:
-            return None
+            return []
         transfer = self.streams[peer][piece.transfer]
-        return self._checksums[transfer.parameter, transfer.source_box], piece.row + rows
+        return [(self._checksums[transfer.parameter, transfer.source_box], piece.row + rows)]
 
 
 class WeightReceiver(_End):
     """What engine worker `destination` receives, into its live `views` (Hugging Face names, shapes of `plan.stored`).
-
-    On a CPU a piece that came through a bucket is read back, where it is stored, right after it was copied there: from
-    a cache, in which it costs little. What changes it afterwards, such as an engine that makes something else of it, is
-    found by reading all of it once more, from memory, in the first sync, and a part of it in each later one, so that
-    all is read within any TURNS syncs. Other weights are read once, at the end of each sync.
 
     Raises:
         ValueError: the views are not what the plan fills, to the last element.
@@ -253,19 +245,12 @@ class WeightReceiver(_End):
             peer: [t.destination_box.of(live[t.hf_name]) for t in transfers] for peer, transfers in self.streams.items()
         }
         everything = [view for of_peer in self._views.values() for view in of_peer]
-        on_cpu = everything[0].device.type == "cpu"
-        self.reads_back = verify and on_cpu and transport.min_direct_bytes is None
-        self._checksums = make_checksums(everything) if self.reads_back else []  # of all streams' transfers, in order
-        starts = accumulate(map(len, self._views.values()), initial=0)
-        self._first_checksum = dict(zip(self._views, starts, strict=False))
-        turns = balance([view.numel() for view in everything], TURNS if self.reads_back else 1)
-        self._turns = [share_out(everything, places) for places in turns] if verify else []
-        self._num_verified = 0
-        self._threads = ThreadPoolExecutor(MAX_THREADS, "weight-checksums")
+        self._checks_of_threads = share_out(everything) if verify else []
+        self._threads = ThreadPoolExecutor(max(1, len(self._checks_of_threads)), "weight-checksums")
         self._found = torch.zeros(len(everything) if verify else 0, dtype=torch.int64, device=everything[0].device)
         self._dtype_code = _dtype_code(everything)
         self._is_complete = False
-        self._prepare(self._views, sends=False, max_copy_bytes=CHUNK_BYTES if self.reads_back else None)
+        self._prepare(self._views, sends=False, max_copy_bytes=None)
 
     def close(self) -> None:
         super().close()
@@ -280,15 +265,14 @@ class WeightReceiver(_End):
             StaleWeightsError: a rank sent another version, or made fewer updates than the others.
         """
         self._is_complete = False
-        for box in self._checksums:
-            box.restart()
         try:
             for number, step in enumerate(self.steps[:NUM_SLOTS]):
                 self.transport.start(number, step.sizes, step.direct)
             for number, step in enumerate(self.steps):
                 slot = number % NUM_SLOTS
                 self.transport.wait(slot)
-                self._copy(step)
+                if step.targets:
+                    torch._foreach_copy_(step.targets, step.origins)
                 self.transport.release(slot)
                 if number + NUM_SLOTS < len(self.steps):
                     coming = self.steps[number + NUM_SLOTS]
@@ -303,14 +287,9 @@ class WeightReceiver(_End):
     def verify_checksums(self) -> list[tuple[int, Transfer]]:
         """The transfers, each with its source, whose place in the views does not hold what the source holds."""
         assert self._is_complete, "receive comes first"
+        list(self._threads.map(self._compute, self._checks_of_threads))
         wanted = torch.cat([trailer[HEADER:] for trailer in self.trailers.values()])
-        for place, box in enumerate(self._checksums):
-            box.write_to(self._found[place : place + 1])
-        wrong = self._found != wanted if self.reads_back else torch.zeros_like(wanted, dtype=torch.bool)
-        turns = self._turns if self._num_verified == 0 else [self._turns[self._num_verified % len(self._turns)]]
-        self._num_verified += 1
-        list(self._threads.map(self._compute, chain(*turns)))
-        wrong = (wrong | (self._found != wanted)).cpu()
+        wrong = (self._found != wanted).cpu()
         transfers = [(peer, transfer) for peer, of_peer in self.streams.items() for transfer in of_peer]
         return [transfers[place] for place in wrong.nonzero().flatten().tolist()]
 
@@ -325,11 +304,6 @@ class WeightReceiver(_End):
         wrong = self.verify_checksums()
         if wrong:
             raise WeightMismatchError(describe_mismatches(wrong, self.destination))
-
-    def _check(self, peer: int, piece: RoundPiece, rows: int) -> Check | None:
-        if not self.reads_back:
-            return None
-        return self._checksums[self._first_checksum[peer] + piece.transfer], piece.row + rows
 
     def _compute(self, checks: Sequence[tuple[int, BoxChecksum]]) -> None:
         for place, box in checks:
@@ -351,26 +325,19 @@ class WeightReceiver(_End):
         check_updates({peer: header[1] for peer, header in headers.items()}, version)
 
 
-def share_out(views: Sequence[torch.Tensor], places: Sequence[int]) -> list[list[tuple[int, BoxChecksum]]]:
-    """Checksums of the views at `places`, each with its place, in parts of about as many bytes for one thread each.
+def share_out(views: Sequence[torch.Tensor]) -> list[list[tuple[int, BoxChecksum]]]:
+    """Checksums of all views with their places among them, in parts of about as many bytes for one thread each.
 
     While weights are checked the engine waits, and so do its threads; a GPU has its own.
     """
     num_threads = min(MAX_THREADS, len(os.sched_getaffinity(0))) if views[0].device.type == "cpu" else 1
-    parts = balance([views[place].numel() for place in places], num_threads)
-    shares = [[places[number] for number in part] for part in parts]
-    return [list(zip(share, make_checksums([views[place] for place in share]), strict=True)) for share in shares]
-
-
-def balance(sizes: Sequence[int], num_parts: int) -> list[list[int]]:
-    """Places of `sizes` in parts of about equal sums, the largest first; parts that would be empty are left out."""
-    parts: list[list[int]] = [[] for _ in range(num_parts)]
-    sums = [0] * num_parts
-    for place, size in sorted(enumerate(sizes), key=lambda item: -item[1]):
-        least = sums.index(min(sums))
+    parts: list[list[int]] = [[] for _ in range(num_threads)]
+    num_bytes = [0] * num_threads
+    for place, view in sorted(enumerate(views), key=lambda item: -item[1].numel()):
+        least = num_bytes.index(min(num_bytes))
         parts[least].append(place)
-        sums[least] += size
-    return [part for part in parts if part]
+        num_bytes[least] += view.numel()
+    return [list(zip(part, make_checksums([views[place] for place in part]), strict=True)) for part in parts if part]
 
 
 def check_updates(num_updates: Mapping[int, int], version: int) -> None:

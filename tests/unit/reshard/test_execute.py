@@ -10,12 +10,9 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from fipo_megatron.reshard.execute import (
-    TURNS,
     StaleWeightsError,
-    WeightMismatchError,
     WeightReceiver,
     WeightSender,
-    balance,
     check_updates,
     check_views,
     share_out,
@@ -170,60 +167,6 @@ def test_ranks_that_missed_an_update_are_named():
 
 def test_threads_share_the_views(monkeypatch):
     monkeypatch.setattr("os.sched_getaffinity", lambda process: range(3))
-    parts = share_out([torch.zeros(size, 1) for size in (5, 50, 10, 40, 35, 12, 99)], [0, 1, 2, 3, 4, 5])
+    parts = share_out([torch.zeros(size, 1) for size in (5, 50, 10, 40, 35, 12)])
     assert sorted(place for part in parts for place, _ in part) == list(range(6))
     assert {place for part in parts for place, _ in part[:1]} == {1, 3, 4}
-
-
-def test_parts_of_about_equal_sums():
-    assert balance([5, 50, 10, 40, 35, 12], 3) == [[1], [3, 2], [4, 5, 0]]
-    assert balance([1, 2], 3) == [[1], [0]]
-
-
-def sync_and_tamper(num_syncs, tamper):
-    """In which of so many syncs a worker finds what `tamper(sync, views, pipe)` does to its views before they are
-    verified."""
-    pipe = Pipe(1024)
-    sender, _ = make_sender(CASE, 0, pipe, 3)
-    receiver, views = make_receiver(CASE, 0, Replay(pipe))
-    found = []
-    for version in range(num_syncs):
-        pipe.rounds.clear()
-        sender.send(version, 1)
-        receiver.transport.sent = iter(pipe.rounds)
-        if version > 0:
-            tamper(views, pipe.rounds)
-        receiver.receive(version)
-        if version > 0:
-            tamper(views, [])
-        found.append(bool(receiver.verify_checksums()))
-    return found
-
-
-def test_what_arrives_wrong_is_found_in_every_sync():
-    def flip(views, rounds):
-        if rounds:
-            rounds[len(rounds) // 2][1][5] ^= 1
-
-    assert sync_and_tamper(5, flip) == [False, True, True, True, True]
-
-
-def test_what_is_changed_after_it_was_read_back_is_found_within_the_turns():
-    def flip(views, rounds):
-        if not rounds:
-            views["model.layers.1.mlp.down_proj.weight"].view(torch.int16)[2, 3] ^= 1
-
-    found = sync_and_tamper(1 + 2 * TURNS, flip)
-    assert (found[0], sum(found[1 : 1 + TURNS]), sum(found[1 + TURNS :])) == (False, 1, 1)
-
-
-def test_what_an_engine_makes_of_its_weights_is_found_in_the_first_sync():
-    for name in make_views(CASE, 0, CASE.make_plan()):
-        pipe = Pipe(1024)
-        sender, _ = make_sender(CASE, 0, pipe, 3)
-        sender.send(1, 1)
-        receiver, views = make_receiver(CASE, 0, Replay(pipe))
-        receiver.receive(1)
-        views[name][-1].fill_(7.0)
-        with pytest.raises(WeightMismatchError, match=name):
-            receiver.verify()
