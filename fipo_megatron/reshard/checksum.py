@@ -16,7 +16,7 @@ from typing import Any, Protocol
 import torch
 import xxhash
 
-CHUNK_BYTES = 1 << 20  # hashed at a time on a CPU: right after it was copied it is still in a cache
+CHUNK_BYTES = 1 << 20  # hashed at a time on a CPU
 CHUNK_WORDS = 1 << 20  # summed at a time on CUDA
 WORD_BYTES = 8
 KERNEL_MODULE = "fipo_megatron.reshard.triton_kernel"

@@ -17,7 +17,7 @@ from dataclasses import dataclass, field
 import torch
 
 from fipo_megatron.reshard.boxes import Box
-from fipo_megatron.reshard.checksum import CHUNK_BYTES, BoxChecksum, make_checksums
+from fipo_megatron.reshard.checksum import BoxChecksum, make_checksums
 from fipo_megatron.reshard.plan import ReshardPlan, Transfer
 from fipo_megatron.reshard.rounds import TRAILER, Round, RoundPiece, cut_rounds
 from fipo_megatron.reshard.transport.base import NUM_SLOTS, Transport
@@ -46,8 +46,7 @@ class _Step:
     direct: dict[int, list[torch.Tensor]] = field(default_factory=dict)
     targets: list[torch.Tensor] = field(default_factory=list)  # of copies, from origins of the same number
     origins: list[torch.Tensor] = field(default_factory=list)
-    checks: list[Check | None] = field(default_factory=list)  # of the copies; None: of a trailer
-    direct_checks: list[Check] = field(default_factory=list)
+    checks: list[Check] = field(default_factory=list)
     trailers: list[int] = field(default_factory=list)  # peers whose trailer begins here
 
 
@@ -65,8 +64,8 @@ class _End:
         """Give the transport up; more than once does no harm."""
         self.transport.close()
 
-    def _prepare(self, views: Mapping[int, Sequence[torch.Tensor]], sends: bool, max_copy_bytes: int | None) -> None:
-        """Make the trailers and the steps. Copies are cut to `max_copy_bytes` where it is given."""
+    def _prepare(self, views: Mapping[int, Sequence[torch.Tensor]], sends: bool) -> None:
+        """Make the trailers and the steps."""
         transport, rounds = self.transport, {}
         for peer, transfers in self.streams.items():
             first = views[peer][0]
@@ -81,7 +80,7 @@ class _End:
             for peer, of_peer in rounds.items():
                 if number < len(of_peer):
                     bucket = transport.buffers(peer)[number % NUM_SLOTS]
-                    self._add(step, peer, of_peer[number], views[peer], bucket, sends, max_copy_bytes)
+                    self._add(step, peer, of_peer[number], views[peer], bucket, sends)
             self.steps.append(step)
 
     def _add(
@@ -92,7 +91,6 @@ class _End:
         views: Sequence[torch.Tensor],
         bucket: torch.Tensor,
         sends: bool,
-        max_copy_bytes: int | None,
     ) -> None:
         step.sizes[peer] = sum(piece.num_bytes for piece in pieces if not piece.is_direct)
         for piece in pieces:
@@ -101,38 +99,24 @@ class _End:
                 if piece.row == 0:
                     step.trailers.append(peer)
                 live = self.trailers[peer].view(torch.uint8)[piece.row : piece.row + piece.rows]
-                self._add_copy(step, piece, live[:, None], packed[:, None], sends, None)
+                self._add_copy(step, live[:, None], packed[:, None], sends)
                 continue
             live = views[piece.transfer][piece.row : piece.row + piece.rows]
+            step.checks += self._checks(peer, piece)
             if piece.is_direct:
                 stays = live.is_contiguous()
                 message = live.reshape(-1).view(torch.uint8) if stays else packed
                 step.direct.setdefault(peer, []).append(message)
                 if stays:
-                    step.direct_checks += self._checks(peer, piece, piece.rows)
                     continue
-            self._add_copy(step, piece, live, packed.view(live.dtype).view(live.shape), sends, max_copy_bytes, peer)
+            self._add_copy(step, live, packed.view(live.dtype).view(live.shape), sends)
 
-    def _add_copy(
-        self,
-        step: _Step,
-        piece: RoundPiece,
-        live: torch.Tensor,
-        packed: torch.Tensor,
-        sends: bool,
-        max_copy_bytes: int | None,
-        peer: int | None = None,
-    ) -> None:
-        rows = piece.rows if max_copy_bytes is None else max(1, max_copy_bytes * piece.rows // piece.num_bytes)
-        done = 0
-        for some_live, some_packed in zip(live.split(rows), packed.split(rows), strict=True):
-            step.targets.append(some_packed if sends else some_live)
-            step.origins.append(some_live if sends else some_packed)
-            done += len(some_live)
-            step.checks += [None] if peer is None else self._checks(peer, piece, done)
+    def _add_copy(self, step: _Step, live: torch.Tensor, packed: torch.Tensor, sends: bool) -> None:
+        step.targets.append(packed if sends else live)
+        step.origins.append(live if sends else packed)
 
-    def _checks(self, peer: int, piece: RoundPiece, rows: int) -> list[Check]:
-        """The check of the first `rows` of a piece on its way; a receiver has none, it checks at the end."""
+    def _checks(self, peer: int, piece: RoundPiece) -> list[Check]:
+        """The check of a piece on its way; a receiver has none, it checks at the end."""
         return []
 
 
@@ -160,10 +144,8 @@ class WeightSender(_End):
             for t, view in zip(transfers, views[peer], strict=True)
         }
         self._checksums = dict(zip(boxes, make_checksums(list(boxes.values())), strict=True)) if verify else {}
-        self._on_cpu = all(view.device.type == "cpu" for view in boxes.values())
         self._dtype_code = _dtype_code(boxes.values())
-        # Small copies, each hashed at once, find their piece in the cache.
-        self._prepare(views, sends=True, max_copy_bytes=CHUNK_BYTES if verify and self._on_cpu else None)
+        self._prepare(views, sends=True)
 
     @torch.no_grad()
     def send(self, version: int, num_updates: int) -> None:
@@ -182,29 +164,16 @@ class WeightSender(_End):
                 self.transport.wait(slot)
                 for peer in step.trailers:
                     self._write_trailer(peer, version, num_updates)
-                self._pack(step)
+                if step.targets:
+                    torch._foreach_copy_(step.targets, step.origins)
                 self.transport.start(slot, step.sizes, step.direct)
-                for box, end in step.direct_checks:
+                for box, end in step.checks:  # while the round is on its way, and the caches have it
                     box.advance(end)
             for number in range(len(self.steps), len(self.steps) + NUM_SLOTS):
                 self.transport.wait(number % NUM_SLOTS)
         except BaseException:
             self.transport.close()
             raise
-
-    def _pack(self, step: _Step) -> None:
-        if not step.targets:
-            return
-        if self.with_checksums and self._on_cpu:
-            for target, origin, check in zip(step.targets, step.origins, step.checks, strict=True):
-                target.copy_(origin)
-                if check is not None:
-                    check[0].advance(check[1])
-            return
-        torch._foreach_copy_(step.targets, step.origins)
-        for check in step.checks:
-            if check is not None:
-                check[0].advance(check[1])
 
     def _write_trailer(self, peer: int, version: int, num_updates: int) -> None:
         trailer = self.trailers[peer]
@@ -215,11 +184,11 @@ class WeightSender(_End):
                 box = self._checksums[transfer.parameter, transfer.source_box]
                 box.write_to(trailer[place : place + 1])
 
-    def _checks(self, peer: int, piece: RoundPiece, rows: int) -> list[Check]:
+    def _checks(self, peer: int, piece: RoundPiece) -> list[Check]:
         if not self.with_checksums:
             return []
         transfer = self.streams[peer][piece.transfer]
-        return [(self._checksums[transfer.parameter, transfer.source_box], piece.row + rows)]
+        return [(self._checksums[transfer.parameter, transfer.source_box], piece.row + piece.rows)]
 
 
 class WeightReceiver(_End):
@@ -250,7 +219,7 @@ class WeightReceiver(_End):
         self._found = torch.zeros(len(everything) if verify else 0, dtype=torch.int64, device=everything[0].device)
         self._dtype_code = _dtype_code(everything)
         self._is_complete = False
-        self._prepare(self._views, sends=False, max_copy_bytes=None)
+        self._prepare(self._views, sends=False)
 
     def close(self) -> None:
         super().close()
