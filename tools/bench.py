@@ -119,6 +119,8 @@ def run_conversion(options: argparse.Namespace) -> int:
             raise ValueError("--shape: conversion takes 3 sizes, V H L, H a multiple of 256 and L of 2")
         if options.device == "cuda":
             raise ValueError("--device cuda: conversion reads and writes files, and computes nothing")
+        if options.others:
+            raise ValueError("--others: conversion is compared with bare loops alone; leave it out")
         check_positive(options, ("samples", "seconds"))
     except ValueError as error:
         print(f"bench: {error}", file=sys.stderr)
@@ -132,7 +134,7 @@ def run_conversion(options: argparse.Namespace) -> int:
             not options.no_memory,
             lambda text: print(text, file=sys.stderr, flush=True),
         )
-    except (RuntimeError, OSError) as error:
+    except (RuntimeError, ValueError, OSError) as error:
         print(f"bench: {error}", file=sys.stderr)
         return 1
     if options.json:

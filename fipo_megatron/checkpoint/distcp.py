@@ -7,11 +7,12 @@ pickle sizes and dtype are taken, the bytes are read from where they are.
 from __future__ import annotations
 
 import io
+import itertools
 import json
 import os
 import pickle
 import zipfile
-from collections import OrderedDict
+from collections import OrderedDict, defaultdict
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -40,6 +41,7 @@ FORMAT["common_backend_version"] = 1
 FORCE_WEIGHTS_ONLY = "TORCH_FORCE_WEIGHTS_ONLY_LOAD"  # read by torch.load, over what it is called with
 COPY_BYTES = 1 << 20  # of a chunk's rows, read at a time where only some of their columns are wanted
 
+_ChunksByPrefix = dict[tuple[int, ...], list[tuple[ChunkStorageMetadata, _StorageInfo]]]
 _CHECKPOINT = "torch.distributed.checkpoint"
 _MEGATRON = "megatron.core.dist_checkpointing.strategies.torch"
 # By these names alone: what else the module holds, it imports, and a dotted name would reach that.
@@ -104,6 +106,7 @@ class CheckpointFiles:
         self.folder, self._files = folder, files
         self._metadata = _read_metadata(folder)
         self._chunks: dict[str, list[tuple[ChunkStorageMetadata, _StorageInfo]]] = {}
+        self._by_prefix: dict[tuple[str, int], _ChunksByPrefix] = {}
         self._located: dict[tuple[str, int], TensorRecord] = {}  # by file and place in it
         for index, info in self._metadata.storage_data.items():
             if isinstance(self._metadata.state_dict_metadata.get(index.fqn), TensorStorageMetadata):
@@ -131,10 +134,8 @@ class CheckpointFiles:
         """
         lead, missing = len(tensor.prefix), out.numel()
         columns = out.shape[1] if out.dim() > 1 else 1
-        for chunk, info in self._chunks[tensor.key]:
+        for chunk, info in self._chunks_of(tensor):
             place = tuple(chunk.offsets[:lead])
-            if any(not o <= p < o + s for p, o, s in zip(tensor.prefix, place, chunk.sizes[:lead], strict=True)):
-                continue
             (first, *left), (count, *wide) = chunk.offsets[lead:], chunk.sizes[lead:]
             begin, end = max(start, first), min(start + len(out), first + count)
             if begin >= end:
@@ -162,6 +163,18 @@ class CheckpointFiles:
             raise DamagedError(
                 f"{self.folder}: {tensor.key} lacks {missing} elements of {tensor.prefix}; save the checkpoint again"
             )
+
+    def _chunks_of(self, tensor: GlobalTensor) -> list[tuple[ChunkStorageMetadata, _StorageInfo]]:
+        """Those that hold a part of a parameter; found once of all parameters under a key, which may be many."""
+        lead = len(tensor.prefix)
+        if (tensor.key, lead) not in self._by_prefix:
+            found: _ChunksByPrefix = defaultdict(list)
+            for chunk, info in self._chunks[tensor.key]:
+                leading = zip(chunk.offsets[:lead], chunk.sizes[:lead], strict=True)
+                for prefix in itertools.product(*(range(o, o + s) for o, s in leading)):
+                    found[prefix].append((chunk, info))
+            self._by_prefix[tensor.key, lead] = found
+        return self._by_prefix[tensor.key, lead].get(tuple(tensor.prefix), [])
 
     def _locate(self, key: str, chunk: ChunkStorageMetadata, info: _StorageInfo) -> TensorRecord:
         """Where a chunk's elements are in its file: a torch.save archive, whose records are stored as they are."""

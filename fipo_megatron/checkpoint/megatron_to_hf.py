@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 
-from fipo_megatron.checkpoint.contents import POLICY, describe_model, find_difference
+from fipo_megatron.checkpoint.contents import POLICY, find_difference
 from fipo_megatron.checkpoint.conversion import (
     CARRIED,
     Progress,
@@ -162,7 +162,7 @@ def _check_model(checkpoint: Path, trained: dict[str, Any], hf_folder: Path | No
         raise ValueError(f"{checkpoint}: its run took its model from {found}, which has no config.json; {remedy}")
     if not trained:
         return found
-    if not describe_model(found)["weights"]:
+    if not any(found.glob("*.safetensors")):
         trained = {**trained, "weights": {}}
     part = find_difference(trained, found)
     if part is not None:
@@ -264,8 +264,8 @@ def count_weight_bytes(source: MegatronSource) -> int:
 def megatron_to_hf(source: MegatronSource, out: Path, jobs: int, progress: Progress = ignore_progress) -> None:
     """Write the weights of a checkpoint as a Hugging Face folder, with config and tokenizer.
 
-    Files hold up to `HF_FILE_BYTES`; `jobs` are written at a time, each through two buffers of `PIECE_BYTES`, together
-    no more than twice the largest tensor.
+    Files hold up to `HF_FILE_BYTES`; `jobs` are written at a time, each through a buffer of up to `PIECE_BYTES` and
+    blocks of `distcp.COPY_BYTES`, together no more than twice the largest tensor.
 
     Raises:
         ValueError: a tensor is missing, unknown, damaged or of another shape; `out` exists. There is no `out` then.

@@ -35,6 +35,7 @@ class RankProfile:
     pipeline: int  # the first rank of its pipeline: ranks with the same send each other activations
     host: str
     device: str
+    dtype: str  # of the model, in which the device computes
     spans: list[Span]
     peak_bytes: dict[str, int]  # by call: the most memory of a device, on a CPU of the process
     workloads: list[Workload]

@@ -121,6 +121,12 @@ def count_model(shape: ModelShape) -> int:
     return per_layer * shape.num_layers + sum(_whole_sizes_of_ends(shape))
 
 
+def count_experts(shape: ModelShape) -> int:
+    """Parameters of all experts, without the routers."""
+    of_one = sum(size for size, of_experts in _whole_sizes_of_layer(shape) if of_experts)
+    return of_one * shape.num_experts * shape.num_layers
+
+
 def largest_parameter(shape: ModelShape) -> int:
     """Elements of the largest of the model's parameters, as Megatron joins them."""
     return max(*_whole_sizes_of_ends(shape), *(size for size, _ in _whole_sizes_of_layer(shape)))

@@ -38,6 +38,11 @@ REMEDIES = {
     "engine KV cache": "lower rollout.gpu_memory_utilization",
     "AdamW at work": "raise parallel.data, with parallel.distributed_optimizer=true",
 }
+TOGETHER = "all ranks and engines"
+REMEDIES_TOGETHER = {
+    "engine weights": "lower rollout.replicas",
+    "engine KV cache": "lower rollout.kv_cache_gib or rollout.replicas",
+}
 
 
 @dataclass(frozen=True)
@@ -52,13 +57,15 @@ class Misfit:
     largest: str
     largest_bytes: float
     remedy: str
+    headroom: float = 0.0  # beside what is available: what a search leaves free
 
     def describe(self) -> str:
         """One line."""
+        kept = f" beside {self.headroom / GIB:.2f} of --headroom" if self.headroom else ""
         return (
             f"{self.where}, {self.phase}, at {self.moment}: {self.needed / GIB:.2f} GiB needed, "
-            f"{self.available / GIB:.2f} there, {(self.needed - self.available) / GIB:.2f} GiB too much; the largest "
-            f"item is {self.largest}, {self.largest_bytes / GIB:.2f} GiB: {self.remedy}"
+            f"{self.available / GIB:.2f} there{kept}, {(self.needed - self.available) / GIB:.2f} GiB too much; the "
+            f"largest item is {self.largest}, {self.largest_bytes / GIB:.2f} GiB: {self.remedy}"
         )
 
 
@@ -119,7 +126,7 @@ def find_misfits(
         for stage in stages
         for moment in stage.phases.values()
     ]
-    held += [("all ranks and engines", moment) for moment in (machine or {}).values()]
+    held += [(TOGETHER, moment) for moment in (machine or {}).values()]
     found = [
         Misfit(
             where=where,
@@ -129,7 +136,8 @@ def find_misfits(
             available=room[moment.phase],
             largest=moment.largest,
             largest_bytes=moment.items[moment.largest],
-            remedy=REMEDIES.get(moment.largest, "use a device with more memory, or more of them"),
+            remedy=_remedy(where, moment.largest),
+            headroom=gpu.memory_bytes - room[moment.phase],
         )
         for where, moment in held
         if moment.total > room[moment.phase]
@@ -137,6 +145,11 @@ def find_misfits(
     if config.rollout.engine != "hf" and config.platform != "cpu":
         found += engine_misfits(config, shape, gpu)
     return sorted(found, key=lambda misfit: misfit.available - misfit.needed)
+
+
+def _remedy(where: str, largest: str) -> str:
+    remedies = REMEDIES | REMEDIES_TOGETHER if where == TOGETHER else REMEDIES
+    return remedies.get(largest, "use a device with more memory, or more of them")
 
 
 def engine_misfits(config: Config, shape: ModelShape, gpu: Gpu) -> list[Misfit]:
@@ -216,9 +229,9 @@ def time_table(time: StepTime) -> Table:
 def describe_time(time: StepTime, config: Config) -> list[str]:
     """What follows from a step's time, a line each, and what its model leaves out."""
     mfu, tokens = time.mfu, time.tokens_per_gpu_s
-    by_kind = {kind: f"{_rounded(size / GIB)}" for kind, size in time.communication.items() if size}
-    synced = by_kind.pop("sync")
-    sent = ", ".join(f"{kind} {size}" for kind, size in by_kind.items())
+    amounts = {kind: _rounded(size / GIB) for kind, size in time.communication.items()}
+    synced = amounts.pop("sync")
+    sent = ", ".join(f"{kind} {amount}" for kind, amount in amounts.items() if time.communication[kind])
     return [
         f"microbatches: {time.num_microbatches} of each rank in all updates of a step; pipeline bubble of each stage: "
         + ", ".join(f"{share:.1%}" for share in time.bubble),
@@ -250,6 +263,12 @@ def describe_binding(plan: Plan) -> str:
     """Which stage and moment bind, on one line. A fitting layout is bound by its training: what engines on the same
     devices hold while they sample is what they are given."""
     stage, moment = plan.binding
+    if plan.misfits and plan.misfits[0].where == TOGETHER:
+        worst = plan.misfits[0]
+        return (
+            f"does not fit {plan.gpu.name}: all ranks and engines together bind, in {worst.phase}: "
+            f"{worst.needed / GIB:.2f} of {plan.gpu.memory_bytes / GIB:.2f} GiB"
+        )
     fits = "fits" if not plan.misfits else "does not fit"
     rollout = stage.phases["rollout"]
     is_given = not plan.misfits and "engine KV cache" in rollout.items

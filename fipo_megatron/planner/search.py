@@ -285,7 +285,7 @@ class _Timer:
         inputs, samples = self.inputs, config.rollout.samples_per_prompt
         number, prompts = generation_batches(config, inputs.acceptance_rate)
         engine = make_engine(config, inputs.shape, inputs.gpu, inputs.efficiencies)
-        (share,) = fullest_shares(config, inputs.lengths, prompts, samples, seed=1, num_requests=1)
+        share, *_ = fullest_shares(config, inputs.lengths, prompts, samples, seed=1, num_requests=1)
         return number * share_s(config, engine, share, samples)
 
     def policy_s(self, config: Config) -> float:

@@ -14,7 +14,7 @@ from fipo_megatron.model.hf_config import ModelShape
 from fipo_megatron.planner.communication import bandwidth, replicas
 from fipo_megatron.planner.efficiency import Efficiencies
 from fipo_megatron.planner.gpu import Gpu
-from fipo_megatron.planner.parameters import bytes_of_type
+from fipo_megatron.planner.parameters import bytes_of_type, count_experts
 from fipo_megatron.reshard.layout import engine_layout, trainer_layout
 from fipo_megatron.reshard.plan import ReshardPlan
 
@@ -43,20 +43,23 @@ def sync_traffic(config: Config, shape: ModelShape, efficiencies: Efficiencies) 
     if config.sync.transport == "disk":
         total = model
     elif config.sync.transport == "disk_delta":
-        total, received = _changes(config, model, stored, efficiencies)
+        experts = float(count_experts(shape) * width)
+        total, received = _changes(config, model - experts, experts, stored, efficiencies)
     elif config.sync.transport == "broadcast":
         total, received = whole, model
     return SyncTraffic(total, total / trainer.world_size, received, model, stored)
 
 
-def _changes(config: Config, model: float, stored: float, efficiencies: Efficiencies) -> tuple[float, float]:
+def _changes(
+    config: Config, dense: float, experts: float, stored: float, efficiencies: Efficiencies
+) -> tuple[float, float]:
     """What all ranks write, and what a worker reads, of `disk_delta`: each changed element with its index, or all where
     that is less. The engines share out the ranks that hold the same weights, so as many of these write."""
     width = bytes_of_type(config.model.dtype)
     changed = 1.0 if width == 4 else 1 - efficiencies.unchanged  # float32 has room for every update
     share = min(changed * (INDEX_BYTES + width) / width, 1.0)
-    num_writers = min(replicas(config.parallel)[0], config.rollout.replicas)
-    return num_writers * model * share, stored * share
+    writers = [min(holders, config.rollout.replicas) for holders in replicas(config.parallel)]  # of dense and experts
+    return (writers[0] * dense + writers[1] * experts) * share, stored * share
 
 
 def sync_s(config: Config, shape: ModelShape, gpu: Gpu, efficiencies: Efficiencies) -> float:

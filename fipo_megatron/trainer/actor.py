@@ -223,8 +223,8 @@ class EngineClient:
 
 
 def _peak_of_processes(_: Any) -> int:
-    process, peak = psutil.Process(), 0
-    for each in [process, *process.children(recursive=True)]:
+    process, peak = psutil.Process(), peak_resident_bytes()
+    for each in process.children(recursive=True):
         with contextlib.suppress(OSError, ValueError):  # it has ended meanwhile
             peak += peak_resident_bytes(each.pid)
     return peak

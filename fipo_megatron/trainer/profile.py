@@ -25,6 +25,7 @@ from fipo_megatron.observability.profile_report import (
 from fipo_megatron.observability.timers import SpanRecorder
 from fipo_megatron.planner.flops import forward_flops, training_flops
 from fipo_megatron.planner.gpu import GPUS, Gpu
+from fipo_megatron.planner.parameters import bytes_of_type
 from fipo_megatron.trainer.bundles import num_devices
 from fipo_megatron.trainer.profiled_policy import ProfiledPolicy, ProfileSettings
 
@@ -127,9 +128,14 @@ def _seconds_without_eval(steps: list[StepTime]) -> float:
 
 
 def find_peaks(ranks: list[RankProfile]) -> list[tuple[float, str]]:
-    """Operations per second of a device, by its data sheet where that is known, and of a matrix product measured."""
+    """Operations per second of a device in the model's type, by its data sheet where that is known, and of a matrix
+    product measured."""
     gpu = gpu_of_device(ranks[0].device)
-    listed = [] if gpu is None else [(gpu.bf16_flops, f"{gpu.name}'s data sheet, {gpu.bf16_flops / 1e12:g} TFLOP/s")]
+    listed = []
+    if gpu is not None:
+        dtype = ranks[0].dtype
+        peak = gpu.flops(bytes_of_type(dtype))
+        listed = [(peak, f"{gpu.name}'s data sheet, {peak / 1e12:g} TFLOP/s in {dtype}")]
     measured = sum(rank.matmul_flops for rank in ranks) / len(ranks)
     return [*listed, (measured, f"a matrix product on all ranks at once, {measured / 1e9:.4g} GFLOP/s each")]
 

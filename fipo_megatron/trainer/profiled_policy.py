@@ -216,6 +216,7 @@ class RankRecording:
             pipeline=_first_rank(groups.pipeline),
             host=socket.gethostname(),
             device=torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu",
+            dtype=policy.config.model.dtype,
             spans=spans,
             peak_bytes=peak_bytes,
             workloads=workloads,

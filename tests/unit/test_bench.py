@@ -119,6 +119,7 @@ def test_memory_is_measured_unless_it_is_not_wanted(monkeypatch, capsys):
         (["future_kl_scan", "--threads", "-1"], "--threads -1"),
         (["future_kl_scan", "--seconds", "0"], "--seconds 0"),
         (["weight_sync", "--shape", "300", "100", "1"], "H a multiple of 128"),
+        (["conversion", "--others"], "--others: conversion is compared with bare loops alone"),
         (["conversion", "--shape", "300", "128", "2"], "H a multiple of 256 and L of 2"),
         (["conversion", "--shape", "300", "256", "3"], "H a multiple of 256 and L of 2"),
         (["conversion", "--seconds", "0"], "--seconds 0"),

@@ -139,6 +139,26 @@ def test_the_quickstart_on_a_cpu(capsys: pytest.CaptureFixture[str]) -> None:
     assert plan.main(["configs/quickstart_cpu.yaml", "--layers", "te"]) == 2
 
 
+def test_engines_that_leave_the_machine_no_room(capsys: pytest.CaptureFixture[str]) -> None:
+    assert plan.main(["configs/quickstart_cpu.yaml", "rollout.kv_cache_gib=40"]) == 1
+    printed = capsys.readouterr()
+    assert "does not fit cpu-2cores: all ranks and engines together bind, in " in printed.out
+    assert "engine KV cache, 40.00 GiB: lower rollout.kv_cache_gib or rollout.replicas" in printed.err
+
+
+def test_a_sync_of_nothing(capsys: pytest.CaptureFixture[str]) -> None:
+    settings = ["sync.transport=disk_delta", "model.dtype=bfloat16", "--efficiency", "unchanged=1"]
+    assert plan.main(["configs/quickstart_cpu.yaml", *settings]) == 0
+    assert "; in the sync all ranks together: 0\n" in capsys.readouterr().out
+
+
+def test_a_search_with_more_engines_than_requests(capsys: pytest.CaptureFixture[str]) -> None:
+    few = ["rollout.prompts_per_step=8", "rollout.samples_per_prompt=4", "dynamic_sampling.enabled=false"]
+    search = ["--search", "--gpus", "128", "--gpu", "cpu-core"]
+    assert plan.main(["configs/quickstart_cpu.yaml", *search, *few]) == 0
+    assert "layouts that fit, the fastest first" in capsys.readouterr().out
+
+
 def test_an_engine_without_a_model_is_named(capsys: pytest.CaptureFixture[str]) -> None:
     arguments = ["configs/quickstart_cpu.yaml", "rollout.replicas=1"]
     assert plan.main(arguments) == 0

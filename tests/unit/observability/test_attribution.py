@@ -30,7 +30,7 @@ def spans(*named: tuple[str, float, float]) -> list[Span]:
 
 
 def make_rank(rank: int, recorded: list[Span], stage: int = 0, data: int = 0, pipeline: int = 0) -> RankProfile:
-    return RankProfile(rank, stage, data, pipeline, "host", "cpu", recorded, {}, [], 1e-6, 1e-4, 1e9, [])
+    return RankProfile(rank, stage, data, pipeline, "host", "cpu", "float32", recorded, {}, [], 1e-6, 1e-4, 1e9, [])
 
 
 ALL = [StepTime(1, 0, 1000 * S, {})]

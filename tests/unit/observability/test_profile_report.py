@@ -45,7 +45,9 @@ def make_rank(rank: int, backward_ms: float) -> RankProfile:
     workload = Workload("update", recorded[0].start, np.array([10, 12]), 14)
     pairs = [(1.02, 1.03), (1.5, 1.0), (1.01, 1.2)]
     peaks = {"update": (rank + 1) << 29, "push_weights": 1 << 28}
-    return RankProfile(rank, 0, rank, rank, "host", "cpu", recorded, peaks, [workload], 1e-5, 1e-3, 10e9, pairs)
+    return RankProfile(
+        rank, 0, rank, rank, "host", "cpu", "float32", recorded, peaks, [workload], 1e-5, 1e-3, 10e9, pairs
+    )
 
 
 def make_profile() -> RunProfile:

@@ -67,6 +67,7 @@ def test_headroom_is_kept_but_in_the_rollout() -> None:
         assert (not misfits) == fits
         assert all(misfit.phase != "rollout" for misfit in misfits)
         assert all(misfit.available == GPU.memory_bytes * (1 - headroom) for misfit in misfits)
+        assert all(f" beside {headroom * 79.10:.2f} of --headroom, " in misfit.describe() for misfit in misfits)
 
 
 def test_what_does_not() -> None:
@@ -105,6 +106,8 @@ def test_ranks_that_fit_alone_but_not_together() -> None:
         found = make_plan(config, shape, "here", machine, "local_cpu", MemoryInputs())
         assert all(moment.total < 4 * GIB for moment in found.stages[0].phases.values())
         assert [misfit.where for misfit in found.misfits][:1] == ([] if fits else ["all ranks and engines"])
+        together = "does not fit cpu-2cores: all ranks and engines together bind, in train: "
+        assert describe_binding(found).startswith(together) != fits
         *_, row = phase_table(found)[2]
         assert row[0] == "all"
         assert float(row[5]) == pytest.approx(8 - max(map(float, row[1:5])), abs=0.01)

@@ -89,6 +89,17 @@ def test_changes_are_written_by_each_holder_and_read_by_each_worker() -> None:
     assert sync_traffic(wide, SHAPE, EFFICIENCIES).total == pytest.approx(2 * 2 * MODEL)
 
 
+def test_changes_of_experts_are_written_by_their_own_holders() -> None:
+    """Eight ranks hold what is dense, one each expert; eight engines share them out."""
+    sizes = {"num_experts": 8, "experts_per_token": 2, "moe_intermediate_size": 6, "norm_topk_prob": True}
+    shape = dataclasses.replace(SHAPE, architecture="Qwen3MoeForCausalLM", qk_norm=True, qkv_bias=False, **sizes)
+    parallel = Config.model_validate({"parallel": {"data": 8, "expert": 8}}).parallel
+    config = make_config("disk_delta", tensor=1, replicas=8).model_copy(update={"parallel": parallel})
+    experts = 4 * 8 * 3 * 6 * shape.hidden_size  # layers, experts, matrices
+    written = 8 * (count_model(shape) - experts) + experts
+    assert sync_traffic(config, shape, EFFICIENCIES).total == pytest.approx(0.3 * 2 * written)
+
+
 def test_whole_tensors_go_down_a_tree() -> None:
     """Rank 0 and six workers: three rounds, after which 2, 4 and all of them have a tensor."""
     config = make_config("broadcast")

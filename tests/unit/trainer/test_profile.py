@@ -51,9 +51,11 @@ def test_mfu_counts_an_update_thrice_and_log_probs_once() -> None:
     assert steps.frac == pytest.approx(4 * forward / (0.200 * 3 * 10e9))
     assert updates.peak_name == "a matrix product on all ranks at once, 10 GFLOP/s each"
 
-    on_gpus = [replace(rank, device="NVIDIA H100 80GB HBM3") for rank in ranks]
-    listed = find_utilisations(replace(profile, ranks=on_gpus), SHAPE)
-    assert [each.peak_flops for each in listed] == [989e12] * 2 + [10e9] * 2
+    for dtype, peak in (("bfloat16", 989e12), ("float32", 67e12)):
+        on_gpus = [replace(rank, device="NVIDIA H100 80GB HBM3", dtype=dtype) for rank in ranks]
+        listed = find_utilisations(replace(profile, ranks=on_gpus), SHAPE)
+        assert [each.peak_flops for each in listed] == [peak] * 2 + [10e9] * 2
+        assert listed[0].peak_name == f"h100-80gb's data sheet, {peak / 1e12:g} TFLOP/s in {dtype}"
     assert find_utilisations(replace(profile, ranks=[replace(ranks[0], workloads=[])]), SHAPE) == []
 
 
