@@ -10,6 +10,7 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+import psutil
 import pytest
 from ray.exceptions import ActorDiedError
 
@@ -94,8 +95,11 @@ def test_the_end_of_a_profile_may_take_as_long_as_what_was_asked_for(monkeypatch
     assert waits == [("stop_recording", 400), ("measure_pair", 200), ("measure_pair", 200), ("end_profile", 100)]
 
 
-def test_the_memory_of_an_engine_is_that_of_all_its_processes() -> None:
-    """A child of the process that answers has had 200 MiB, and gave them back."""
+def test_the_memory_of_an_engine_is_that_of_all_its_processes(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A child of the process that answers has had 200 MiB, and gave them back. Of other tests' children, which come
+    and go, none is looked at."""
+    children: list[psutil.Process] = []
+    monkeypatch.setattr(psutil.Process, "children", lambda self, recursive: children)
     code = "held = bytearray(200 << 20); del held; print(flush=True); input()"
     actor = SimpleNamespace(__ray_call__=SimpleNamespace(remote=_answer))
     engine = EngineClient(actor, TimeoutsConfig())
@@ -103,6 +107,7 @@ def test_the_memory_of_an_engine_is_that_of_all_its_processes() -> None:
     child = subprocess.Popen([sys.executable, "-c", code], stdin=subprocess.PIPE, stdout=subprocess.PIPE)
     assert child.stdout is not None
     child.stdout.readline()
+    children.append(psutil.Process(child.pid))
     after = asyncio.run(engine.peak_memory_bytes())
     child.communicate(b"\n")
     assert 200 << 20 < after - before < 260 << 20
