@@ -13,6 +13,7 @@ from fipo_megatron.trainer.interrupts import catch_interrupts, run_interruptibly
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
 def test_a_signal_cancels_the_run_which_ends_in_its_own_time(own_signals: None, number: int) -> None:
+    signal.signal(number, signal.SIG_DFL)  # in the background a shell has some ignored
     ended = []
 
     async def training() -> int:
